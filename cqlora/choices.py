@@ -1,0 +1,137 @@
+"""The named choices of the configuration, one enumeration each."""
+
+from enum import Enum
+
+
+class Quantization(Enum):
+    """How the frozen base's matrices are held."""
+
+    nf4 = "nf4"
+    int8 = "int8"
+    none = "none"
+
+
+class Attention(Enum):
+    """Which attention runs; every choice keeps the documents of a pack apart."""
+
+    auto = "auto"
+    documents = "documents"
+    flash = "flash"
+    sdpa = "sdpa"
+    eager = "eager"
+    flex = "flex"
+
+
+class AdapterMethod(Enum):
+    """The low-rank method: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948)."""
+
+    lora = "lora"
+    rslora = "rslora"
+    dora = "dora"
+    pissa = "pissa"
+
+
+class SourceKind(Enum):
+    """The shape of a source's rows."""
+
+    wiki = "wiki"
+    text = "text"
+    dialog = "dialog"
+    messages = "messages"
+    oasst1 = "oasst1"
+    sharegpt = "sharegpt"
+    belle = "belle"
+
+
+class OasstPaths(Enum):
+    """Which conversations a message tree gives: the top-ranked reply at each turn, all, or one at random."""
+
+    best = "best"
+    all = "all"
+    sampled = "sampled"
+
+
+class Deduplication(Enum):
+    """Which documents count as the same: none, equal after normalisation, or near by MinHash."""
+
+    none = "none"
+    exact = "exact"
+    near = "near"
+
+
+class Optimizer(Enum):
+    """AdamW by torch, or by bitsandbytes with 8-bit and paged states."""
+
+    auto = "auto"
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw = "paged_adamw"
+    paged_adamw_8bit = "paged_adamw_8bit"
+
+
+class Schedule(Enum):
+    """What the learning rate does after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class Embeddings(Enum):
+    """What trains of the two embedding matrices."""
+
+    auto = "auto"
+    frozen = "frozen"
+    new_rows = "new_rows"
+    lora = "lora"
+    full = "full"
+
+
+class Device(Enum):
+    """Where a worker computes."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Strategy(Enum):
+    """How several workers or GPUs share a run."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
+    layers = "layers"
+
+
+class Precision(Enum):
+    """The type that matrix products compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Checkpointing(Enum):
+    """Which activations are recomputed in the backward pass."""
+
+    auto = "auto"
+    none = "none"
+    full = "full"
+
+
+class Tracker(Enum):
+    """Where metrics go beside metrics.jsonl."""
+
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class TrackingMode(Enum):
+    """Whether W&B sends while training; `auto` is online when a key is in the environment."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"

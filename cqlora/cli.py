@@ -1,0 +1,154 @@
+"""Every verb is a Hydra program: `run_program` is what they share, `main` is the console script `cqlora VERB`."""
+
+import importlib
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from cqlora.errors import ConfigError, CqloraError
+
+VERBS = {
+    "run": "train one run, or a sweep with --multirun",
+    "plan": "memory per GPU and time of a run, before it is launched",
+    "fetch": "bring the small real base model",
+    "convert": "raw Meta weights to a Hugging Face folder",
+    "extend": "add a Chinese vocabulary to a base",
+    "prepare": "build a run's token cache and say what is in it",
+    "evaluate": "perplexity, bits per character, C-Eval and CMMLU",
+    "merge": "write base and adapter as one model",
+    "chat": "talk to a model in the terminal",
+    "serve": "OpenAI-compatible HTTP API and a chat page",
+    "report": "one page of a run or a sweep",
+}
+
+_FLAGS_WITH_VALUE = {
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--experimental-rerun",
+}  # fmt: skip
+_INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+_SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{20,}|[0-9a-f]{40})\b")
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+
+
+def run_program(
+    config_name: str, schema: type, action: Callable[[Any], Any], help_overrides: tuple[str, ...] = ()
+) -> None:
+    """Compose `configs/<config_name>.yaml` with the command line, build `schema`, call `action` with it.
+
+    A CqloraError, whether of the composition or of the action, is printed as one sentence and becomes the
+    exit code; other exceptions keep their traceback. An int that `action` returns is the exit code too. The
+    jobs of a sweep all run, whatever becomes of one of them. `help_overrides` stand in for groups without a
+    default when `--help` is asked for.
+    """
+    try:
+        refuse_secrets(sys.argv[1:])
+        sys.argv[1:] = order_flags(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv):
+            sys.argv[1:1] = help_overrides
+        outcomes = _compose_and_call(config_name, schema, action)
+    except CqloraError as error:
+        _stop(error)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, CqloraError)]
+    if len(outcomes) > 1:
+        for error in errors[:-1]:
+            print(f"error: {error}", file=sys.stderr)
+    if errors:
+        _stop(errors[-1])
+    sys.exit(outcomes[0] if len(outcomes) == 1 and type(outcomes[0]) is int else 0)
+
+
+def main() -> None:
+    """The console script: `cqlora VERB key=value …` is `python -m cqlora.VERB key=value …`."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("--help", "-h"):
+        print("cqlora VERB key=value …   (cqlora VERB --help lists a verb's keys)\n")
+        print("\n".join(f"  {name:9} {what}" for name, what in VERBS.items()))
+        return
+    if verb == "--version":
+        print(importlib.import_module("cqlora").__version__)
+        return
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean `cqlora {near[0]}`?" if near else f"use one of {', '.join(VERBS)}."
+        _stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
+    sys.argv = [f"cqlora {verb}", *sys.argv[2:]]
+    runpy.run_module(f"cqlora.{verb}", run_name="__main__", alter_sys=False)
+
+
+def order_flags(arguments: list[str]) -> list[str]:
+    """Overrides first, flags last: Hydra's parser rejects `a=1 --multirun b=2,3`, people type it."""
+    overrides, flags = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        flags.append(argument)
+        takes_value = argument in _FLAGS_WITH_VALUE
+        takes_choice = argument in ("--info", "-i") and remaining and remaining[0] in _INFO_CHOICES
+        if remaining and (takes_value or takes_choice):
+            flags.append(remaining.pop(0))
+    return overrides + flags
+
+
+def refuse_secrets(arguments: list[str]) -> None:
+    """Raise ConfigError for an override that carries a secret, before anything writes it down."""
+    planted = {
+        value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8
+    }
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if not value:
+            continue
+        known = any(secret in value for secret in planted)
+        if known or _SECRET_KEY.search(key) or _SECRET_VALUE.search(value):
+            raise ConfigError(
+                f"{key.lstrip('+~')} carries a secret, which would end up in configurations and logs; put it in "
+                "the environment instead (WANDB_API_KEY, HF_TOKEN, CQLORA_API_KEY)."
+            )
+
+
+def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], Any]) -> list[Any]:
+    """What `action` returned or which CqloraError it raised, one entry a job."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from cqlora.config import CONFIG_DIR, register_schemas
+    from cqlora.diagnosis import explain_composition, to_schema
+
+    # Hydra otherwise prints errors itself, over several lines, and exits.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_schemas()
+    outcomes: list[Any] = []
+
+    def task(composed: DictConfig) -> Any:
+        try:
+            outcomes.append(action(to_schema(composed, schema)))
+        except CqloraError as error:
+            outcomes.append(error)
+            return None
+        return outcomes[-1]
+
+    program = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR.resolve()), config_name=config_name)
+    try:
+        program(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
+    return outcomes
+
+
+def _stop(error: CqloraError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

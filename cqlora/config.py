@@ -1,0 +1,422 @@
+"""The typed configuration: every default of the project, and the checks between fields.
+
+Hydra composes `configs/` over these schemas; `OmegaConf.to_object` then builds the dataclasses, whose
+`__post_init__` refuses what cannot run. Nothing here imports torch.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from cqlora.choices import (
+    AdapterMethod,
+    Attention,
+    Checkpointing,
+    Deduplication,
+    Device,
+    Embeddings,
+    OasstPaths,
+    Optimizer,
+    Precision,
+    Quantization,
+    Schedule,
+    SourceKind,
+    Strategy,
+    Tracker,
+    TrackingMode,
+)
+from cqlora.errors import ConfigError
+
+_INSTALLED_CONFIGS = Path(__file__).parent / "configs"
+CONFIG_DIR = _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else Path(__file__).parent.parent / "configs"
+"""`configs/` at the root of a checkout or an editable install, `cqlora/configs/` inside a wheel."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A base model: where it lies, what shape it has, how its frozen weights are held."""
+
+    name: str = MISSING
+    path: str = MISSING
+    """Folder of the base in Hugging Face form (config, safetensors, tokenizer)."""
+    random_init: bool = False
+    """Build a random model of this shape at `path` when the folder is not there, with a tokenizer
+    trained on the bundled sample."""
+    vocab_size: int = MISSING
+    """Rows of the embedding matrix before any extension."""
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    max_position_embeddings: int = MISSING
+    tie_word_embeddings: bool = False
+    sequence_length: int = 2048
+    """Tokens in a pack unless the stage says otherwise."""
+    quantization: Quantization = Quantization.nf4
+    double_quantization: bool = True
+    attention: Attention = Attention.auto
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        require_positive(self, "num_attention_heads", "num_key_value_heads", "sequence_length")
+        require_divides(self, "model", "num_attention_heads", "hidden_size")
+        require_divides(self, "model", "num_key_value_heads", "num_attention_heads")
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """The adapter."""
+
+    method: AdapterMethod = AdapterMethod.lora
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all"])
+    """`[all]` is every linear layer of the blocks; otherwise names such as `[q_proj, v_proj]`."""
+    pissa_iterations: int = 16
+    """Subspace iterations of PiSSA's fast SVD; 0 computes the exact one."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "alpha")
+        require_range("lora.dropout", self.dropout, 0.0, 0.99)
+        if not self.target_modules:
+            raise ConfigError("lora.target_modules is empty; use [all] or names such as [q_proj,v_proj].")
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One source of text: its rows' shape, where to find it, how much of it to take."""
+
+    kind: SourceKind = MISSING
+    path: str = ""
+    """File or folder; empty looks under `data.root` by the source's name, then at `dataset`."""
+    dataset: str = ""
+    """Hugging Face dataset, read by streaming."""
+    subset: str = ""
+    language: str = ""
+    """`zh` or `en`; empty lets each document's script decide."""
+    sample: int | None = None
+    """Documents or conversations to take, chosen by the seed; null takes all."""
+    sample_tokens: int | None = None
+    """Take documents until this many tokens are reached."""
+    weight: float = 1.0
+    """Share of the taken documents to keep (below 1) or times to repeat them (above 1) in the mix."""
+    stages: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
+    """Stages that use this source."""
+    separator: str = ""
+    """Plain text only: what stands between two documents of a file; empty is one document a file."""
+    oasst_paths: OasstPaths = OasstPaths.best
+    langs: list[str] = field(default_factory=list)
+    """oasst1 only: languages to keep; empty keeps all."""
+
+    def __post_init__(self) -> None:
+        for key in ("sample", "sample_tokens"):
+            if getattr(self, key) is not None:
+                require_positive(self, key)
+        require_positive(self, "weight")
+        unknown = set(self.stages) - {"pretrain", "sft"}
+        if unknown:
+            raise ConfigError(f"a source's stages={self.stages} names {min(unknown)}; use pretrain and sft.")
+
+
+@dataclass(kw_only=True, slots=True)
+class CleanConfig:
+    """Rules that each document passes before it is encoded; every one is counted and can be switched off."""
+
+    normalize_unicode: bool = True
+    strip_control_characters: bool = True
+    drop_repeated_lines: bool = True
+    to_simplified: bool = False
+    """Traditional to simplified Chinese (OpenCC)."""
+    min_characters: int = 10
+    max_characters: int = 1_000_000
+    min_language_share: float = 0.0
+    """Smallest share of a source's own script among a document's letters; 0 keeps all."""
+    mask_personal_data: bool = False
+    """Replace e-mail addresses, telephone and identity numbers."""
+    deduplicate: Deduplication = Deduplication.exact
+    near_threshold: float = 0.8
+    """Jaccard similarity of character 5-grams from which two documents count as near duplicates."""
+
+    def __post_init__(self) -> None:
+        require_range("data.clean.min_language_share", self.min_language_share, 0.0, 1.0)
+        require_range("data.clean.near_threshold", self.near_threshold, 0.1, 1.0)
+        if self.min_characters > self.max_characters:
+            raise ConfigError(
+                f"data.clean.min_characters={self.min_characters} is above max_characters="
+                f"{self.max_characters}; lower it."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """A mix of sources and how it becomes a token cache."""
+
+    name: str = MISSING
+    root: str = ""
+    """Folder in which sources are found by name."""
+    sources: dict[str, SourceConfig] = MISSING
+    sample_evenly: int | None = None
+    """Conversations to take in all, the same number from every source."""
+    val_fraction: float = 0.02
+    test_fraction: float = 0.0
+    """Shares set aside by a hash of the document, for sources that bring no split of their own."""
+    max_rejected_fraction: float = 0.05
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    cache_dir: str = "cache"
+    workers: int | None = None
+    """Processes that encode; null uses every core."""
+
+    def __post_init__(self) -> None:
+        require_range("data.val_fraction", self.val_fraction, 0.0, 0.5)
+        require_range("data.test_fraction", self.test_fraction, 0.0, 0.5)
+        require_range("data.max_rejected_fraction", self.max_rejected_fraction, 0.0, 1.0)
+        if self.workers is not None:
+            require_positive(self, "workers")
+        if not self.sources:
+            raise ConfigError("data.sources is empty; name at least one source.")
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """What is trained, on which objective, for how long; the base of both stages."""
+
+    name: str = MISSING
+    sequence_length: int = 2048
+    """Tokens in a pack."""
+    allow_beyond_positions: bool = False
+    """Train at a sequence_length above the base's max_position_embeddings."""
+    global_batch_size: int = 32
+    """Packs per optimizer step, over accumulation steps and workers."""
+    max_steps: int | None = None
+    epochs: float | None = 1.0
+    """Passes over the packs; ignored when max_steps is set."""
+    learning_rate: float = 1e-4
+    embeddings_learning_rate: float | None = None
+    """Learning rate of trained embedding rows; null is learning_rate."""
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from zero."""
+    min_learning_rate_ratio: float = 0.1
+    """Where a decaying schedule ends, as a share of learning_rate."""
+    optimizer: Optimizer = Optimizer.auto
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    embeddings: Embeddings = Embeddings.auto
+    init_adapter: str = ""
+    """Adapter folder to continue from."""
+    eval_every_steps: int | None = None
+    """null evaluates at the start and at the end only."""
+    eval_tokens: int = 16_384
+    """Held-out tokens per source at each evaluation; 0 takes all."""
+    checkpoint_every_steps: int = 50
+    keep_last: int = 2
+    resume: str = "auto"
+    """`auto` goes on from the newest verified checkpoint of the run's folder, `never` starts over,
+    anything else is a checkpoint folder."""
+    max_bad_steps: int = 3
+    """Non-finite steps in a row after which the run stops."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sequence_length", "global_batch_size", "learning_rate", "max_bad_steps")
+        require_positive(self, "checkpoint_every_steps", "keep_last", "adam_epsilon", "max_grad_norm")
+        for key in ("max_steps", "epochs", "eval_every_steps", "embeddings_learning_rate"):
+            if getattr(self, key) is not None:
+                require_positive(self, key)
+        for key in ("warmup_steps", "weight_decay", "eval_tokens"):
+            require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        for key in ("adam_beta1", "adam_beta2", "min_learning_rate_ratio"):
+            require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)
+        if self.max_steps is None and self.epochs is None:
+            raise ConfigError("stage.max_steps and stage.epochs are both null; set one, e.g. stage.epochs=1.")
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(StageConfig):
+    """Continued pretraining: every token of every document is a label."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig(StageConfig):
+    """Instruction tuning: only the assistant's turns are labels."""
+
+    system_prompt: str = ""
+    """System message put before conversations that bring none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """The machine: workers, their memory and speed, and how a run is laid out on them."""
+
+    name: str = MISSING
+    device: Device = Device.cuda
+    nodes: int = 1
+    processes_per_node: int = 1
+    """One worker per GPU; on a CPU, workers that share the cores."""
+    strategy: Strategy = Strategy.single
+    precision: Precision = Precision.auto
+    gradient_scaler: bool = False
+    """Dynamic loss scaling, which float16 needs."""
+    activation_checkpointing: Checkpointing = Checkpointing.auto
+    cpu_offload: bool = False
+    """fsdp only: keep the sharded weights in host memory between uses."""
+    micro_batch_size: int = 1
+    """Packs per worker in one forward pass."""
+    global_batch_size: int = 32
+    """What stage.global_batch_size is unless the stage says otherwise."""
+    gpus_per_node: int = 0
+    """`layers` only: GPUs that one worker spreads the model over; elsewhere each worker has one."""
+    gpu_memory_gib: float = 0.0
+    """Memory of one GPU; 0 is host memory."""
+    host_memory_gib: float = 0.0
+    """0 reads this machine's own."""
+    peak_tflops: float = 0.0
+    """Dense bf16 matrix throughput of one GPU; 0 is measured."""
+    memory_gb_per_s: float = 0.0
+    link_gb_per_s: float = 0.0
+    """Bandwidth between two GPUs of a node, one direction."""
+    network_gb_per_s: float = 0.0
+    """Bandwidth between nodes, per node."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "nodes", "processes_per_node", "micro_batch_size", "global_batch_size")
+        if self.precision is Precision.float16 and not self.gradient_scaler:
+            raise ConfigError(
+                "hardware.precision=float16 underflows without loss scaling; add hardware.gradient_scaler=true "
+                "or use hardware.precision=bfloat16."
+            )
+        if self.world_size > 1 and self.strategy in (Strategy.single, Strategy.layers):
+            raise ConfigError(
+                f"hardware.strategy={self.strategy.name} runs one worker, but nodes × processes_per_node = "
+                f"{self.world_size}; use hardware.strategy=ddp or fsdp."
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Workers over all nodes."""
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the metrics go beside metrics.jsonl, and under which names. Keys stay in the environment."""
+
+    tracker: Tracker = Tracker.none
+    mode: TrackingMode = TrackingMode.auto
+    project: str = "cqlora"
+    entity: str | None = None
+    group: str | None = None
+    """null groups a sweep's jobs under the sweep's folder name."""
+    job_type: str | None = None
+    """null is the stage's name."""
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    stage: StageConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        self._check_sequence_length()
+        self._check_global_batch()
+        self._check_sources()
+        self._check_adapter()
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Forward and backward passes of each worker per optimizer step."""
+        return self.stage.global_batch_size // (self.hardware.micro_batch_size * self.hardware.world_size)
+
+    def _check_sequence_length(self) -> None:
+        length, positions = self.stage.sequence_length, self.model.max_position_embeddings
+        if length > positions and not self.stage.allow_beyond_positions:
+            raise ConfigError(
+                f"stage.sequence_length={length} is beyond the {positions} positions of model={self.model.name}; "
+                f"use stage.sequence_length={positions} or add stage.allow_beyond_positions=true."
+            )
+
+    def _check_global_batch(self) -> None:
+        per_pass = self.hardware.micro_batch_size * self.hardware.world_size
+        size = self.stage.global_batch_size
+        if size % per_pass:
+            raise ConfigError(
+                f"stage.global_batch_size={size} is not divisible by micro_batch_size × workers = {per_pass}; "
+                f"use stage.global_batch_size={math.ceil(size / per_pass) * per_pass}."
+            )
+
+    def _check_sources(self) -> None:
+        if not any(self.stage.name in source.stages for source in self.data.sources.values()):
+            raise ConfigError(
+                f"data={self.data.name} has no source for stage={self.stage.name}; choose another data or add "
+                f"{self.stage.name} to a source's stages."
+            )
+
+    def _check_adapter(self) -> None:
+        if self.lora.method is AdapterMethod.pissa and self.stage.embeddings is Embeddings.lora:
+            raise ConfigError(
+                "lora.method=pissa rewrites the base's matrices and cannot share stage.embeddings=lora; "
+                "use stage.embeddings=new_rows or lora.method=lora."
+            )
+        if self.hardware.strategy is Strategy.fsdp and self.model.quantization is Quantization.int8:
+            raise ConfigError(
+                "model.quantization=int8 cannot be sharded by hardware.strategy=fsdp; use "
+                "model.quantization=nf4 or hardware.strategy=ddp."
+            )
+        if self.hardware.cpu_offload and self.hardware.strategy is not Strategy.fsdp:
+            raise ConfigError(
+                f"hardware.cpu_offload=true needs hardware.strategy=fsdp, not {self.hardware.strategy.name}."
+            )
+
+
+def require_positive(config: Any, *keys: str) -> None:
+    """Raise ConfigError for the first of `keys` whose value is not above zero."""
+    for key in keys:
+        value = getattr(config, key)
+        if not value > 0:
+            raise ConfigError(f"{node_name(config)}.{key}={value} must be above 0.")
+
+
+def require_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{key}={value} is out of range; use a value from {low} to {high}.")
+
+
+def require_divides(config: Any, node: str, divisor: str, number: str) -> None:
+    """Raise ConfigError unless the field `divisor` divides the field `number`."""
+    if getattr(config, number) % getattr(config, divisor):
+        raise ConfigError(
+            f"{node}.{number}={getattr(config, number)} is not divisible by {node}.{divisor}="
+            f"{getattr(config, divisor)}."
+        )
+
+
+def node_name(config: Any) -> str:
+    """Where a schema sits in the composed tree, as a user types it."""
+    names = {"SourceConfig": "data.sources.NAME", "CleanConfig": "data.clean", "PretrainConfig": "stage"}
+    kind = type(config).__name__
+    return names.get(kind, kind.removesuffix("Config").lower().replace("sft", "stage"))
+
+
+def register_schemas() -> None:
+    """Put the schemas where `configs/*.yaml` name them."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(group="schema/stage", name="pretrain", node=PretrainConfig)
+    store.store(group="schema/stage", name="sft", node=SftConfig)

@@ -1,0 +1,86 @@
+"""The command line as a person meets it: fast, one sentence, the nearest name; and no heavy import before that."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cqlora.cli import order_flags, refuse_secrets
+from cqlora.errors import ConfigError
+from tests.conftest import run_verb
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["stage=pretrain", "stage.lerning_rate=1"], "did you mean stage.learning_rate?"),
+        (["stage=pretrain", "learning_rate=1"], "did you mean stage.learning_rate?"),
+        (["stage=pretrain", "+stage.x=1"], "stage.x is not a key"),
+        (["stage=pretrain", "stage.learning_rate=abc"], "stage.learning_rate=abc is not of type float"),
+        (["stage=pretrain", "stage.max_steps=1.5"], "stage.max_steps=1.5 is not of type integer"),
+        (["stage=pretrain", "model=llama_6b"], "did you mean model=llama_65b?"),
+        (["stage=pretrian"], "did you mean stage=pretrain?"),
+        (["stage=pretrain", "lora.method=lorra"], "did you mean lora.method=lora?"),
+        (["stage=pretrain", "modle=tiny"], "did you mean model?"),
+        (["stage=pretrain", "stage.system_prompt=x"], "choose the stage that has it"),
+        (["stage=pretrain", "seed=[1"], "not of the form key=value"),
+        ([], "add stage=pretrain or sft"),
+        (["stage=sft", "hardware=4xa100"], "hardware=cpu"),
+    ],
+)
+def test_a_mistake_is_one_sentence_within_a_second_of_processor_time(workspace, arguments, words):
+    started = time.process_time_ns()
+    done = run_verb(workspace, "run", *arguments, expect=2)
+    assert started is not None
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_help_and_cfg_load_neither_torch_nor_transformers_nor_wandb(workspace):
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules))))\n"
+        "from cqlora.run import main\nmain()"
+    )
+    for flags in (["--help"], ["stage=pretrain", "--cfg", "job"], ["stage=pretrain", "hardware=4xa100"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False, cwd=workspace
+        )
+        assert "LOADED []" in done.stdout, done.stderr
+
+
+def test_help_lists_every_group_without_a_stage(workspace):
+    told = run_verb(workspace, "run", "--help").stdout
+    for group in ("model:", "data:", "stage:", "hardware:", "tracking:", "experiment:"):
+        assert group in told
+
+
+def test_the_console_script_names_the_nearest_verb(workspace):
+    done = run_verb(workspace, "cli", "trian", expect=2)
+    assert done.stderr.startswith("error: `cqlora trian` is not a verb")
+    assert "run " in run_verb(workspace, "cli", "--help").stdout
+
+
+def test_flags_may_stand_anywhere():
+    typed = ["stage=sft", "--multirun", "seed=1,2", "--config-dir", "mine", "model=tiny"]
+    assert order_flags(typed) == ["stage=sft", "seed=1,2", "model=tiny", "--multirun", "--config-dir", "mine"]
+    assert order_flags(["--info", "config", "a=1", "-m"]) == ["a=1", "--info", "config", "-m"]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["+tracking.api_key=abc", "tracking.project=0123456789abcdef0123456789abcdef01234567", "+data.hf_token=x",
+     "tracking.tags=[hf_AbCdEfGhIjKlMnOpQrStUvWxYz]", "tracking.group=planted-secret-value"],
+)  # fmt: skip
+def test_a_secret_in_an_override_is_refused_before_anything_is_written(argument, monkeypatch):
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "planted-secret-value")
+    with pytest.raises(ConfigError, match="environment"):
+        refuse_secrets([argument])
+
+
+def test_ordinary_overrides_are_no_secrets():
+    refuse_secrets(["stage.max_tokens=5", "model.path=models/tiny", "stage.learning_rate=1e-4", "--multirun"])
+    assert order_flags(["model.path=models/tiny"]) == ["model.path=models/tiny"]
