@@ -1,0 +1,1 @@
+"""The base and its adapters: loading, attention, loss, placement."""

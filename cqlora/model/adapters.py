@@ -1,0 +1,174 @@
+"""Attach, continue, save: the trainable low-rank matrices and embedding rows, as plain PEFT adapters."""
+
+import copy
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights
+from cqlora.choices import AdapterMethod, Embeddings
+from cqlora.config import LoraConfig
+from cqlora.errors import ConfigError, ModelError
+from cqlora.model.load import find_decoder
+from cqlora.preflight import check_fingerprints
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+
+
+def attach_adapter(
+    model: PreTrainedModel, base: Base, lora: LoraConfig, embeddings: Embeddings, init_adapter: str
+) -> PeftModel:
+    """Put a new adapter on a frozen base, or the one in `init_adapter`, ready to train.
+
+    Raises:
+        ConfigError: target modules that the model does not have, or an adapter of another rank or rows.
+        ModelError: an adapter of another base or tokenizer.
+    """
+    if init_adapter:
+        return continue_adapter(model, base, lora, embeddings, Path(init_adapter))
+    adapted: PeftModel = get_peft_model(model, peft_config(model, base, lora, embeddings))
+    return adapted
+
+
+def continue_adapter(
+    model: PreTrainedModel, base: Base, lora: LoraConfig, embeddings: Embeddings, folder: Path
+) -> PeftModel:
+    """Load an adapter to train on."""
+    check_fingerprints(folder, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if found["r"] != lora.rank:
+        raise ConfigError(
+            f"lora.rank={lora.rank}, but {folder} has rank {found['r']}; use lora.rank={found['r']} to continue it."
+        )
+    trains_rows = bool(found.get("trainable_token_indices"))
+    if trains_rows != (embeddings is Embeddings.new_rows):
+        held = "new rows" if trains_rows else "no new rows"
+        raise ConfigError(
+            f"stage.embeddings={embeddings.name}, but {folder} was trained with {held}; use stage.embeddings="
+            f"{'new_rows' if trains_rows else 'frozen'} to continue it."
+        )
+    adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    adapted.peft_config["default"].lora_dropout = lora.dropout
+    for module in adapted.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = lora.dropout
+    return adapted
+
+
+def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embeddings) -> PeftLoraConfig:
+    """PEFT's configuration of a new adapter."""
+    targets = list(resolve_targets(model, lora.target_modules))
+    matrices = EMBEDDING_MODULES[:1] if base.tied else EMBEDDING_MODULES
+    options: dict[str, Any] = {}
+    if embeddings is Embeddings.lora:
+        targets += EMBEDDING_MODULES
+        options["ensure_weight_tying"] = base.tied
+    elif embeddings is Embeddings.full:
+        options["modules_to_save"] = list(matrices)
+        options["ensure_weight_tying"] = base.tied
+    elif embeddings is Embeddings.new_rows:
+        options["trainable_token_indices"] = {matrix: added_row_indices(base) for matrix in matrices}
+    return PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.method is AdapterMethod.rslora,
+        use_dora=lora.method is AdapterMethod.dora,
+        base_model_name_or_path=str(base.path),
+        **options,
+    )
+
+
+def resolve_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Names of the linear layers to adapt; `["all"]` is each kind that the blocks have.
+
+    Raises:
+        ConfigError: a name that no linear layer of the blocks has.
+    """
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in find_decoder(model).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if names == ["all"]:
+        return sorted(linear)
+    for name in names:
+        if name not in linear:
+            raise ConfigError(
+                f"lora.target_modules names {name}, which this model does not have; use [all] or some of "
+                f"[{','.join(sorted(linear))}]."
+            )
+    return names
+
+
+def added_row_indices(base: Base) -> list[int]:
+    """Rows of the embedding that an extension added and tokens use."""
+    if base.first_added_row is None:
+        raise ModelError(f"{base.path} has no added rows; extend it with `cqlora extend` first.")
+    return list(range(base.first_added_row, base.first_added_row + base.added_rows))
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Trainable parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save_adapter(
+    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor], rank_factor: int = 1
+) -> None:
+    """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
+
+    `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
+    which PiSSA's conversion doubles at the same scaling.
+    """
+    staging = folder.with_name(f".{folder.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
+    config.save_pretrained(staging)
+    save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_card(staging, base)
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+    logger.info("adapter written to %s", folder)
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names, whole and on the host; every rank of a sharded run calls it.
+
+    The base is the extended model itself, so its embedding is never copied into the adapter.
+    """
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: gather_tensor(tensor).detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor made whole; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def write_card(folder: Path, base: Base) -> None:
+    """Say beside an adapter which base and tokenizer it belongs to."""
+    card = {
+        "base": str(base.path),
+        "base_sha256": fingerprint_weights(base.path),
+        "tokenizer_sha256": fingerprint_tokenizer(base.path),
+    }
+    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Load a base with its matrices quantised and frozen, computing in the type that suits the device."""
+
+import logging
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cqlora.base import Base
+from cqlora.choices import Checkpointing, Precision, Quantization, Strategy
+from cqlora.config import HardwareConfig, ModelConfig
+from cqlora.errors import ModelError
+from cqlora.model.attention import choose_attention
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    Precision.float32: torch.float32,
+    Precision.bfloat16: torch.bfloat16,
+    Precision.float16: torch.float16,
+}
+
+
+def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """The type of matrix products: as asked, else bfloat16 where the device has units for it, else float32.
+
+    Emulated bfloat16 is two to four times slower than float32 on a processor without AMX or AVX512-BF16,
+    and float16 needs a loss scaler, so neither is chosen unasked.
+    """
+    if precision is not Precision.auto:
+        return _DTYPES[precision]
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(
+    base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The frozen causal language model of a base folder, on `device`, checked against the configured shape.
+
+    Raises:
+        ModelError: the folder's shape is not the configured one, or its weights cannot be read.
+    """
+    check_shape(base, model)
+    transformers_logging.disable_progress_bar()
+    placement = "auto" if hardware.strategy is Strategy.layers else {"": device}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=dtype,
+            quantization_config=quantization_config(model, hardware, dtype),
+            attn_implementation=choose_attention(model.attention.name, device.type),
+            device_map=placement,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
+    for module in loaded.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # Else bitsandbytes repacks the weights of a processor with AVX512-BF16 at the first evaluation:
+            # a step would then depend on whether one was evaluated before it.
+            module.support_avx512bf16_for_cpu = False
+    loaded.requires_grad_(False)
+    loaded.config.use_cache = False
+    logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
+    return loaded
+
+
+def quantization_config(
+    model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """What bitsandbytes is asked for; None keeps the matrices in the compute type."""
+    if model.quantization is Quantization.none:
+        return None
+    if model.quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # fully_shard splits only parameters of the compute type: packed uint8 would stay whole on every rank.
+    storage = dtype if hardware.strategy is Strategy.fsdp else torch.uint8
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )
+
+
+def check_shape(base: Base, model: ModelConfig) -> None:
+    """Raise ModelError when the folder's config.json is not the shape that was composed and planned for."""
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
+        default = base.config.get("num_attention_heads") if key == "num_key_value_heads" else None
+        actual = base.config.get(key, default)
+        if actual != getattr(model, key):
+            raise ModelError(
+                f"model={model.name} has {key}={getattr(model, key)} and {base.path} has {actual}; choose the "
+                f"model group of that folder, or set model.{key}={actual}."
+            )
+
+
+def checkpoint_activations(model: torch.nn.Module, choice: Checkpointing) -> None:
+    """Let each block keep only its input and compute the rest again in the backward pass, if so chosen."""
+    if choice is Checkpointing.full:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def find_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The output projection, wrapped by PEFT or not."""
+    head: torch.nn.Module = _core(model).lm_head
+    return head
+
+
+def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """The stack of blocks with its input embedding and final norm, below the output projection."""
+    decoder: torch.nn.Module = _core(model).model
+    return decoder
+
+
+def _core(model: torch.nn.Module) -> torch.nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

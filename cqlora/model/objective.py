@@ -1,0 +1,37 @@
+"""What is optimised: the adapted model and its loss as one module, so that DDP and FSDP see a single forward."""
+
+import torch
+from torch import nn
+
+from cqlora.model.batch import Batch
+from cqlora.model.load import find_decoder, find_head
+from cqlora.model.loss import OutputHead, label_cross_entropy
+
+
+class Objective(nn.Module):
+    """Cross entropy of an adapted causal language model on packs."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, batch: Batch, divisor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss of one micro batch.
+
+        Args:
+            batch: tokens of T positions.
+            divisor: label tokens of the whole global batch, so that gradients add up to its mean.
+
+        Returns:
+            The sum of the token losses over `divisor`; the token losses (L,) in float32, detached; and the
+            flat positions (L,) of the tokens that they predict.
+        """
+        decoder = find_decoder(self.model)
+        mixed = self.dtype is not torch.float32
+        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=mixed):
+            hidden = decoder(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.attention
+            ).last_hidden_state
+        head = OutputHead.from_module(find_head(self.model))
+        return label_cross_entropy(hidden, batch.labels, head, divisor)

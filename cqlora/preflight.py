@@ -1,0 +1,106 @@
+"""What can be known to be wrong before anything heavy is imported: GPUs that are not there, folders, rows."""
+
+import os
+import subprocess
+from pathlib import Path
+from shutil import which
+
+from cqlora.base import Base, read_base, read_card
+from cqlora.choices import Device, Embeddings
+from cqlora.config import HardwareConfig, RunConfig
+from cqlora.errors import ConfigError, ModelError
+
+
+def check_run(config: RunConfig) -> None:
+    """Settle `hardware.device` and `stage.embeddings`, and refuse what cannot start on this machine.
+
+    Raises:
+        ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
+        ModelError: the base's folder or the adapter to continue from is missing or unfit.
+        DataError: a source is nowhere to be found.
+    """
+    from cqlora.data.sources import find_sources
+
+    settle_device(config.hardware)
+    if config.model.random_init and not Path(config.model.path).exists():
+        settle_embeddings(config, None)
+    else:
+        settle_embeddings(config, read_base(config.model.path))
+    if config.stage.init_adapter:
+        check_adapter_folder(Path(config.stage.init_adapter))
+    find_sources(config.data, config.stage.name)
+
+
+def settle_device(hardware: HardwareConfig) -> None:
+    """Turn `device=auto` into what this machine has, and compare the GPUs asked for with those present."""
+    gpus = list_gpus() if hardware.device is not Device.cpu else []
+    if hardware.device is Device.auto:
+        hardware.device = Device.cuda if gpus else Device.cpu
+        return
+    needed = max(hardware.processes_per_node, hardware.gpus_per_node)
+    if hardware.device is Device.cuda and len(gpus) < needed:
+        raise ConfigError(
+            f"hardware={hardware.name} needs {needed} GPU{'s' * (needed > 1)} on this machine, which has "
+            f"{len(gpus) or 'none'}; see what fits with `cqlora plan hardware={hardware.name} …`, or train here "
+            "with hardware=cpu."
+        )
+    smallest = min(gpus[:needed], default=0.0)
+    # A card's usable memory reads a little below its name: 79.2 GiB on an 80 GB A100.
+    if hardware.device is Device.cuda and smallest < 0.95 * hardware.gpu_memory_gib:
+        raise ConfigError(
+            f"hardware={hardware.name} counts on {hardware.gpu_memory_gib:g} GiB a GPU and the smallest here has "
+            f"{smallest:.1f} GiB; choose the group of your cards, or set hardware.gpu_memory_gib={smallest:.1f} "
+            "and ask `cqlora plan`."
+        )
+
+
+def settle_embeddings(config: RunConfig, base: Base | None) -> None:
+    """Turn `embeddings=auto` into new_rows on an extended base and frozen on any other."""
+    extended = base is not None and base.added_rows > 0
+    if config.stage.embeddings is Embeddings.auto:
+        config.stage.embeddings = Embeddings.new_rows if extended else Embeddings.frozen
+    if config.stage.embeddings is Embeddings.new_rows and not extended:
+        raise ConfigError(
+            f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "
+            "base=… output_dir=… vocab=…` first, or use stage.embeddings=frozen."
+        )
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Raise ModelError unless the folder holds an adapter."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run."
+            )
+
+
+def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:
+    """Raise ModelError when an adapter's card names another tokenizer or base than the one at hand."""
+    card = read_card(adapter)
+    for key, actual, what in (
+        ("tokenizer_sha256", tokenizer_sha256, "tokenizer"),
+        ("base_sha256", base_sha256, "base"),
+    ):
+        if key in card and card[key] != actual:
+            raise ModelError(
+                f"adapter {adapter} was trained on another {what} ({card.get('base', 'unknown')}, {what} "
+                f"{card[key][:12]}, here {actual[:12]}); give the base that it was trained on."
+            )
+
+
+def list_gpus() -> list[float]:
+    """Memory in GiB of each NVIDIA GPU that this process may use, asked of the driver and not of torch."""
+    if which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return []
+    rows = [[cell.strip() for cell in row.split(",")] for row in answer.stdout.splitlines() if row.strip()]
+    return [float(memory) / 1024 for index, uuid, memory in rows if _is_visible(index, uuid)]
+
+
+def _is_visible(index: str, uuid: str) -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is None or any(name and (name == index or uuid.startswith(name)) for name in visible.split(","))

@@ -1,0 +1,112 @@
+"""One training run from a frozen configuration: the table of contents."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_base
+from cqlora.checkpoint import hash_file
+from cqlora.choices import AdapterMethod
+from cqlora.config import RunConfig
+from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.data.sources import SAMPLE_DIR
+from cqlora.errors import CqloraError, DataError
+from cqlora.frozen import load_frozen
+from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
+from cqlora.model.load import checkpoint_activations, choose_compute_dtype, load_base
+from cqlora.model.objective import Objective
+from cqlora.model.pissa import convert_to_lora, initialise_pissa
+from cqlora.model.placement import place, unwrap
+from cqlora.model.tiny import build_tiny, read_sample_texts
+from cqlora.optimization import build_optimizer
+from cqlora.progress import StageDisplay, show_log
+from cqlora.snapshot import describe_identity
+from cqlora.tracking import open_record
+from cqlora.trainer import Trainer
+from cqlora.worker import Worker, seed_everything, start_worker
+
+
+def train(config: RunConfig, output_dir: Path) -> None:
+    """Train an adapter in `output_dir`, which ends with metrics.jsonl, checkpoints/ and adapter/."""
+    with start_worker(config.hardware) as worker, open_record(config, output_dir, worker.is_main) as record:
+        seed_everything(config.seed, worker.rank)
+        base = open_base(config, worker)
+        cache = open_cache(config, base, worker)
+
+        dtype = choose_compute_dtype(worker.device, config.hardware.precision)
+        model = load_base(base, config.model, config.hardware, worker.device, dtype)
+        model = attach_adapter(model, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
+        if config.lora.method is AdapterMethod.pissa:
+            initialise_pissa(model, base, output_dir, config.lora.pissa_iterations, config.seed)
+        checkpoint_activations(model, config.hardware.activation_checkpointing)
+        module = place(Objective(model, dtype), config.hardware, worker.device)
+        optimizer = build_optimizer(module, config.stage, worker.device)
+
+        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+        seed_everything(config.seed, worker.rank)
+        trainer.resume(identify(config, base, cache, trainer.total_steps))
+        trainer.fit()
+        save_final(config, trainer, base, output_dir)
+
+
+def open_base(config: RunConfig, worker: Worker) -> Base:
+    """The base's folder; a random base is built first where it is missing."""
+    if worker.is_main and config.model.random_init and not Path(config.model.path).exists():
+        build_tiny(config.model, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+    worker.wait()
+    return read_base(config.model.path)
+
+
+def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
+    """The run's token cache, built by rank 0 where it is missing.
+
+    Raises:
+        DataError: the cache holds nothing to train on.
+    """
+    if worker.is_main:
+        with StageDisplay(worker.is_main) as display:
+            prepare_cache(config, base, display.show)
+    worker.wait()
+    cache = prepare_cache(config, base)
+    if not len(cache.splits["train"]):
+        raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
+    return cache
+
+
+def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int) -> dict[str, Any]:
+    """What a resumed run must share with the one that was stopped."""
+    fingerprints = {
+        "token_cache": cache.fingerprint,
+        "tokenizer": fingerprint_tokenizer(base.path),
+        "base": fingerprint_weights(base.path),
+    }
+    if config.stage.init_adapter:
+        fingerprints["init_adapter"] = hash_file(Path(config.stage.init_adapter, "adapter_model.safetensors"))
+    return describe_identity(config, fingerprints, total_steps)
+
+
+def save_final(config: RunConfig, trainer: Trainer, base: Base, output_dir: Path) -> None:
+    """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
+    model = unwrap(trainer.module).model
+    state, rank_factor = adapter_state(model), 1
+    if config.lora.method is AdapterMethod.pissa:
+        state, rank_factor = convert_to_lora(model, state, output_dir), 2
+    if trainer.worker.is_main:
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor)
+    trainer.worker.wait()
+
+
+def main() -> None:
+    """A worker: `python -m cqlora.train RUN_YAML`, started by `cqlora.launch` or torchrun."""
+    run_file = Path(sys.argv[1])
+    show_log()
+    try:
+        train(load_frozen(run_file), run_file.parent)
+    except CqloraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

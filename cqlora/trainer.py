@@ -1,0 +1,325 @@
+"""The step loop: micro batches, one global mean, clip, step, log, evaluate, commit."""
+
+import logging
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cqlora.checkpoint import CheckpointStore, step_of
+from cqlora.choices import Precision
+from cqlora.config import RunConfig
+from cqlora.data.cache import Pack, TokenCache
+from cqlora.data.order import StepOrder, share_among_ranks
+from cqlora.errors import CheckpointError, Preempted, TrainingError
+from cqlora.model.batch import build_batch, count_labels
+from cqlora.model.placement import accumulate_without_sync, unwrap
+from cqlora.model.score import Score, sum_losses
+from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
+from cqlora.optimization import set_learning_rate
+from cqlora.progress import StepDisplay
+from cqlora.snapshot import Progress, require_same_run, restore_snapshot, write_snapshot
+from cqlora.tracking import Record
+from cqlora.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step's forward and backward passes over all workers came to."""
+
+    nats: np.ndarray[Any, np.dtype[np.float64]]
+    """(S,) summed token losses of each source."""
+    labels: np.ndarray[Any, np.dtype[np.float64]]
+    """(S,) label tokens of each source."""
+    tokens: int
+    grad_norm: float
+    stop_asked: bool
+    """Whether any worker was signalled."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the label tokens of the global batch."""
+        return float(self.nats.sum() / max(self.labels.sum(), 1.0))
+
+
+class Trainer:
+    """Trains one placed objective on one token cache, in one run folder."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        worker: Worker,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        cache: TokenCache,
+        record: Record,
+        output_dir: Path,
+    ) -> None:
+        self.config = config
+        self.worker = worker
+        self.module = module
+        self.optimizer = optimizer
+        self.cache = cache
+        self.record = record
+        self.output_dir = output_dir
+        self.store = CheckpointStore(output_dir / "checkpoints", config.stage.keep_last)
+        self.split = cache.splits["train"]
+        self.order = StepOrder(len(self.split), config.stage.global_batch_size, config.seed)
+        self.total_steps = config.stage.max_steps or self.order.count_steps(config.stage.epochs or 1.0)
+        self.progress = Progress()
+        scaled = config.hardware.precision is Precision.float16
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=scaled)
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+
+    def resume(self, identity: dict[str, Any]) -> None:
+        """Go on from where `stage.resume` says; `identity` is what must not have changed.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another run, or would be overwritten.
+        """
+        self.identity = identity
+        folder = self.worker.broadcast(self._choose_checkpoint() if self.worker.is_main else None)
+        if folder is None:
+            self.record.rewind(-1)
+            return
+        require_same_run(identity, folder)
+        self.progress = restore_snapshot(
+            folder, self.worker, self.config.hardware.strategy, self.module, self.optimizer, self.scaler
+        )
+        self.record.rewind(self.progress.step)
+        self.record.event(self.progress.step, "resumed", checkpoint=folder.name)
+
+    def _choose_checkpoint(self) -> Path | None:
+        asked = self.config.stage.resume
+        if asked == "never":
+            if self.store.committed():
+                raise CheckpointError(
+                    f"stage.resume=never would overwrite the checkpoints in {self.store.root}; use "
+                    "stage.resume=auto or another folder with hydra.run.dir=FOLDER."
+                )
+            return None
+        store = self.store
+        if asked != "auto":
+            if not Path(asked, "manifest.json").is_file():
+                raise CheckpointError(f"stage.resume={asked} is not a checkpoint; use auto, never or a step-… folder.")
+            return Path(asked)
+        return store.find_newest(
+            lambda folder, damage: self.record.event(
+                step_of(folder), "damaged_checkpoint", checkpoint=folder.name, damage=damage
+            )
+        )
+
+    def fit(self) -> None:
+        """Train to the last step, evaluating and committing on the way and at the end.
+
+        Raises:
+            Preempted: a signal came; the step was finished and committed.
+            TrainingError: too many non-finite steps in a row.
+        """
+        stage = self.config.stage
+        self._measure_speed()
+        with watch_signals() as signals, StepDisplay(self.total_steps, self.worker.is_main) as display:
+            if self.progress.step == 0:
+                self.evaluate(display)
+            while self.progress.step < self.total_steps:
+                result = self.train_step(signals, display)
+                done = self.progress.step == self.total_steps
+                if done or (stage.eval_every_steps and self.progress.step % stage.eval_every_steps == 0):
+                    self.evaluate(display)
+                if done or result.stop_asked or self.progress.step % stage.checkpoint_every_steps == 0:
+                    self.commit()
+                if result.stop_asked and not done:
+                    self._leave()
+
+    def train_step(self, signals: list[int], display: StepDisplay) -> StepResult:
+        """One optimizer step over the global batch, applied only when it is finite, and its record."""
+        started = time.perf_counter()
+        rate = set_learning_rate(self.optimizer, self.config.stage, self.progress.step, self.total_steps)
+        result = self.accumulate(bool(signals))
+        self.progress.step += 1
+        self.progress.tokens += result.tokens
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self.scaler.step(self.optimizer)
+            self.progress.bad_steps = 0
+            self._log_step(result, rate, time.perf_counter() - started, display)
+        else:
+            self._skip_step(result)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def accumulate(self, stop_asked: bool) -> StepResult:
+        """Forward and backward over this worker's micro batches; gradients end as the mean over all label tokens."""
+        ids = self.order.packs_of_step(self.progress.step)
+        packs = {pack: self.split.pack(pack) for pack in ids}
+        divisor = max(1, count_labels(list(packs.values())))
+        shares = share_among_ranks(ids, self.worker.rank, self.worker.world_size, self.config.hardware.micro_batch_size)
+        sums = torch.zeros(2, len(self.cache.sources) + 1, dtype=torch.float64)
+        for number, share in enumerate(shares):
+            batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
+            last = number == len(shares) - 1
+            with nullcontext() if last else accumulate_without_sync(self.module):
+                loss, token_losses, positions = self.module(batch, divisor)
+                # Replication and sharding average over workers; the divisor is global already.
+                self.scaler.scale(loss * self.worker.world_size).backward()
+            sources = batch.source_ids[positions].cpu()
+            sums[0].index_add_(0, sources, token_losses.double().cpu())
+            sums[1].index_add_(0, sources, torch.ones(len(sources), dtype=torch.float64))
+        sums[0, -1] = float(stop_asked)
+        sums = self.worker.sum(sums)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trainable, self.config.stage.max_grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return StepResult(
+            nats=sums[0, :-1].numpy(),
+            labels=sums[1, :-1].numpy(),
+            tokens=sum(len(pack.token_ids) for pack in packs.values()),
+            grad_norm=float(norm),
+            stop_asked=bool(sums[0, -1] > 0),
+        )
+
+    def evaluate(self, display: StepDisplay) -> None:
+        """Score every source's held-out text and record it."""
+        for source, score in self.score_sources("val", self.config.stage.eval_tokens):
+            row = {
+                "kind": "eval",
+                "step": self.progress.step,
+                "source": source.name,
+                "language": source.language,
+                "loss": score.loss,
+                "perplexity": score.perplexity,
+                "bits_per_character": score.bits_per_character,
+                "bits_per_byte": score.bits_per_byte,
+                "tokens": score.tokens,
+            }
+            self.record.log(row)
+            display.show_evaluation(row)
+
+    def score_sources(self, split: str, max_tokens: int) -> Iterator[tuple[Any, Score]]:
+        """Each source of a split with its score, shared among the workers; sources without text are left out."""
+        for source_id, source in enumerate(self.cache.sources):
+            packs = self.cache.splits[split].packs_of(source_id, max_tokens) if split in self.cache.splits else []
+            labels = count_labels(packs)
+            if not labels:
+                continue
+            shares = share_among_ranks(
+                list(range(len(packs))),
+                self.worker.rank,
+                self.worker.world_size,
+                self.config.hardware.micro_batch_size,
+            )
+            batches = [[packs[i] for i in share] or [without_labels(packs[0])] for share in shares]
+            nats = torch.tensor([sum_losses(self.module, batches, self.worker.device)], dtype=torch.float64)
+            yield (
+                source,
+                Score(
+                    nats=float(self.worker.sum(nats)),
+                    tokens=labels,
+                    characters=sum(sum(pack.characters) for pack in packs),
+                    bytes=sum(sum(pack.bytes) for pack in packs),
+                ),
+            )
+
+    def commit(self) -> None:
+        """Put the run's whole state on the disk."""
+        write_snapshot(
+            self.store,
+            self.worker,
+            self.config.hardware.strategy,
+            self.progress,
+            self.identity,
+            self.module,
+            self.optimizer,
+            self.scaler,
+        )
+        self.record.event(self.progress.step, "checkpoint")
+
+    def _log_step(self, result: StepResult, rate: float, seconds: float, display: StepDisplay) -> None:
+        labels = float(result.labels.sum())
+        flops = self._flops[0] * result.tokens + self._flops[1] * labels
+        row = {
+            "kind": "train",
+            "step": self.progress.step,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": result.tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(self.worker.device),
+            "seconds": seconds,
+            "matmul_share": flops / seconds / self._matmul_limit,
+        }
+        for source, nats, count in zip(self.cache.sources, result.nats, result.labels, strict=True):
+            if count:
+                row[f"loss/{source.name}"] = float(nats / count)
+        self.record.log(row)
+        display.show_step(row)
+
+    def _skip_step(self, result: StepResult) -> None:
+        # A scaler that still looks for its scale overflows by design; only a loss tells then.
+        if not (self.scaler.is_enabled() and math.isfinite(result.loss)):
+            self.progress.bad_steps += 1
+        self.record.event(
+            self.progress.step, "skipped_step", loss=result.loss, grad_norm=result.grad_norm
+        )
+        if self.progress.bad_steps >= self.config.stage.max_bad_steps:
+            last = next(iter(self.store.committed()), None)
+            raise TrainingError(
+                f"{self.progress.bad_steps} steps in a row were not finite, the last of them step {self.progress.step}; "
+                f"{f'{last} stands' if last else 'nothing was saved yet'}: lower stage.learning_rate or look at the data."
+            )
+
+    def _leave(self) -> None:
+        self.record.event(self.progress.step, "preempted")
+        raise Preempted(
+            f"stopped by a signal after step {self.progress.step} of {self.total_steps}, which is committed; the same "
+            f"command with hydra.run.dir={self.output_dir} goes on."
+        )
+
+    def _measure_speed(self) -> None:
+        dtype = torch.float32 if self.worker.device.type == "cpu" else torch.bfloat16
+        self._matmul_limit = self.worker.world_size * measure_matmul_flops(self.worker.device, dtype)
+        self._flops = count_flops_per_token(unwrap(self.module).model)
+
+
+def without_labels(pack: Pack) -> Pack:
+    """A pack that is computed and counts for nothing, for a worker that has none left in an uneven step."""
+    return replace(pack, label_mask=np.zeros_like(pack.label_mask))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this worker has used: on a GPU what the allocator reserved, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def watch_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to, read between steps; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.info("signal %d: finishing the step, then committing", number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
