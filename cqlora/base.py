@@ -76,6 +76,11 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def write_json(file: Path, document: object) -> None:
+    """Write JSON as people read it."""
+    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def list_weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, in the order of their names."""
     return sorted(folder.glob("*.safetensors"))

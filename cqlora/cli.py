@@ -18,11 +18,6 @@ VERBS = {
     "convert": "raw Meta weights to a Hugging Face folder",
     "extend": "add a Chinese vocabulary to a base",
     "prepare": "build a run's token cache and say what is in it",
-    "evaluate": "perplexity, bits per character, C-Eval and CMMLU",
-    "merge": "write base and adapter as one model",
-    "chat": "talk to a model in the terminal",
-    "serve": "OpenAI-compatible HTTP API and a chat page",
-    "report": "one page of a run or a sweep",
 }
 
 _FLAGS_WITH_VALUE = {

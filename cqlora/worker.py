@@ -55,7 +55,7 @@ class Worker:
 def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     """Join the other workers, if torchrun or srun started any, and leave them at the end."""
     on_cpu = hardware.device is Device.cpu
-    if on_cpu:
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // hardware.processes_per_node))
     state = PartialState(cpu=on_cpu)

@@ -11,8 +11,10 @@ from cqlora.model.load import find_decoder, find_head
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of large square matrix products on this device, the best of repeated products over `seconds`."""
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    right = torch.randn(size, size, device=device, dtype=dtype)
+    # A generator of its own: a resumed run measures again, and must draw the dropout masks that it would have.
+    generator = torch.Generator(device).manual_seed(0)
+    left = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
+    right = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best, deadline = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         _synchronize(device)

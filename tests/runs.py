@@ -1,0 +1,124 @@
+"""Training runs for tests: composed as a user's, on the tiny model, each in a child that may be killed."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from cqlora.config import CONFIG_DIR, RunConfig, register_schemas
+from cqlora.diagnosis import to_schema
+from cqlora.errors import CqloraError
+from cqlora.frozen import freeze_config, load_frozen
+from cqlora.metrics import read_metrics
+from cqlora.preflight import check_run
+
+# Children start from a server that has torch and transformers imported and has run nothing: no seconds of
+# import each, no threads inherited.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["cqlora.train"])
+
+SMALL = (
+    "model=tiny",
+    "data=sample",
+    "hardware=cpu",
+    "tracking=none",
+    "hardware.precision=float32",
+    "hardware.micro_batch_size=1",
+    "stage.global_batch_size=2",
+    "lora.rank=4",
+    "lora.dropout=0.1",
+    "stage.eval_tokens=300",
+)
+"""Accumulation 2, dropout on, seconds long."""
+
+
+def typed_run(workspace: Path, *overrides: str) -> RunConfig:
+    """A small run's configuration, checked, with models and caches in the shared workspace."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
+    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+        config: RunConfig = to_schema(compose("config", [*SMALL, *paths, *overrides]), RunConfig)
+    check_run(config)
+    return config
+
+
+def start_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> ForkServerProcess:
+    """Start a run in a child; `plant`, a function of a test module, sets a trap in it first."""
+    child = _context.Process(target=_train, args=(freeze_config(config, folder), plant))
+    child.start()
+    return child
+
+
+def finish_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> int:
+    """Run to the end; the child's exit code, negative when a signal ended it."""
+    child = start_run(config, folder, plant)
+    child.join(timeout=240)
+    assert child.exitcode is not None, "the run hangs"
+    return child.exitcode
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Step and loss of every training line, which a resumed run must repeat to the last bit."""
+    return [(row["step"], row["loss"]) for row in read_metrics(folder) if row["kind"] == "train"]
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Every evaluation line."""
+    return [row for row in read_metrics(folder) if row["kind"] == "eval"]
+
+
+def events(folder: Path) -> list[str]:
+    """What happened, in order."""
+    return [row["event"] for row in read_metrics(folder) if row["kind"] == "event"]
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Hash of the final adapter's weights."""
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def wait_for_step(child: ForkServerProcess, folder: Path, step: int) -> None:
+    """Return as soon as the run has recorded `step`, or ended."""
+    while child.is_alive():
+        if any(number >= step for number, _ in losses(folder)):
+            return
+        child.join(timeout=0.01)
+
+
+def kill(child: ForkServerProcess) -> None:
+    """kill -9, and wait until it is gone."""
+    if child.is_alive():
+        os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+
+
+def _train(run_file: Path, plant: Callable[[], None] | None) -> None:
+    import torch
+
+    from cqlora.train import train
+
+    torch.set_num_threads(1)
+    if plant is not None:
+        plant()
+    log = (run_file.parent / "stderr.txt").open("a")
+    os.dup2(log.fileno(), 2)
+    try:
+        train(load_frozen(run_file), run_file.parent)
+    except CqloraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return dict(json.loads((folder / "state.json").read_text()))

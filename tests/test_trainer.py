@@ -1,0 +1,160 @@
+"""The step loop against independent computations: the stock model's loss, a closed form, another split of the batch."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cqlora.base import read_base
+from cqlora.config import PretrainConfig
+from cqlora.data.cache import prepare_cache
+from cqlora.data.order import StepOrder, share_among_ranks
+from cqlora.metrics import read_metrics
+from cqlora.optimization import learning_rate_share
+from tests.runs import adapter_sha256, evaluations, events, finish_run, losses, typed_run
+
+PLAIN = ("stage=pretrain", "lora.dropout=0", "model.quantization=none", "stage.max_steps=4")
+
+
+def stock_losses(folder, packs):
+    """Summed token losses and label tokens of packs, each document run alone through the stock model and loss."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    nats, labels = 0.0, 0
+    for pack in packs:
+        for tokens, mask in split_documents(pack):
+            with torch.no_grad():
+                logits = model(input_ids=tokens[None]).logits[0, :-1]
+            taken = mask[1:]
+            token_losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            nats += float(token_losses[taken].double().sum())
+            labels += int(taken.sum())
+    return nats, labels
+
+
+def split_documents(pack):
+    ends = np.cumsum(pack.document_lengths)
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        yield torch.from_numpy(pack.token_ids[start:end]), torch.from_numpy(pack.label_mask[start:end])
+
+
+def test_the_first_step_records_the_stock_loss_over_the_label_tokens_of_the_global_batch(workspace, tmp_path):
+    config = typed_run(workspace, *PLAIN, "stage.global_batch_size=4")
+    assert finish_run(config, tmp_path) == 0
+    cache = prepare_cache(config, read_base(config.model.path))
+    order = StepOrder(len(cache.splits["train"]), 4, config.seed)
+    nats, labels = stock_losses(
+        config.model.path, [cache.splits["train"].pack(pack) for pack in order.packs_of_step(0)]
+    )
+    assert losses(tmp_path)[0][1] == pytest.approx(nats / labels, rel=1e-5)
+
+
+def test_evaluation_is_token_weighted_and_its_bits_per_character_are_those_of_the_documents(workspace, tmp_path):
+    config = typed_run(workspace, *PLAIN, "stage.eval_tokens=0", "stage.max_steps=1")
+    assert finish_run(config, tmp_path) == 0
+    first = {row["source"]: row for row in evaluations(tmp_path) if row["step"] == 0}
+    cache = prepare_cache(config, read_base(config.model.path))
+    assert {source.name for source in cache.sources} == set(first) == {"sample_zh", "sample_en"}
+    for source_id, source in enumerate(cache.sources):
+        packs = cache.splits["val"].packs_of(source_id, 0)
+        nats, labels = stock_losses(config.model.path, packs)
+        row = first[source.name]
+        assert (row["language"], row["tokens"]) == (source.language, labels)
+        assert row["loss"] == pytest.approx(nats / labels, rel=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
+        characters = sum(sum(pack.characters) for pack in packs)
+        assert row["bits_per_character"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
+        assert row["bits_per_byte"] <= row["bits_per_character"]
+
+
+def test_accumulation_changes_nothing_but_rounding(workspace, tmp_path):
+    split = ("stage.global_batch_size=4", "hardware.micro_batch_size=1")
+    whole = ("stage.global_batch_size=4", "hardware.micro_batch_size=4")
+    for name, batch in (("split", split), ("whole", whole)):
+        assert finish_run(typed_run(workspace, *PLAIN, *batch), tmp_path / name) == 0
+    for (_, one), (_, other) in zip(losses(tmp_path / "split"), losses(tmp_path / "whole"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("split", "whole")]
+    for name, tensor in weights[0].items():
+        # Adam divides by gradients near zero, which magnifies rounding to a share of the learning rate.
+        torch.testing.assert_close(tensor, weights[1][name], atol=2e-5, rtol=1e-3)
+
+
+def test_an_epoch_visits_every_pack_once_and_its_tail_does_not_leak():
+    order = StepOrder(packs=11, global_batch_size=4, seed=7)
+    assert order.steps_per_epoch == 3 and order.count_steps(2) == 6 and order.count_steps(1.5) == 5
+    first = [order.packs_of_step(step) for step in range(3)]
+    second = [order.packs_of_step(step) for step in range(3, 6)]
+    assert [len(packs) for packs in first] == [4, 4, 3]
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(11))
+    assert first != second
+    assert StepOrder(packs=11, global_batch_size=4, seed=8).packs_of_step(0) != first[0]
+
+
+@pytest.mark.parametrize("packs", [8, 7, 5, 1])
+def test_every_rank_has_as_many_passes_and_every_pack_is_taken_once(packs):
+    shares = [share_among_ranks(list(range(packs)), rank, 3, 2) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    taken = [pack for share in shares for micro in share for pack in micro]
+    assert sorted(taken) == list(range(packs))
+    assert all(len(micro) <= 2 for share in shares for micro in share)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_warm_up_counts_optimizer_steps_whatever_the_accumulation_and_reaches_the_peak(schedule, workspace, tmp_path):
+    overrides = ("stage.max_steps=5", "stage.warmup_steps=2", f"stage.schedule={schedule}", "stage.learning_rate=1e-3")
+    config = typed_run(workspace, *PLAIN, *overrides, "stage.global_batch_size=2")
+    assert finish_run(config, tmp_path) == 0
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path) if row["kind"] == "train"]
+    middle = {"constant": 1.0, "cosine": 0.1 + 0.9 * 0.5, "linear": 0.1 + 0.9 * 0.5}[schedule]
+    last = 1.0 if schedule == "constant" else 0.1
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, middle * 1e-3, last * 1e-3])
+
+
+def test_a_schedule_without_warm_up_starts_at_the_peak():
+    stage = PretrainConfig(name="pretrain", warmup_steps=0)
+    assert learning_rate_share(stage, 0, 10) == 1.0
+    assert learning_rate_share(stage, 9, 10) == pytest.approx(stage.min_learning_rate_ratio)
+
+
+def test_weight_decay_is_what_was_configured(workspace, tmp_path):
+    """With weight decay w and rate r, decoupled decay shrinks a matrix without gradient by 1 - r·w a step."""
+    for name, decay in (("none", 0.0), ("some", 0.5)):
+        config = typed_run(workspace, *PLAIN, "stage.max_steps=1", f"stage.weight_decay={decay}",
+                           "stage.warmup_steps=0", "stage.learning_rate=0.1")  # fmt: skip
+        assert finish_run(config, tmp_path / name) == 0
+    plain, decayed = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("none", "some")
+    )
+    # At the first step B is zero, so A has no gradient and Adam leaves it where it was.
+    for name in (name for name in plain if "lora_A" in name):
+        torch.testing.assert_close(decayed[name], plain[name] * (1 - 0.1 * 0.5))
+
+
+def test_sft_trains_and_a_pretraining_adapter_can_be_continued(workspace, tmp_path):
+    assert finish_run(typed_run(workspace, *PLAIN), tmp_path / "pretrain") == 0
+    adapter = tmp_path / "pretrain" / "adapter"
+    config = typed_run(workspace, "stage=sft", "stage.max_steps=2", "model.quantization=none",
+                       f"stage.init_adapter={adapter}")  # fmt: skip
+    assert finish_run(config, tmp_path / "sft") == 0
+    assert {row["source"] for row in evaluations(tmp_path / "sft")} == {"sample_dialog"}
+    assert adapter_sha256(tmp_path / "sft") != adapter_sha256(tmp_path / "pretrain")
+    wrong = typed_run(workspace, "stage=sft", "lora.rank=8", f"stage.init_adapter={adapter}")
+    assert finish_run(wrong, tmp_path / "wrong") == 2
+    assert "use lora.rank=4" in (tmp_path / "wrong" / "stderr.txt").read_text()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw"])
+def test_every_optimizer_of_a_cpu_trains_and_resumes_exactly(optimizer, workspace, tmp_path):
+    config = typed_run(workspace, *PLAIN, f"stage.optimizer={optimizer}", "stage.checkpoint_every_steps=2")
+    assert finish_run(config, tmp_path / "whole") == 0
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "whole" / "checkpoints").rename(tmp_path / "resumed" / "checkpoints")
+    last = tmp_path / "resumed" / "checkpoints" / "step-00000004"
+    last.rename(tmp_path / "aside")
+    assert finish_run(config, tmp_path / "resumed") == 0
+    assert events(tmp_path / "resumed")[0] == "resumed"
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[2:]
+    assert adapter_sha256(tmp_path / "resumed") == adapter_sha256(tmp_path / "whole")
