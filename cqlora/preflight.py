@@ -6,7 +6,7 @@ from pathlib import Path
 from shutil import which
 
 from cqlora.base import Base, read_base, read_card
-from cqlora.choices import Device, Embeddings
+from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, ModelError
 
@@ -22,6 +22,7 @@ def check_run(config: RunConfig) -> None:
     from cqlora.data.sources import find_sources
 
     settle_device(config.hardware)
+    check_device_support(config)
     if config.model.random_init and not Path(config.model.path).exists():
         settle_embeddings(config, None)
     else:
@@ -51,6 +52,21 @@ def settle_device(hardware: HardwareConfig) -> None:
             f"hardware={hardware.name} counts on {hardware.gpu_memory_gib:g} GiB a GPU and the smallest here has "
             f"{smallest:.1f} GiB; choose the group of your cards, or set hardware.gpu_memory_gib={smallest:.1f} "
             "and ask `cqlora plan`."
+        )
+
+
+def check_device_support(config: RunConfig) -> None:
+    """Refuse on a processor what bitsandbytes has for GPUs only."""
+    if config.hardware.device is not Device.cpu:
+        return
+    if config.stage.optimizer in (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit):
+        raise ConfigError(
+            f"stage.optimizer={config.stage.optimizer.name} pages to a GPU's host memory and has none on a CPU; "
+            f"use stage.optimizer={config.stage.optimizer.name.removeprefix('paged_')}."
+        )
+    if config.lora.method is AdapterMethod.dora and config.model.quantization is Quantization.int8:
+        raise ConfigError(
+            "lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4."
         )
 
 

@@ -156,7 +156,18 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     The base is the extended model itself, so its embedding is never copied into the adapter.
     """
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: gather_tensor(tensor).detach().cpu().contiguous() for name, tensor in state.items()}
+    whole = {name: gather_tensor(tensor).detach().cpu().contiguous() for name, tensor in state.items()}
+    return separate_memory(whole)
+
+
+def separate_memory(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, each in memory of its own: safetensors refuses what tied matrices share."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.data_ptr() in seen:
+            state[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return state
 
 
 def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:

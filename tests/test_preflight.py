@@ -1,0 +1,95 @@
+"""What this machine or these folders cannot do is said before anything heavy is imported."""
+
+import json
+import subprocess
+
+import pytest
+
+from cqlora.choices import Device, Embeddings
+from cqlora.config import HardwareConfig
+from cqlora.errors import ConfigError, DataError, ModelError
+from cqlora.preflight import check_fingerprints, list_gpus, settle_device
+from tests.runs import typed_run
+
+
+def pretend_gpus(monkeypatch, *memory_mib: int) -> None:
+    """Let nvidia-smi say that these GPUs are present."""
+    rows = "".join(f"{i}, GPU-{i}abc, {mib}\n" for i, mib in enumerate(memory_mib))
+    monkeypatch.setattr("cqlora.preflight.which", lambda name: f"/usr/bin/{name}")
+    answer = subprocess.CompletedProcess([], 0, stdout=rows)
+    monkeypatch.setattr("cqlora.preflight.subprocess.run", lambda *a, **k: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def four_a100() -> HardwareConfig:
+    return HardwareConfig(name="4xa100", processes_per_node=4, strategy="ddp", gpu_memory_gib=79.2)
+
+
+def test_gpus_that_are_missing_or_smaller_than_counted_on_are_named(monkeypatch):
+    pretend_gpus(monkeypatch)
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs .* has none; .*cqlora plan.*hardware=cpu"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 81920, 81920)
+    with pytest.raises(ConfigError, match="has 2"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 40960, 40960, 40960, 40960)
+    with pytest.raises(ConfigError, match=r"79.2 GiB a GPU .* 40.0 GiB"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 81920, 81920, 81920, 81920)
+    settle_device(four_a100())
+
+
+def test_only_visible_gpus_count(monkeypatch):
+    pretend_gpus(monkeypatch, 24576, 24576, 40960)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-2abc")
+    assert list_gpus() == [24.0, 40.0]
+
+
+def test_auto_takes_the_gpu_where_there_is_one_and_the_processor_elsewhere(monkeypatch):
+    for gpus, expected in (((), Device.cpu), ((24576,), Device.cuda)):
+        pretend_gpus(monkeypatch, *gpus)
+        hardware = HardwareConfig(name="auto", device=Device.auto)
+        settle_device(hardware)
+        assert hardware.device is expected
+
+
+def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):
+    with pytest.raises(ModelError, match="cqlora fetch"):
+        typed_run(workspace, "stage=pretrain", "model=smollm2_135m", f"model.path={tmp_path}/smollm2_135m")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        typed_run(workspace, "stage=pretrain", "model=llama_7b", f"model.path={tmp_path}/empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        typed_run(workspace, "stage=pretrain", "model=llama_7b", f"model.path={tmp_path}/empty")
+    with pytest.raises(DataError, match="dialog"):
+        typed_run(workspace, "stage=sft", "data=dialog")
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        typed_run(workspace, "stage=sft", f"stage.init_adapter={tmp_path}")
+
+
+def test_new_rows_on_a_base_that_has_none_are_refused_and_auto_settles(workspace):
+    with pytest.raises(ConfigError, match=r"stage\.embeddings=new_rows.*cqlora extend"):
+        typed_run(workspace, "stage=pretrain", "stage.embeddings=new_rows")
+    assert typed_run(workspace, "stage=pretrain").stage.embeddings is Embeddings.frozen
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["stage.optimizer=paged_adamw_8bit"], "use stage.optimizer=adamw_8bit"),
+        (["lora.method=dora", "model.quantization=int8"], "use model.quantization=nf4"),
+    ],
+)
+def test_what_a_processor_cannot_do_is_refused(overrides, words, workspace):
+    with pytest.raises(ConfigError, match=words):
+        typed_run(workspace, "stage=pretrain", *overrides)
+
+
+def test_fingerprints_that_differ_name_the_tokenizer_or_the_base(tmp_path):
+    (tmp_path / "cqlora.json").write_text(json.dumps({"base": "b", "base_sha256": "1", "tokenizer_sha256": "2"}))
+    check_fingerprints(tmp_path, "2", "1")
+    with pytest.raises(ModelError, match="another tokenizer"):
+        check_fingerprints(tmp_path, "3", "1")
+    with pytest.raises(ModelError, match="another base"):
+        check_fingerprints(tmp_path, "2", "3")
