@@ -14,6 +14,7 @@ from cqlora.data.sources import SAMPLE_DIR
 from cqlora.errors import CqloraError, DataError
 from cqlora.frozen import load_frozen
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
+from cqlora.model.fusion import fuse_blocks
 from cqlora.model.load import checkpoint_activations, choose_compute_dtype, load_base
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
@@ -40,7 +41,8 @@ def train(config: RunConfig, output_dir: Path) -> None:
         if config.lora.method is AdapterMethod.pissa:
             initialise_pissa(model, base, output_dir, config.lora.pissa_iterations, config.seed)
         checkpoint_activations(model, config.hardware.activation_checkpointing)
-        module = place(Objective(model, dtype), config.hardware, worker.device)
+        fused = fuse_blocks(model)
+        module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device)
         optimizer = build_optimizer(module, config.stage, worker.device)
 
         trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)

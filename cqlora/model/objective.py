@@ -11,10 +11,11 @@ from cqlora.model.loss import OutputHead, label_cross_entropy
 class Objective(nn.Module):
     """Cross entropy of an adapted causal language model on packs."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, autocast: bool) -> None:
         super().__init__()
         self.model = model
         self.dtype = dtype
+        self.autocast = autocast and dtype is not torch.float32
 
     def forward(self, batch: Batch, divisor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss of one micro batch.
@@ -28,8 +29,7 @@ class Objective(nn.Module):
             flat positions (L,) of the tokens that they predict.
         """
         decoder = find_decoder(self.model)
-        mixed = self.dtype is not torch.float32
-        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=mixed):
+        with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.autocast):
             hidden = decoder(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state

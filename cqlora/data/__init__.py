@@ -1,0 +1,1 @@
+"""From sources to a token cache: read, clean, mix, encode, pack."""

@@ -1,0 +1,280 @@
+"""A source's rows, parsed and cleaned into a spool file, with an index small enough to be held in memory."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from cqlora.choices import Deduplication
+from cqlora.config import CleanConfig, SourceConfig
+from cqlora.data.clean import Cleaner
+from cqlora.data.keys import content_key, mix_keys
+from cqlora.data.language import LANGUAGES, detect_language
+from cqlora.data.records import SPLITS, RawRow, RowError, dump_record, text_of
+from cqlora.data.sources import PARSERS
+from cqlora.data.sources.files import UnreadableRowError
+from cqlora.data.workers import Workers
+from cqlora.errors import DataError
+
+UNDECIDED = 255
+"""In place of a split: a hash of the document decides."""
+
+_BATCH_BYTES = 1 << 18
+_BATCH_ROWS = 2048
+_EARLY_ROWS = 1000
+"""Rows read before too many rejections stop a source; before that, at its end."""
+
+INDEX_TYPE = np.dtype(
+    [
+        ("offset", np.uint64),
+        ("length", np.uint32),
+        ("key", np.uint64),
+        ("duplicate_key", np.uint64),
+        ("split", np.uint8),
+        ("language", np.uint8),
+    ]
+)
+"""A record in the spool. `key` is of the text as it was read, `duplicate_key` as it was cleaned."""
+
+
+@dataclass(slots=True)
+class CollectedBatch:
+    """What a batch of rows came to."""
+
+    spool: bytes
+    index: np.ndarray
+    """INDEX_TYPE (records,), offsets from the batch's own start."""
+    rejected: list[tuple[str, int, str]]
+    """File, line, reason."""
+    rows: int
+    counts: Counter[str]
+    """Mendings and changes by rule."""
+    dropped: Counter[str]
+    """Records that a rule dropped, by rule."""
+
+
+@dataclass(slots=True)
+class Gathered:
+    """A source in its spool file."""
+
+    name: str
+    source: SourceConfig
+    spool: Path
+    index: np.ndarray
+    """INDEX_TYPE (records,), in the order of reading."""
+    read: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    records: int = 0
+    """Records that passed every rule, before sampling."""
+
+
+@lru_cache(maxsize=4)
+def make_cleaner(key: str) -> Cleaner:
+    """The cleaner for (clean configuration, language) as JSON, made once per process."""
+    config, language = json.loads(key)
+    config["deduplicate"] = Deduplication(config["deduplicate"])
+    return Cleaner(CleanConfig(**config), language)
+
+
+def collect_batch(source: SourceConfig, cleaner_key: str, rows: list[RawRow]) -> CollectedBatch:
+    """Parse and clean rows; a row that cannot be read is rejected with its reason."""
+    cleaner = make_cleaner(cleaner_key)
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    rejected: list[tuple[str, int, str]] = []
+    spool: list[bytes] = []
+    entries: list[tuple[int, int, int, int, int, int]] = []
+    offset = 0
+    for row in rows:
+        try:
+            for record in PARSERS[source.kind](decode_body(row.body), source, counts):
+                raw_text = text_of(record)
+                record = cleaner.clean(record, counts)
+                text = text_of(record)
+                refusal = cleaner.refusal(record)
+                if refusal:
+                    dropped[refusal] += 1
+                    continue
+                data = dump_record(record)
+                key = content_key(text)
+                raw_key = key if raw_text == text else content_key(raw_text)
+                split = UNDECIDED if row.split is None else SPLITS.index(row.split)
+                language = LANGUAGES.index(source.language or detect_language(text))
+                entries.append((offset, len(data), raw_key, key, split, language))
+                spool.append(data)
+                offset += len(data)
+        except RowError as error:
+            rejected.append((row.file, row.line, str(error)))
+    index = np.array(entries, dtype=INDEX_TYPE)
+    return CollectedBatch(b"".join(spool), index, rejected, len(rows), counts, dropped)
+
+
+def decode_body(body: Any) -> Any:
+    """The row as an object.
+
+    Raises:
+        RowError: it cannot be decoded.
+    """
+    if isinstance(body, UnreadableRowError):
+        raise body
+    if not isinstance(body, bytes):
+        return body
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError:
+        raise RowError("not UTF-8") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise RowError("broken JSON") from None
+
+
+def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    """Rows in batches of about a quarter of a megabyte."""
+    batch: list[RawRow] = []
+    weight = 0
+    for row in rows:
+        batch.append(row)
+        weight += weigh(row.body)
+        if weight >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, weight = [], 0
+    if batch:
+        yield batch
+
+
+def weigh(body: Any) -> int:
+    """About how many bytes of plain text a row is as much work as."""
+    if isinstance(body, bytes | str):
+        return len(body)
+    if isinstance(body, dict):
+        weight = sum(weigh(value) for value in body.values())
+        # Markup takes so much longer to parse that its batches are made smaller.
+        return 8 * weight if "wikitext" in body else weight
+    if isinstance(body, list):
+        return sum(weigh(value) for value in body)
+    return 8
+
+
+class Spool:
+    """Takes batches; under a capacity, keeps the records whose sampling hash is smallest.
+
+    The index then never grows beyond three times the capacity, however long the source.
+    """
+
+    def __init__(self, stream: IO[bytes], capacity: int | None, seed: int, unique: bool) -> None:
+        self.stream = stream
+        self.capacity = capacity
+        self.seed = seed
+        self.unique = unique
+        self.end = 0
+        self.threshold: np.uint64 | None = None
+        self.chunks: list[np.ndarray] = []
+        self.size = 0
+
+    def append(self, batch: CollectedBatch) -> None:
+        """Write a batch's records, those past the threshold left out."""
+        index = batch.index.copy()
+        if self.threshold is not None:
+            index = index[~self.sampled(index) | (self.hashes(index) <= self.threshold)]
+        if not len(index):
+            return
+        index["offset"] += np.uint64(self.end)
+        self.stream.write(batch.spool)
+        self.end += len(batch.spool)
+        self.chunks.append(index)
+        self.size += len(index)
+        if self.capacity is not None and self.size > 3 * self.capacity:
+            self.prune()
+
+    def prune(self) -> None:
+        """Keep the `capacity` records of smallest hash, and all that the files themselves hold out."""
+        index = np.concatenate(self.chunks)
+        sampled = self.sampled(index)
+        candidates = np.flatnonzero(sampled)
+        hashes = self.hashes(index[candidates])
+        if self.unique:
+            hashes, first = np.unique(hashes, return_index=True)
+            candidates = candidates[first]
+        order = np.argsort(hashes, kind="stable")[: self.capacity]
+        if len(order) == self.capacity:
+            self.threshold = hashes[order[-1]]
+        kept = np.sort(np.concatenate([np.flatnonzero(~sampled), candidates[order]]))
+        self.chunks, self.size = [index[kept]], len(kept)
+
+    def sampled(self, index: np.ndarray) -> np.ndarray:
+        """bool: records that sampling is about, which explicit val and test files are not."""
+        mask: np.ndarray = (index["split"] == UNDECIDED) | (index["split"] == 0)
+        return mask
+
+    def hashes(self, index: np.ndarray) -> np.ndarray:
+        """uint64: the hash by which records are sampled."""
+        hashes: np.ndarray = mix_keys(index["key"], "sample", self.seed)
+        return hashes
+
+    def index(self) -> np.ndarray:
+        """The index of everything kept."""
+        return np.concatenate(self.chunks) if self.chunks else np.zeros(0, dtype=INDEX_TYPE)
+
+
+class RejectionLog:
+    """`rejected.jsonl`, and the error when a source has too many of them."""
+
+    def __init__(self, stream: IO[str], max_fraction: float, kept_at: Path) -> None:
+        self.stream = stream
+        self.max_fraction = max_fraction
+        self.kept_at = kept_at
+
+    def write(self, name: str, rejected: list[tuple[str, int, str]]) -> None:
+        """One line a rejected row."""
+        for file, line, reason in rejected:
+            entry = {"source": name, "file": file, "line": line, "reason": reason}
+            self.stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def check(self, gathered: Gathered, minimum: int = 1) -> None:
+        """Raise DataError when more than the allowed share of at least `minimum` rows was rejected."""
+        count = sum(gathered.rejected.values())
+        if gathered.read < minimum or count <= self.max_fraction * gathered.read:
+            return
+        reasons = ", ".join(f"{reason}: {number}" for reason, number in gathered.rejected.most_common(5))
+        raise DataError(
+            f"source {gathered.name}: {count} of {gathered.read} rows cannot be read ({reasons}), more than "
+            f"data.max_rejected_fraction={self.max_fraction} allows; see {self.kept_at}, mend the rows "
+            "or raise it."
+        )
+
+
+def collect_source(
+    gathered: Gathered,
+    rows: Iterable[RawRow],
+    clean: CleanConfig,
+    spool: Spool,
+    log: RejectionLog,
+    workers: Workers,
+) -> Iterator[int]:
+    """Read a source to its end into the spool; yields the rows read so far.
+
+    Raises:
+        DataError: too many rows are rejected.
+    """
+    settings = {name: getattr(clean, name) for name in CleanConfig.__slots__}
+    settings["deduplicate"] = clean.deduplicate.value
+    cleaner_key = json.dumps([settings, gathered.source.language])
+    function = partial(collect_batch, gathered.source, cleaner_key)
+    for _, batch in workers.map_in_order(function, batch_rows(rows)):
+        gathered.read += batch.rows
+        gathered.rejected.update(reason for _, _, reason in batch.rejected)
+        gathered.dropped.update(batch.dropped)
+        gathered.counts.update(batch.counts)
+        gathered.records += len(batch.index)
+        spool.append(batch)
+        log.write(gathered.name, batch.rejected)
+        log.check(gathered, minimum=_EARLY_ROWS)
+        yield gathered.read
+    log.check(gathered)
+    gathered.index = spool.index()

@@ -1,0 +1,68 @@
+"""The script a text is written in, which stands for its language where a source names none."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+LANGUAGES = ("zh", "en", "mixed")
+SAMPLE_CHARACTERS = 4096
+
+ZH_SHARE = 0.2
+"""Han letters from which a text counts as Chinese: a Han letter says as much as several Latin ones."""
+EN_SHARE = 0.02
+"""Han letters below which a text counts as English (any Latin script)."""
+
+_HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
+_LATIN = ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F))
+_OTHER = ((0x370, 0x1FFF), (0x3040, 0x30FF), (0xAC00, 0xD7AF))
+
+
+class Letters(NamedTuple):
+    """How many letters of each script a text has."""
+
+    han: int
+    latin: int
+    other: int
+
+
+def count_letters(text: str) -> Letters:
+    """Letters of each script in the first SAMPLE_CHARACTERS of `text`."""
+    points = code_points(text[:SAMPLE_CHARACTERS])
+    return Letters(*(int(in_ranges(points, ranges).sum()) for ranges in (_HAN, _LATIN, _OTHER)))
+
+
+def detect_language(text: str) -> str:
+    """`zh`, `en` or `mixed`, by the share of Han letters."""
+    letters = count_letters(text)
+    total = sum(letters)
+    share = letters.han / total if total else 0.0
+    if share >= ZH_SHARE:
+        return "zh"
+    return "en" if letters.latin and share <= EN_SHARE and letters.latin * 2 >= total else "mixed"
+
+
+def own_share(text: str, language: str) -> float:
+    """Share of a language's own script among the letters of `text`; 1 for a text without letters."""
+    letters = count_letters(text)
+    total = sum(letters)
+    if not total or language not in ("zh", "en"):
+        return 1.0
+    return (letters.han if language == "zh" else letters.latin) / total
+
+
+def han_characters(text: str) -> np.ndarray:
+    """bool (characters,): which characters of `text` are Han."""
+    return in_ranges(code_points(text), _HAN)
+
+
+def code_points(text: str) -> np.ndarray:
+    """uint32 (characters,): the code points of `text`."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def in_ranges(points: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """bool, as `points`: which lie in one of the inclusive ranges."""
+    found = np.zeros(points.shape, dtype=bool)
+    for low, high in ranges:
+        found |= (points >= low) & (points <= high)
+    return found

@@ -1,0 +1,62 @@
+"""One reader per kind of source: its files give rows, its parser makes rows into records."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cqlora.choices import SourceKind
+from cqlora.config import SourceConfig
+from cqlora.data.records import RawRow, Record
+from cqlora.data.sources import files
+from cqlora.data.sources.belle import parse_belle
+from cqlora.data.sources.dialog import parse_dialog
+from cqlora.data.sources.dump import read_dump
+from cqlora.data.sources.hub import read_dataset
+from cqlora.data.sources.location import SAMPLE_DIR, Location, SourceFile, find_sources
+from cqlora.data.sources.messages import parse_messages
+from cqlora.data.sources.oasst1 import group_messages, parse_oasst1
+from cqlora.data.sources.sharegpt import parse_sharegpt
+from cqlora.data.sources.text import parse_text
+from cqlora.data.sources.wiki import parse_wiki
+
+__all__ = ["PARSERS", "SAMPLE_DIR", "find_sources", "read_rows"]
+
+Parser = Callable[[Any, SourceConfig, Counter[str]], Iterator[Record]]
+
+PARSERS: dict[SourceKind, Parser] = {
+    SourceKind.wiki: parse_wiki,
+    SourceKind.text: parse_text,
+    SourceKind.dialog: parse_dialog,
+    SourceKind.messages: parse_messages,
+    SourceKind.oasst1: parse_oasst1,
+    SourceKind.sharegpt: parse_sharegpt,
+    SourceKind.belle: parse_belle,
+}
+
+
+def read_rows(location: Location, source: SourceConfig) -> Iterator[RawRow]:
+    """All rows of a source, file after file, not yet parsed."""
+    rows = read_places(location, source)
+    return group_messages(rows) if source.kind is SourceKind.oasst1 else rows
+
+
+def read_places(location: Location, source: SourceConfig) -> Iterator[RawRow]:
+    """The rows of the dataset, or of every file."""
+    if location.dataset:
+        yield from read_dataset(location)
+    for file in location.files:
+        yield from read_file(file, source)
+
+
+def read_file(file: SourceFile, source: SourceConfig) -> Iterator[RawRow]:
+    """The rows of one file, by its suffix."""
+    name = file.path.name
+    if ".parquet" in name:
+        return files.read_parquet(file)
+    if ".jsonl" in name:
+        return files.read_json_lines(file)
+    if ".json" in name:
+        return files.read_json(file)
+    if ".xml" in name:
+        return read_dump(file)
+    return files.read_text(file, source.separator)

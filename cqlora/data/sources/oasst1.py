@@ -1,0 +1,152 @@
+"""Open-Assistant conversations: message trees, or message rows that make up trees, to conversations."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from cqlora.choices import OasstPaths
+from cqlora.config import SourceConfig
+from cqlora.data.records import Conversation, RawRow, Record, RowError, Turn
+from cqlora.data.sources.fields import kind_of, turn_of
+from cqlora.data.sources.turns import close_conversation
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+
+Message = dict[str, Any]
+
+
+def parse_oasst1(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
+    """The conversations of one tree, each ending on an assistant's turn."""
+    root = tree_of(row, counts)
+    usable = usable_replies([root], source, counts)
+    if not usable:
+        raise RowError("prompt deleted, refused or in another language")
+    seen: set[tuple[Turn, ...]] = set()
+    for path in walk_paths(root, source, counts):
+        turns = [turn_of(message, "role", ("text",), _ROLES) for message in path]
+        conversation = trim_path(turns, counts)
+        if conversation is not None and tuple(conversation.turns) not in seen:
+            seen.add(tuple(conversation.turns))
+            yield conversation
+
+
+def tree_of(row: Any, counts: Counter[str]) -> Message:
+    """The root message, its replies nested.
+
+    Raises:
+        RowError: no tree can be made of the row.
+    """
+    if isinstance(row, dict) and isinstance(row.get("prompt"), dict):
+        prompt: Message = row["prompt"]
+        return prompt
+    messages = row if isinstance(row, list) else [row]
+    for message in messages:
+        if not isinstance(message, dict):
+            raise RowError(f"row is {kind_of(message)}, not an object")
+        if not isinstance(message.get("message_id"), str):
+            raise RowError("missing field message_id")
+    by_id = {message["message_id"]: {**message, "replies": []} for message in messages}
+    root: Message | None = None
+    for message in by_id.values():
+        parent = message.get("parent_id")
+        if parent is None:
+            root = root or message
+        elif parent in by_id:
+            by_id[parent]["replies"].append(message)
+        else:
+            counts["messages without their parent left out"] += 1
+    if root is None:
+        raise RowError("no prompt in the tree")
+    return root
+
+
+def usable_replies(messages: list[Message], source: SourceConfig, counts: Counter[str]) -> list[Message]:
+    """The messages that are not deleted, did not fail review, and are in a wanted language."""
+    usable = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise RowError(f"message is {kind_of(message)}, not an object")
+        if message.get("deleted"):
+            counts["deleted messages left out"] += 1
+        elif message.get("review_result") is False:
+            counts["messages that failed review left out"] += 1
+        elif source.langs and message.get("lang") not in source.langs:
+            counts["messages in other languages left out"] += 1
+        else:
+            usable.append(message)
+    return usable
+
+
+def walk_paths(root: Message, source: SourceConfig, counts: Counter[str]) -> Iterator[list[Message]]:
+    """Paths from the prompt down: the best ranked, all, or one drawn by the messages' own ids."""
+    waiting = [[root]]
+    while waiting:
+        path = waiting.pop()
+        replies = usable_replies(path[-1].get("replies") or [], source, counts)
+        if not replies:
+            yield path
+            continue
+        if source.oasst_paths is OasstPaths.best:
+            replies = [min(replies, key=rank_of)]
+        elif source.oasst_paths is OasstPaths.sampled:
+            replies = [min(replies, key=draw_of)]
+        waiting.extend([*path, reply] for reply in reversed(replies))
+
+
+def rank_of(message: Message) -> float:
+    """0 is best; a message without a rank comes after all that have one."""
+    rank = message.get("rank")
+    return float(rank) if isinstance(rank, int | float) else float("inf")
+
+
+def draw_of(message: Message) -> str:
+    """A hash of the message's id: as good as chance, and the same every time."""
+    return hashlib.sha256(str(message.get("message_id", message.get("text"))).encode()).hexdigest()
+
+
+def trim_path(turns: list[Turn], counts: Counter[str]) -> Conversation | None:
+    """The path up to its last answer; None where nobody answered."""
+    if not any(turn.role == "assistant" for turn in turns):
+        counts["prompts without an answer left out"] += 1
+        return None
+    return close_conversation(turns, counts)
+
+
+def group_messages(rows: Iterator[RawRow]) -> Iterator[RawRow]:
+    """Rows of single messages joined to one row a tree; whole trees and broken rows pass as they are.
+
+    The published files hold a tree's messages one after another. Ids tell where the next one begins.
+    """
+    group: list[RawRow] = []
+    for row in rows:
+        message = decode_message(row.body)
+        if message is None:
+            yield row
+            continue
+        row = row._replace(body=message)
+        if group and group[0].body.get("message_tree_id") != message.get("message_tree_id"):
+            yield join_group(group)
+            group = []
+        group.append(row)
+    if group:
+        yield join_group(group)
+
+
+def decode_message(body: Any) -> Message | None:
+    """The single message that a row holds; None for anything else."""
+    if isinstance(body, bytes):
+        if b'"prompt"' in body and b'"replies"' in body:
+            return None
+        try:
+            body = json.loads(body)
+        except ValueError:
+            return None
+    is_message = isinstance(body, dict) and "message_id" in body and "prompt" not in body
+    return body if is_message else None
+
+
+def join_group(group: list[RawRow]) -> RawRow:
+    """One row of all messages, at the place of the first."""
+    return group[0]._replace(body=[row.body for row in group])

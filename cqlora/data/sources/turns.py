@@ -1,0 +1,44 @@
+"""Rules that make a list of turns a conversation one can train on; each use is counted."""
+
+from collections import Counter
+
+from cqlora.data.records import Conversation, RowError, Turn
+
+
+def close_conversation(turns: list[Turn], counts: Counter[str]) -> Conversation:
+    """End on an assistant's turn: what a user said after it has no answer to learn.
+
+    Raises:
+        RowError: no turns, or none of the assistant.
+    """
+    if not turns:
+        raise RowError("empty conversation")
+    last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=-1)
+    if last < 0:
+        raise RowError("no assistant turn")
+    if last + 1 < len(turns):
+        counts["trailing turns without an answer cut"] += 1
+    return Conversation(turns[: last + 1])
+
+
+def drop_leading_answers(turns: list[Turn], counts: Counter[str]) -> list[Turn]:
+    """Begin with a user's turn (after a system message): an answer to nothing teaches nothing."""
+    system = turns[:1] if turns and turns[0].role == "system" else []
+    rest = turns[len(system) :]
+    asked = next((index for index, turn in enumerate(rest) if turn.role == "user"), len(rest))
+    if asked:
+        counts["leading answers without a question cut"] += 1
+    return system + rest[asked:]
+
+
+def join_repeated_roles(turns: list[Turn], counts: Counter[str]) -> list[Turn]:
+    """Turns that follow one of the same role become part of it, after an empty line."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and joined[-1].role == turn.role:
+            joined[-1] = Turn(turn.role, f"{joined[-1].text}\n\n{turn.text}")
+        else:
+            joined.append(turn)
+    if len(joined) < len(turns):
+        counts["repeated roles joined"] += 1
+    return joined

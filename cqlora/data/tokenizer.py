@@ -1,0 +1,226 @@
+"""A base's tokenizer as the encoder needs it: plain text never yields a control token."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from cqlora.data.bulk import BulkEncoder, open_bulk_encoder
+from cqlora.errors import ModelError
+
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Ids of the control tokens."""
+
+    bos: int | None
+    """The tokenizer's own beginning-of-text token; None where it has none, or where it is `<|im_start|>`."""
+    document_start: int
+    document_end: int
+    turn_start: int | None
+    turn_end: int | None
+
+
+class PlainTokenizer:
+    """Text to ids, without special tokens of its own adding, with control tokens' text split like any other.
+
+    `text` encodes whole texts; `segment` encodes what stands after a control token, where a SentencePiece
+    tokenizer puts no space before the first word. `bulk` takes their place where much is to be encoded and
+    a faster encoder of the same ids is to be had.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(f"{folder} has no tokenizer.json; give model.path=FOLDER of a converted model.")
+        document = json.loads(file.read_text(encoding="utf-8"))
+        names = read_special_names(folder)
+        document["truncation"] = document["padding"] = None
+        for token in document.get("added_tokens") or []:
+            # encode_special_tokens leaves alone only what is flagged special.
+            token["special"] = token["special"] or token["content"] in names.values()
+        self.text = build_tokenizer(document)
+        changed = never_prepend(document)
+        self.segment = build_tokenizer(document) if changed else self.text
+        self._document = document
+        self.special = resolve_special_tokens(self.text, names, folder)
+        self.dtype = np.dtype(np.uint16 if self.text.get_vocab_size() <= 1 << 16 else np.uint32)
+
+    @cached_property
+    def bulk(self) -> BulkEncoder | None:
+        """The faster encoder, proven once to agree; None for a tokenizer that has none."""
+        return open_bulk_encoder(self._document, self.text)
+
+    def encode_texts(self, texts: list[str], in_bulk: bool) -> list["TextTokens"]:
+        """The tokens of whole texts."""
+        if in_bulk and self.bulk is not None:
+            return [BulkTokens(*self.bulk.encode(text)) for text in texts]
+        return [StockTokens(encoding) for encoding in self.text.encode_batch(texts, add_special_tokens=False)]
+
+    def encode_segments(self, texts: list[str], in_bulk: bool) -> list[list[int]]:
+        """The ids of what stands after control tokens."""
+        if in_bulk and self.bulk is not None:
+            return [self.bulk.encode(text)[0].tolist() for text in texts]
+        return [encoding.ids for encoding in self.segment.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+class TextTokens(Protocol):
+    """A text's tokens, and where in it each of them ends."""
+
+    @property
+    def ids(self) -> list[int] | np.ndarray:
+        """Token ids."""
+
+    def end_of(self, text: str, token: int) -> int:
+        """The character at which a token ends; one of several tokens ends with the first of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StockTokens:
+    """From `tokenizers`."""
+
+    encoding: Encoding
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids."""
+        ids: list[int] = self.encoding.ids
+        return ids
+
+    def end_of(self, text: str, token: int) -> int:
+        """The character at which a token ends."""
+        span = self.encoding.token_to_chars(token)
+        return span[1] if span else len(text)
+
+
+@dataclass(frozen=True, slots=True)
+class BulkTokens:
+    """From the faster encoder."""
+
+    ids: np.ndarray
+    byte_ends: np.ndarray
+
+    def end_of(self, text: str, token: int) -> int:
+        """The character at which a token ends: as many as begin in the bytes before."""
+        data = np.frombuffer(text.encode(), dtype=np.uint8)[: int(self.byte_ends[token])]
+        return int(((data & 0xC0) != 0x80).sum())
+
+
+def build_tokenizer(document: dict[str, Any]) -> Tokenizer:
+    """A tokenizer of this description that treats control tokens in text as text."""
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def never_prepend(document: dict[str, Any]) -> bool:
+    """Turn `first` into `never` wherever Metaspace puts a space before the first word; whether any was."""
+    pre_tokenizer = document.get("pre_tokenizer") or {}
+    parts = [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]
+    found = [
+        part for part in parts if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
+    ]
+    for part in found:
+        part["prepend_scheme"] = "never"
+    return bool(found)
+
+
+def read_special_names(folder: Path) -> dict[str, str]:
+    """The texts of bos, eos, pad, unk and the turn tokens, where the folder names them.
+
+    tokenizer_config.json comes first, then special_tokens_map.json, then the ids of config.json. A file that
+    says null means it: the tokenizer has none.
+    """
+    names = {"turn_start": TURN_START, "turn_end": TURN_END}
+    settings = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config = read_json(folder / "config.json")
+    for kind in ("bos", "eos", "pad", "unk"):
+        stated = next((setting for setting in settings if f"{kind}_token" in setting), None)
+        if stated is not None:
+            text = token_text(stated[f"{kind}_token"])
+        else:
+            text = token_of_id(folder, config.get(f"{kind}_token_id"))
+        if text:
+            names[kind] = text
+    return names
+
+
+def token_of_id(folder: Path, ids: Any) -> str | None:
+    """The text of the control token that config.json names by its id, or by a list of ids."""
+    wanted = ids[0] if isinstance(ids, list) and ids else ids
+    if not isinstance(wanted, int):
+        return None
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
+    return next((token["content"] for token in added if token["id"] == wanted), None)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, or an empty one where there is no file."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def token_text(token: Any) -> str | None:
+    """The text of a token as tokenizer_config.json writes it: a string or an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def resolve_special_tokens(tokenizer: Tokenizer, names: dict[str, str], folder: Path) -> SpecialTokens:
+    """Ids of the named tokens, and those between which a document stands.
+
+    A document stands between the tokenizer's bos and eos, unless these are the tokens of chat turns (as
+    in SmolLM2-Instruct): then the end-of-text token that the base was pretrained with stands in.
+
+    Raises:
+        ModelError: no token can end a document.
+    """
+    turn_start, turn_end = tokenizer.token_to_id(TURN_START), tokenizer.token_to_id(TURN_END)
+    bos, eos = (tokenizer.token_to_id(names[kind]) if kind in names else None for kind in ("bos", "eos"))
+    end_of_text = next(
+        (found for text in _END_OF_TEXT if (found := tokenizer.token_to_id(text)) is not None), None
+    )
+    if bos is not None and bos == turn_start:
+        bos = None
+    document_end = eos if eos is not None and eos != turn_end else end_of_text
+    if document_end is None:
+        document_end = eos
+    if document_end is None:
+        raise ModelError(
+            f"the tokenizer in {folder} names no eos token, so documents cannot end; set eos_token in its "
+            "tokenizer_config.json."
+        )
+    fallback = end_of_text if end_of_text is not None else document_end
+    return SpecialTokens(
+        bos=bos,
+        document_start=bos if bos is not None else fallback,
+        document_end=document_end,
+        turn_start=turn_start,
+        turn_end=turn_end,
+    )
+
+
+def token_characters(encoding: Encoding, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (tokens,) twice: characters and UTF-8 bytes of `text` that each token brings.
+
+    A character of several tokens belongs to the first of them; what no token covers belongs to the last.
+    """
+    ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)
+    if not len(ends):
+        return ends, ends
+    ends = np.maximum.accumulate(ends)
+    ends[-1] = len(text)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    byte_ends = np.concatenate([[0], np.cumsum(widths)])[ends]
+    return np.diff(ends, prepend=0), np.diff(byte_ends, prepend=0)

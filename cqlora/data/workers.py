@@ -1,0 +1,100 @@
+"""Work spread over threads or processes, its results in the order of the tasks."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from types import TracebackType
+from typing import TypeVar
+
+from cqlora.errors import DataError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+THREAD_TASKS = 128
+"""Tasks done in this process first: for less work, starting others would cost more than they save."""
+
+
+def count_workers(workers: int | None) -> int:
+    """`workers`, or the cores that this process may use."""
+    if workers is not None:
+        return workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """Maps functions over tasks, in order, on as many cores as it is given.
+
+    One worker does everything on one core. More begin as two threads, which overlap the tokenizer's work
+    with Python's, and become processes when there are more than THREAD_TASKS tasks; the processes are kept
+    for the next map, until the end of the `with` block.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map_in_order(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task]
+    ) -> Iterator[tuple[Task, Result]]:
+        """Pairs of task and result, with few tasks under way at a time.
+
+        Raises:
+            DataError: a worker process died.
+        """
+        if self.count == 1:
+            use_one_core()
+            yield from ((task, function(task)) for task in tasks)
+            return
+        remaining = iter(tasks)
+        with ThreadPoolExecutor(2) as threads:
+            yield from in_order(threads, function, islice(remaining, THREAD_TASKS), 2)
+        for task in remaining:
+            yield from self.map_in_processes(function, chain([task], remaining))
+
+    def map_in_processes(
+        self, function: Callable[[Task], Result], tasks: Iterator[Task]
+    ) -> Iterator[tuple[Task, Result]]:
+        """As map_in_order, all of it in processes."""
+        if self._pool is None:
+            # Spawned, not forked: this process may hold threads of a tokenizer, of torch or of Arrow.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=use_one_core)
+        try:
+            yield from in_order(self._pool, function, tasks, 2 * self.count)
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process died while preparing data, most likely out of memory; try data.workers=1."
+            ) from None
+
+
+def in_order(
+    pool: Executor, function: Callable[[Task], Result], tasks: Iterable[Task], at_once: int
+) -> Iterator[tuple[Task, Result]]:
+    """Submit tasks to a pool, at most `at_once` ahead of the result that is waited for."""
+    under_way: deque[tuple[Task, Future[Result]]] = deque()
+    for task in tasks:
+        under_way.append((task, pool.submit(function, task)))
+        if len(under_way) > at_once:
+            done, future = under_way.popleft()
+            yield done, future.result()
+    for done, future in under_way:
+        yield done, future.result()
+
+
+def use_one_core() -> None:
+    """Keep this process's tokenizer to one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

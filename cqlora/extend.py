@@ -1,0 +1,54 @@
+"""`python -m cqlora.extend`: adds a Chinese vocabulary to a Hugging Face folder or a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from cqlora.cli import run_program
+from cqlora.errors import ConfigError
+from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
+from cqlora.weights.sizes import parse_size
+
+
+@dataclass(kw_only=True, slots=True)
+class ExtendConfig:
+    """A base, what to add, and where the extended base goes."""
+
+    base: str = MISSING
+    """Hugging Face folder or GGUF file."""
+    output_dir: str = MISSING
+    vocab: VocabConfig = MISSING
+    copy: bool = False
+    """Copy the shards that do not change instead of hard-linking them."""
+    max_shard_size: str = "4GB"
+    """Largest shard written from a GGUF file; a folder keeps its shards."""
+
+    def __post_init__(self) -> None:
+        parse_size("max_shard_size", self.max_shard_size)
+        if not Path(self.base).exists():
+            raise ConfigError(f"base={self.base} does not exist; give a Hugging Face folder or a GGUF file.")
+
+
+def extend(config: ExtendConfig) -> None:
+    """Extend the base and print what the vocabulary bought."""
+    from cqlora.weights.extend import extend as extend_base
+
+    max_shard_size = parse_size("max_shard_size", config.max_shard_size)
+    extension = extend_base(
+        Path(config.base), Path(config.output_dir), config.vocab, max_shard_size, config.copy
+    )
+    print(extension.report.table())
+    print(f"{config.output_dir}: {extension.matrix_rows:,} rows, new ones from {extension.first_row:,} on.")
+
+
+def main() -> None:
+    """The verb `extend`."""
+    accept_path_in_command_line()
+    ConfigStore.instance().store(name="extend_schema", node=ExtendConfig)
+    run_program("extend", ExtendConfig, extend, help_overrides=("vocab=auto",))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Attention that keeps the documents of a pack apart, and the choice of what computes it.
+
+A pack is a row of documents laid end to end, `position_ids` from 0 in each. The back end of this module runs
+every document on its own, so its work grows with the squares of the documents' lengths instead of the pack's
+and no mask is ever built. Where the boundaries lie is worked out once per batch, on the host, and handed to
+every layer through the model's keyword arguments, under transformers' own names where it has any.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from cqlora.choices import Attention
+from cqlora.errors import ModelError
+
+DOCUMENTS = "cqlora_documents"
+"""Name under which transformers knows `attend_by_document`, as `attn_implementation`."""
+
+_STOCK = {Attention.sdpa: "sdpa", Attention.eager: "eager"}
+
+
+def choose_attention(attention: Attention | str, device_type: str) -> str:
+    """transformers' name of an attention back end that runs on `device_type` ("cuda", "cpu").
+
+    `auto` is flash attention's kernel for packed documents where its package and the GPU allow it, and
+    attention by document everywhere else.
+
+    Raises:
+        ModelError: the back end cannot run here.
+    """
+    choice = Attention(attention)
+    if choice is Attention.auto:
+        choice = Attention.flash if _why_no_flash(device_type) is None else Attention.documents
+    if choice is Attention.documents:
+        return DOCUMENTS
+    if choice is Attention.flash:
+        reason = _why_no_flash(device_type)
+        if reason is not None:
+            raise ModelError(f"model.attention=flash needs {reason}; use model.attention=documents.")
+        return "flash_attention_2"
+    if choice is Attention.flex:
+        if device_type == "cpu":
+            raise ModelError(
+                "model.attention=flex has no backward pass on device cpu; use model.attention=documents."
+            )
+        return "flex_attention"
+    return _STOCK[choice]
+
+
+def document_kwargs(
+    documents: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device | str
+) -> dict[str, Any]:
+    """Where documents begin and end, as keyword arguments of a transformers model's forward.
+
+    Every back end that `choose_attention` names accepts them; the stock ones ignore what they do not read.
+    Pass `position_ids` that restart in each document too, no attention mask, and `use_cache=False`. Padding
+    at the end of a row is a document of its own.
+
+    Args:
+        documents: lengths of the documents of one row, or such a list for each of B rows, all of one sum T;
+            or the batch's `position_ids` (B, T), on the host: a document begins where they do not go up by 1.
+        device: where the model's inputs are.
+
+    Raises:
+        ModelError: the rows' lengths do not have the same sum, or a document is empty.
+    """
+    rows = _read_rows(documents)
+    lengths = [length for row in rows for length in row]
+    if len({sum(row) for row in rows}) != 1 or min(lengths) < 1:
+        raise ModelError(
+            f"document lengths {rows} must be at least 1 and have the same sum in every row; pad the shorter "
+            "rows with a last document."
+        )
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "document_lengths": lengths,
+    }
+
+
+def attend_by_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document: a function for transformers' `ALL_ATTENTION_FUNCTIONS`.
+
+    Without `document_lengths` every row is one document, with or without padding and cache, as in generation.
+
+    Args:
+        query: (B, H, T, d).
+        key, value: (B, K, T, d), where K divides H: neighbouring query heads share one of the K.
+        attention_mask: what `_document_mask` made.
+        document_lengths: the B rows' documents, one row after another, from `document_kwargs`.
+
+    Returns:
+        (B, T, H, d), and no attention weights.
+
+    Raises:
+        ModelError: rows hold several documents and `document_lengths` is missing, or is of another batch.
+    """
+    if document_lengths is None:
+        if attention_mask is not None and attention_mask.numel() == 0:
+            raise ModelError(
+                "position_ids restart within a row but document_lengths is missing; pass "
+                "**document_kwargs(position_ids, device) to the model."
+            )
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    batch, heads, length, width = query.shape
+    if sum(document_lengths) != batch * length:
+        raise ModelError(
+            f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
+            f"{length} tokens; build document_kwargs from this batch."
+        )
+    runs = [(size, len(list(group))) for size, group in groupby(document_lengths)]
+    tokens = [size * count for size, count in runs]
+    # The backward pass of a split is one concatenation; slices would each fill a whole gradient with zeros.
+    parts = [torch.split(_lay_end_to_end(states), tokens) for states in (query, key, value)]
+    outputs = [
+        _attend_within(queries, keys, values, count, dropout, scaling)
+        for (_, count), queries, keys, values in zip(runs, *parts, strict=True)
+    ]
+    packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return packed.view(batch, length, heads, width), None
+
+
+def _attend_within(
+    query: Tensor, key: Tensor, value: Tensor, documents: int, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention of neighbouring documents of one length L, (documents * L, H or K, d), in one call."""
+    query, key, value = (
+        states.view(documents, -1, *states.shape[1:]).transpose(1, 2) for states in (query, key, value)
+    )
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _lay_end_to_end(states: Tensor) -> Tensor:
+    """(B, heads, T, d) as (B * T, heads, d): a view, since the projections left them in that order."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _document_mask(
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of `attend_by_document`: an empty one where rows hold several documents, else the stock one.
+
+    transformers asks for a mask once per forward pass and forbids skipping it where position_ids restart. The
+    empty tensor costs nothing and lets a forgotten `document_lengths` be told from a row of one document.
+    """
+    if attention_mask is None and not allow_is_causal_skip:
+        return torch.empty(0, dtype=torch.bool, device=device)
+    mask: Tensor | None = sdpa_mask(
+        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, device=device, **kwargs
+    )
+    return mask
+
+
+def _read_rows(documents: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Lengths of each row's documents."""
+    if isinstance(documents, Tensor):
+        return [_lengths_from_positions(row) for row in documents.reshape(-1, documents.shape[-1])]
+    rows = [[row] if isinstance(row, int) else list(row) for row in documents]
+    flat = all(isinstance(row, int) for row in documents)
+    return [[length for row in rows for length in row]] if flat else rows
+
+
+def _lengths_from_positions(position_ids: Tensor) -> list[int]:
+    begins = (position_ids.diff() != 1).nonzero().squeeze(1).add(1).tolist()
+    bounds = [0, *begins, len(position_ids)]
+    return [end - begin for begin, end in pairwise(bounds)]
+
+
+def _why_no_flash(device_type: str) -> str | None:
+    """What flash attention lacks here; None where it runs."""
+    if device_type != "cuda":
+        return f"a GPU, not device {device_type}"
+    if not is_flash_attn_2_available():
+        return "the package flash-attn (pip install flash-attn --no-build-isolation)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "a GPU of compute capability 8.0 or later"
+    return None
+
+
+ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, attend_by_document)
+ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, _document_mask)

@@ -1,0 +1,67 @@
+"""`python -m cqlora.plan`: the same overrides as `cqlora.run`; exit code 0 where the run fits, else 3."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from hydra.core.config_store import ConfigStore
+
+from cqlora.cli import run_program
+from cqlora.config import RunConfig
+from cqlora.errors import DoesNotFit
+from cqlora.plan.fit import Fit
+from cqlora.plan.memory import plan_memory, settle_checkpointing
+from cqlora.plan.time import plan_time
+from cqlora.plan.verdict import judge
+
+
+class Mode(Enum):
+    """What to plan: the layout that was asked for, or the fastest ones that fit."""
+
+    check = "check"
+    suggest = "suggest"
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(RunConfig):
+    """A run, and what about it to plan."""
+
+    plan: Mode = Mode.check
+    tokens: int | None = None
+    """Tokens of one epoch; null estimates them from the number of documents asked for."""
+    added_rows: int = 0
+    """Embedding rows that an extension will add, while the base's folder is not there yet."""
+
+
+def plan(config: PlanConfig) -> int:
+    """Print a run's plan; return the exit code."""
+    from rich.console import Console
+
+    from cqlora.plan.layouts import suggest_layouts
+    from cqlora.plan.table import options_table, print_plan
+
+    settled = settle_checkpointing(config, config.added_rows)
+    time = plan_time(settled, config.added_rows, config.tokens)
+    verdict = judge(settled, config.added_rows)
+    print_plan(settled, plan_memory(settled, config.added_rows), time, verdict)
+    if config.plan is Mode.check:
+        return DoesNotFit.exit_code if verdict.fit is Fit.does_not_fit else 0
+    fitting = suggest_layouts(settled, config.added_rows)
+    console = Console(width=100, highlight=False)
+    console.print()
+    if not fitting:
+        console.print(f"No layout of this run fits hardware={config.hardware.name}.")
+        return DoesNotFit.exit_code
+    console.print(
+        options_table(fitting[:5], time, f"Fastest layouts that fit hardware={config.hardware.name}")
+    )
+    return 0
+
+
+def main() -> None:
+    """The verb `plan`."""
+    ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+    run_program("plan", PlanConfig, plan, help_overrides=("stage=pretrain",))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What can be read of this machine without torch: memory, processor, how fast it multiplies matrices."""
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+
+from cqlora.preflight import list_gpus
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this processor multiplies bfloat16 itself rather than by way of float32."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return bool(_BF16_FLAGS & set(flags.split()))
+
+
+@cache
+def gpus_here() -> tuple[float, ...]:
+    """Memory in GiB of each GPU of this machine, asked of the driver once."""
+    return tuple(list_gpus())
+
+
+@cache
+def host_memory_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@cache
+def measure_host_tflops(seconds: float = 0.1) -> float:
+    """Dense float32 matrix throughput of this machine, the best of repeated products."""
+    import numpy as np
+
+    size = 768
+    left = np.ones((size, size), dtype=np.float32)
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        left @ left
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best / 1e12

@@ -1,0 +1,154 @@
+"""What has to be held at once: one micro batch on one worker, and how a configuration becomes that."""
+
+from dataclasses import dataclass, field, replace
+
+from cqlora.base import Base, read_base
+from cqlora.choices import (
+    AdapterMethod,
+    Attention,
+    Checkpointing,
+    Device,
+    Embeddings,
+    Optimizer,
+    Precision,
+    Strategy,
+)
+from cqlora.config import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
+from cqlora.errors import ModelError
+from cqlora.plan.machine import gpus_here, has_bf16_units
+from cqlora.plan.program import Program
+from cqlora.plan.shapes import embedding_matrices
+
+_STATE_BYTES = {
+    Optimizer.auto: 8.0,
+    Optimizer.adamw: 8.0,
+    Optimizer.adamw_8bit: 2.0,
+    Optimizer.paged_adamw: 0.0,
+    Optimizer.paged_adamw_8bit: 0.0,
+}
+"""AdamW's two moments of one number on the device; paged ones wait in host memory while a step needs room."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """One micro batch of one run on one worker."""
+
+    model: ModelConfig
+    """Its `vocab_size` counts the rows that an extension added."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    trained_embedding: int = 0
+    """Trainable numbers beside the blocks' adapters: new rows, low-rank or whole embeddings."""
+    program: Program = field(default_factory=Program)
+    tokens: int
+    """Tokens of a micro batch."""
+    pack_tokens: int
+    """Tokens of one pack, within which a token attends to those before it."""
+    strategy: Strategy = Strategy.single
+    workers: int = 1
+    """Workers that share the weights (fsdp) or hold copies (ddp); GPUs under `layers`."""
+    cpu_offload: bool = False
+    offload_activations: bool = False
+    """Checkpointed activations wait in host memory."""
+    checkpointing: Checkpointing = Checkpointing.full
+    training: bool = True
+    """False is loading and reading a model only."""
+
+    @property
+    def shards(self) -> int:
+        """Parts that each tensor is split into."""
+        return self.workers if self.strategy is Strategy.fsdp else 1
+
+
+def describe_run(config: RunConfig, added_rows: int = 0) -> Workload:
+    """The micro batch of a run whose checkpointing is settled; `added_rows` are of an extension to come."""
+    base = find_base(config.model)
+    rows, added = (
+        (base.vocab_size, base.added_rows) if base else (config.model.vocab_size + added_rows, added_rows)
+    )
+    model = replace(config.model, vocab_size=rows)
+    checkpointing = config.hardware.activation_checkpointing
+    return Workload(
+        model=model,
+        lora=config.lora,
+        trained_embedding=count_trained_embedding(model, config.lora, config.stage.embeddings, added),
+        program=describe_program(config.model, config.lora, config.stage, config.hardware),
+        tokens=config.hardware.micro_batch_size * config.stage.sequence_length,
+        pack_tokens=config.stage.sequence_length,
+        strategy=config.hardware.strategy,
+        workers=count_devices(config.hardware),
+        cpu_offload=config.hardware.cpu_offload,
+        checkpointing=Checkpointing.none if checkpointing is Checkpointing.none else Checkpointing.full,
+    )
+
+
+def find_base(model: ModelConfig) -> Base | None:
+    """The base's folder where it is there; a run can be planned before its base is."""
+    try:
+        return read_base(model.path)
+    except ModelError:
+        return None
+
+
+def count_devices(hardware: HardwareConfig) -> int:
+    """Workers, or the GPUs that one worker spreads the layers over."""
+    if hardware.strategy is Strategy.layers:
+        return max(1, hardware.gpus_per_node)
+    return hardware.world_size
+
+
+def count_trained_embedding(
+    model: ModelConfig, lora: LoraConfig, embeddings: Embeddings, added_rows: int
+) -> int:
+    """Trainable numbers of the two embedding matrices."""
+    matrices = embedding_matrices(model)
+    if embeddings is Embeddings.auto:
+        embeddings = Embeddings.new_rows if added_rows else Embeddings.frozen
+    match embeddings:
+        case Embeddings.new_rows:
+            return matrices * added_rows * model.hidden_size
+        case Embeddings.lora:
+            return matrices * lora.rank * (model.vocab_size + model.hidden_size)
+        case Embeddings.full:
+            return matrices * model.vocab_size * model.hidden_size
+    return 0
+
+
+def describe_program(
+    model: ModelConfig, lora: LoraConfig, stage: StageConfig, hardware: HardwareConfig
+) -> Program:
+    """cqlora's habits under a configuration."""
+    on_gpu = settle_device(hardware) is Device.cuda
+    size = compute_bytes(hardware)
+    mixed = size < 4
+    by_document = model.attention is Attention.documents or (model.attention is Attention.auto)
+    return Program(
+        compute_bytes=size,
+        embedding_bytes=size,
+        optimizer_bytes=_STATE_BYTES[stage.optimizer],
+        dropout=lora.dropout > 0,
+        mask_bytes=1 if on_gpu else 4,
+        # PEFT asks for CUDA's autocast only, and so casts each layer's input anew under the CPU's.
+        adapter_copies_input=mixed and (not on_gpu or lora.method is AdapterMethod.dora),
+        # Where documents differ in length, their outputs are kept apart and joined.
+        attention_copies=2 if by_document else 1,
+        logits_peak_bytes=6 if mixed else 4,
+        casts_adapter=mixed,
+        gradient_copies=2 if hardware.strategy is Strategy.ddp and hardware.world_size > 1 else 1,
+        reserves=on_gpu,
+        context=on_gpu,
+        in_process=not on_gpu,
+    )
+
+
+def settle_device(hardware: HardwareConfig) -> Device:
+    """What `device=auto` is on this machine."""
+    if hardware.device is Device.auto:
+        return Device.cuda if gpus_here() else Device.cpu
+    return hardware.device
+
+
+def compute_bytes(hardware: HardwareConfig) -> int:
+    """Bytes of a number that matrix products read and write."""
+    if hardware.precision is Precision.auto:
+        return 2 if settle_device(hardware) is Device.cuda or has_bf16_units() else 4
+    return 4 if hardware.precision is Precision.float32 else 2

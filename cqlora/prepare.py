@@ -1,0 +1,126 @@
+"""`python -m cqlora.prepare`: builds a run's token cache and says what is in it."""
+
+from pathlib import Path
+from typing import Any
+
+from cqlora.base import Base, read_base
+from cqlora.cli import run_program
+from cqlora.config import RunConfig
+
+SHOWN_CHARACTERS = 600
+"""Of each example in the terminal; examples.html holds them whole."""
+
+
+def prepare(config: RunConfig) -> None:
+    """Build or open the cache, print its table and three examples, write examples.html beside it."""
+    from rich.console import Console
+    from tokenizers import Tokenizer
+
+    from cqlora.data.cache import prepare_cache
+    from cqlora.data.examples import pick_examples, render_html
+    from cqlora.data.sources import find_sources
+    from cqlora.progress import StageDisplay
+
+    find_sources(config.data, config.stage.name)
+    base = open_base(config)
+    with StageDisplay(is_main=True) as display:
+        cache = prepare_cache(config, base, display.show)
+    examples = pick_examples(cache, Tokenizer.from_file(str(base.tokenizer_file)))
+    page = cache.folder / "examples.html"
+    page.write_text(
+        render_html(f"data={config.data.name} stage={config.stage.name}", examples), encoding="utf-8"
+    )
+
+    console = Console()
+    show_sources(console, cache.summary["sources"])
+    show_splits(console, cache.summary["splits"])
+    for example in examples:
+        show_example(console, example.source, example.tokens, example.spans)
+    console.print(f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}")
+
+
+def open_base(config: RunConfig) -> Base:
+    """The base whose tokenizer encodes; a random base is built first where it is missing."""
+    if config.model.random_init and not Path(config.model.path).exists():
+        from cqlora.data.chat import CHAT_TEMPLATE
+        from cqlora.data.sources import SAMPLE_DIR
+        from cqlora.model.tiny import build_tiny, read_sample_texts
+
+        build_tiny(config.model, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+    return read_base(config.model.path)
+
+
+def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:
+    """What was read, lost and kept: a column for each source, a row for each count and reason."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    columns = []
+    for name, found in sources.items():
+        table.add_column(name, justify="right")
+        columns.append(dict(count_lines(found)))
+    for label in dict.fromkeys(label for column in columns for label in column):
+        table.add_row(label, *(f"{column[label]:,}" if label in column else "" for column in columns))
+    console.print(table)
+    for name, found in sources.items():
+        if found["own_split_set_aside"]:
+            console.print(
+                f"{name}: its val and test repeat its train, so they are set aside and a hash decides."
+            )
+    console.print()
+
+
+def count_lines(found: dict[str, Any]) -> list[tuple[str, float]]:
+    """A source's counts under their labels, each reason below its sum."""
+    lines: list[tuple[str, float]] = [("read", found["read"])]
+    for key in ("rejected", "dropped"):
+        lines.append((key, sum(found[key].values())))
+        lines += [(f"  {reason}", number) for reason, number in found[key].items()]
+    lines += [("duplicates", found["duplicates"]), ("near duplicates", found["near_duplicates"])]
+    lines += found["left_out"].items()
+    lines += [(f"kept for {split}", number) for split, number in found["kept"].items()]
+    lines += [
+        (key.replace("_", " "), found[key]) for key in ("characters", "tokens", "label_tokens", "longest")
+    ]
+    if found["tokens_per_chinese_character"] is not None:
+        lines.append(("tokens per Chinese character", found["tokens_per_chinese_character"]))
+    lines += [*found["changed"].items(), ("pieces", found["pieces"]), *found["cut"].items()]
+    return lines
+
+
+def show_splits(console: Any, splits: dict[str, Any]) -> None:
+    """How many packs each split has and how full they are."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("split", "documents", "tokens", "label tokens", "packs", "fill"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    for split, found in splits.items():
+        numbers = [f"{found[key]:,}" for key in ("documents", "tokens", "label_tokens", "packs")]
+        table.add_row(split, *numbers, f"{found['fill']:.2%}")
+    console.print(table)
+    console.print()
+
+
+def show_example(console: Any, source: str, tokens: int, spans: list[tuple[bool, str]]) -> None:
+    """The beginning of one document, trained words green, context dim."""
+    from rich.text import Text
+
+    text = Text()
+    for trained, words in spans:
+        text.append(words[: SHOWN_CHARACTERS - len(text)], style="green" if trained else "dim")
+    if sum(len(words) for _, words in spans) > SHOWN_CHARACTERS:
+        text.append(" …", style="dim")
+    console.rule(f"{source}, {tokens} tokens; green is trained", align="left")
+    console.print(text)
+    console.print()
+
+
+def main() -> None:
+    """The verb `prepare`."""
+    run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
+
+
+if __name__ == "__main__":
+    main()

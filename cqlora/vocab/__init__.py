@@ -1,0 +1,1 @@
+"""Chinese vocabularies: training, merging, initialising new rows."""

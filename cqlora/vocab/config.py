@@ -1,0 +1,83 @@
+"""The options of a vocabulary (`vocab=`, `vocab.size=` …); the only place for their defaults. No torch."""
+
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from cqlora.config import CONFIG_DIR, require_positive, require_range
+from cqlora.errors import ConfigError
+
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|end-paragraph|>")
+PAD_TOKEN = "<|pad|>"
+
+
+class VocabKind(Enum):
+    """Where new pieces come from."""
+
+    none = "none"
+    auto = "auto"
+    cjk = "cjk"
+    sentencepiece = "sentencepiece"
+    path = "path"
+    bpe = "bpe"
+
+
+class RowInit(Enum):
+    """What a new row starts from; docs/vocabulary.md has the measurements."""
+
+    subpiece_mean = "subpiece_mean"
+    mean = "mean"
+    sampled = "sampled"
+    weighted = "weighted"
+
+
+@dataclass(kw_only=True, slots=True)
+class VocabConfig:
+    """New pieces for a base's tokenizer and what their rows start from."""
+
+    kind: VocabKind = VocabKind.none
+    model: str = ""
+    """SentencePiece model whose pieces are merged (kind path)."""
+    size: int = 8000
+    """Pieces of the trained SentencePiece model, or pieces that merges add to a byte-level BPE."""
+    corpus: list[str] = field(default_factory=list)
+    """Files or folders of text to learn from and to check on; empty is the text bundled with cqlora."""
+    max_characters: int = 40_000_000
+    """Chinese characters of the corpus to learn from, sampled evenly when it has more."""
+    min_frequency: int = 4
+    """Times that a learned piece must occur; a small corpus gives fewer than `size` pieces."""
+    held_out_fraction: float = 0.1
+    """Documents set aside from learning, on which the report counts."""
+    init: RowInit = RowInit.weighted
+    control_tokens: bool = True
+    """Add <|im_start|>, <|im_end|>, <|end-paragraph|> and <|pad|> where the base lacks them."""
+    pad_to_multiple_of: int = 64
+    """Rows that the embedding matrices are padded to; 1 adds none."""
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "size", "max_characters", "min_frequency", "pad_to_multiple_of")
+        require_range("vocab.held_out_fraction", self.held_out_fraction, 0.0, 0.9)
+        if self.kind is VocabKind.path and not self.model:
+            raise ConfigError("vocab=path needs vocab.model=FILE, a SentencePiece model.")
+        if self.model and self.kind is not VocabKind.path:
+            raise ConfigError(
+                f"vocab.model={self.model} is read with vocab=path only, not vocab={self.kind.name}."
+            )
+
+
+def accept_path(arguments: list[str]) -> list[str]:
+    """Read `vocab=/a/tokenizer.model` as `vocab=path vocab.model=/a/tokenizer.model`."""
+    choices = {file.stem for file in (CONFIG_DIR / "vocab").glob("*.yaml")}
+    accepted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        names_file = key == "vocab" and value not in choices and (Path(value).suffix or "/" in value)
+        accepted += ["vocab=path", f"vocab.model={value}"] if equals and names_file else [argument]
+    return accepted
+
+
+def accept_path_in_command_line() -> None:
+    """Let the program's own arguments name a SentencePiece model as `vocab=FILE`."""
+    sys.argv[1:] = accept_path(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Streaming conversion, extension and merging of weight files."""

@@ -1,0 +1,215 @@
+"""Safetensors by streaming: tensors are read and written in blocks of rows, never a whole model in memory.
+
+The format (huggingface/safetensors, "Format"): eight bytes of header length, a JSON header of names, dtypes,
+shapes and byte ranges, then the data. As shapes are known beforehand, the header is written before any data.
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cqlora.base import write_json
+from cqlora.errors import ModelError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+BLOCK_BYTES = 64 << 20
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor's name, safetensors dtype and shape, known before its data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class TensorSource(Protocol):
+    """A model whose tensors come one at a time: a folder of shards, a GGUF file, Meta's files."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors by name, in the order in which they are written."""
+
+    def blocks(self, name: str) -> Iterable[torch.Tensor]:
+        """The tensor's rows in order, some at a time; joined along dimension 0 they are the tensor."""
+
+
+class ShardReader:
+    """The tensors of a model folder (`model.safetensors`, or shards with an index)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers.
+
+        Raises:
+            ModelError: a shard that the index names is missing or cannot be read, or none is there.
+        """
+        self.folder = folder
+        self.files = _list_shards(folder)
+        self._handles: dict[Path, Any] = {file: _open_shard(file) for file in self.files}
+        self._file_of: dict[str, Path] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for file, handle in self._handles.items():
+            for name in handle.offset_keys():
+                part = handle.get_slice(name)
+                self.specs[name] = TensorSpec(name, part.get_dtype(), tuple(part.get_shape()))
+                self._file_of[name] = file
+
+    def file_of(self, name: str) -> Path:
+        """The shard that holds a tensor."""
+        return self._file_of[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        tensor: torch.Tensor = self._handles[self._file_of[name]].get_tensor(name)
+        return tensor
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor's rows, about 64 MiB at a time."""
+        return split_rows(self.read(name))
+
+
+def split_rows(
+    tensor: torch.Tensor, block_bytes: int = BLOCK_BYTES, multiple: int = 1
+) -> Iterator[torch.Tensor]:
+    """Views of a tensor's rows, at most `block_bytes` each, in multiples of `multiple` rows."""
+    if tensor.dim() == 0 or tensor.nbytes <= block_bytes:
+        yield tensor
+        return
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    rows = max(multiple, block_bytes // row_bytes // multiple * multiple)
+    yield from torch.split(tensor, rows)
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    """Fill shards in order; one exceeds `max_shard_size` bytes only where a single tensor does."""
+    shards: list[list[TensorSpec]] = []
+    filled = math.inf
+    for spec in specs:
+        if filled + spec.nbytes > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    specs: Iterable[TensorSpec],
+    produce: Callable[[TensorSpec], Iterable[torch.Tensor]],
+    max_shard_size: int = 4 * 10**9,
+) -> None:
+    """Write tensors as `model*.safetensors` with an index where there are several.
+
+    `produce` is asked for one tensor after the other, in order, and gives it in blocks of rows.
+    """
+    shards = plan_shards(specs, max_shard_size)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        write_shard(folder / name, shard, produce)
+    if len(shards) > 1:
+        write_index(folder, dict(zip(names, shards, strict=True)))
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of `count` shards, as transformers writes them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def write_shard(
+    file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]
+) -> None:
+    """Write one safetensors file: the header of `specs`, then each tensor's blocks as they come."""
+    with file.open("wb", buffering=0) as stream:
+        stream.write(_encode_header(specs))
+        for spec in specs:
+            rows = 0
+            for block in produce(spec):
+                _check_block(spec, block)
+                _write_all(stream, block)
+                rows += block.shape[0] if block.dim() else 1
+            expected = spec.shape[0] if spec.shape else 1
+            assert rows == expected, f"{spec.name} got {rows} rows where its header promises {expected}"
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:
+    """Write the index of a model in several shards."""
+    weight_map = {spec.name: name for name, specs in shards.items() for spec in specs}
+    total = sum(spec.nbytes for specs in shards.values() for spec in specs)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a torch dtype."""
+    return _DTYPE_NAMES[dtype]
+
+
+def _list_shards(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError(f"{folder} has no *.safetensors; give the folder of a Hugging Face model.")
+        return files
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing though {INDEX} names it; fetch that file again.")
+    return [folder / name for name in names]
+
+
+def _open_shard(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again."
+        ) from error
+
+
+def _encode_header(specs: list[TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+def _check_block(spec: TensorSpec, block: torch.Tensor) -> None:
+    assert block.dtype == DTYPES[spec.dtype], (
+        f"{spec.name} is {block.dtype}, its header promises {spec.dtype}"
+    )
+    assert tuple(block.shape[1:]) == spec.shape[1:], (
+        f"{spec.name} has rows of {block.shape[1:]}, not {spec.shape}"
+    )
+
+
+def _write_all(stream: io.RawIOBase, block: torch.Tensor) -> None:
+    data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    while data:
+        data = data[stream.write(data) or 0 :]

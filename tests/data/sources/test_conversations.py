@@ -1,0 +1,226 @@
+"""Every conversational source: its formats, its mendings and their counts."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from cqlora.choices import OasstPaths, SourceKind
+from cqlora.config import SourceConfig
+from cqlora.data.records import Conversation, Document, RawRow, Record, RowError, Turn
+from cqlora.data.sources import PARSERS
+from cqlora.data.sources.oasst1 import group_messages
+
+U, A, S = "user", "assistant", "system"
+
+
+def parse(kind: SourceKind, row: Any, **settings: Any) -> tuple[list[Record], Counter[str]]:
+    counts: Counter[str] = Counter()
+    return list(PARSERS[kind](row, SourceConfig(kind=kind, **settings), counts)), counts
+
+
+def talk(*turns: tuple[str, str]) -> Conversation:
+    return Conversation([Turn(role, text) for role, text in turns])
+
+
+def test_dialog_reads_text_or_content_and_one_message_is_raw_text():
+    row = [{"role": "user", "text": "q "}, {"role": "assistant", "content": "a"}]
+    assert parse(SourceKind.dialog, row)[0] == [talk((U, "q"), (A, "a"))]
+    assert parse(SourceKind.dialog, [{"role": "user", "text": "raw"}])[0] == [Document("raw")]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"role": "user"}, "row is an object, not a list"),
+        ([], "empty conversation"),
+        ([{"role": "user", "text": "a"}, {"role": "narrator", "text": "b"}], "unknown role narrator"),
+        ([{"role": "user", "text": "a"}, {"role": "assistant"}], "missing field text or content"),
+        ([{"role": "user", "text": "a"}, {"role": "user", "text": "b"}], "no assistant turn"),
+        ([{"role": "user", "text": "a"}, {"role": "assistant", "text": " "}], "field text is empty"),
+        (
+            [{"role": "user", "text": 3}, {"role": "assistant", "text": "b"}],
+            "field text is a number, not text",
+        ),
+    ],
+)
+def test_dialog_rejects_with_a_reason(row, reason):
+    with pytest.raises(RowError, match=f"^{reason}$"):
+        parse(SourceKind.dialog, row)
+
+
+def test_messages_join_text_parts_and_cut_what_has_no_answer():
+    parts = [{"type": "text", "text": "look"}, {"type": "text", "text": "here"}]
+    row = {
+        "messages": [
+            {"role": "developer", "content": "s"},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "thanks"},
+        ]
+    }
+    records, counts = parse(SourceKind.messages, row)
+    assert records == [talk((S, "s"), (U, "look\nhere"), (A, "a"))]
+    assert counts == {"trailing turns without an answer cut": 1}
+    with pytest.raises(RowError, match="image_url"):
+        parse(SourceKind.messages, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
+
+
+def test_sharegpt_is_mended_by_counted_rules():
+    def message(who: str, value: str) -> dict[str, str]:
+        return {"from": who, "value": value}
+
+    row = {
+        "conversations": [
+            message("system", "s"),
+            message("gpt", "before any question"),
+            message("human", "1 &lt; 2?"),
+            message("user", "really?"),
+            message("chatgpt", "yes"),
+            message("bard", " "),
+            message("assistant", "sure"),
+            message("human", "thanks"),
+        ]
+    }
+    records, counts = parse(SourceKind.sharegpt, row)
+    assert records == [talk((S, "s"), (U, "1 < 2?\n\nreally?"), (A, "yes\n\nsure"))]
+    assert counts == {
+        "empty turns cut": 1,
+        "html unescaped": 1,
+        "leading answers without a question cut": 1,
+        "repeated roles joined": 1,
+        "trailing turns without an answer cut": 1,
+    }
+
+
+BELLE = {
+    "0.5M and 1M": ({"input": "Human: 你好\n\nAssistant:\n", "target": "您好"}, [(U, "你好"), (A, "您好")]),
+    "plain input and target": ({"input": "1+1?", "target": "2"}, [(U, "1+1?"), (A, "2")]),
+    "2M": ({"instruction": "翻译", "input": "水", "output": "water"}, [(U, "翻译\n水"), (A, "water")]),
+    "school math": ({"instruction": "1+1?", "input": "", "output": "\n2"}, [(U, "1+1?"), (A, "2")]),
+    "3.5M": (
+        {"id": "1", "conversations": [{"from": "human", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        [(U, "q"), (A, "a")],
+    ),
+    "multiturn 0.8M": (
+        {
+            "instruction": "Human:写诗\nAssistant:床前明月光\n疑是地上霜\nHuman:继续\nAssistant:",
+            "input": "",
+            "output": "举头望明月",
+        },
+        [(U, "写诗"), (A, "床前明月光\n疑是地上霜"), (U, "继续"), (A, "举头望明月")],
+    ),
+    "generated chat 0.4M": (
+        {
+            "instruction": "于以下角色信息完成一段对话\nAlice是律师。Bob是居民。\n",
+            "input": "",
+            "output": "\nAlice: 你好\nBob: 你好，Alice\n再见\nAlice：回头见\nBob：好\n",
+        },
+        [
+            (S, "于以下角色信息完成一段对话\nAlice是律师。Bob是居民。"),
+            (U, "你好"),
+            (A, "你好，Alice\n再见"),
+            (U, "回头见"),
+            (A, "好"),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BELLE)
+def test_belle_formats_are_told_apart_by_their_shape(name: str):
+    row, turns = BELLE[name]
+    assert parse(SourceKind.belle, row)[0] == [talk(*turns)]
+
+
+def test_belle_seed_tasks_give_a_conversation_for_each_instance():
+    row = {
+        "instruction": "写诗",
+        "instances": [{"input": "夏", "output": "一"}, {"input": "", "output": "二"}],
+    }
+    assert parse(SourceKind.belle, row)[0] == [talk((U, "写诗\n夏"), (A, "一")), talk((U, "写诗"), (A, "二"))]
+
+
+def test_belle_play_of_three_stays_an_answer():
+    row = {"instruction": "根据角色信息写对话", "output": "甲：一\n乙：二\n丙：三"}
+    records, counts = parse(SourceKind.belle, row)
+    assert records == [talk((U, "根据角色信息写对话"), (A, "甲：一\n乙：二\n丙：三"))]
+    assert counts["plays not of two characters kept as answers"] == 1
+
+
+def message(name: str, parent: str | None, role: str, **more: Any) -> dict[str, Any]:
+    return {
+        "message_id": name,
+        "parent_id": parent,
+        "message_tree_id": "t",
+        "role": role,
+        "text": name,
+    } | more
+
+
+MESSAGES = [
+    message("p", None, "prompter", lang="en"),
+    message("a1", "p", "assistant", rank=1, lang="en"),
+    message("a0", "p", "assistant", rank=0, lang="en"),
+    message("a2", "p", "assistant", rank=None, lang="zh"),
+    message("gone", "p", "assistant", rank=None, deleted=True, lang="en"),
+    message("bad", "p", "assistant", review_result=False, lang="en"),
+    message("q0", "a0", "prompter", rank=None, lang="en"),
+    message("b0", "q0", "assistant", rank=0, lang="en"),
+    message("q1", "b0", "prompter", lang="en"),
+]
+
+
+def nest(messages: list[dict[str, Any]], parent: str | None = None) -> list[dict[str, Any]]:
+    return [{**m, "replies": nest(messages, m["message_id"])} for m in messages if m["parent_id"] == parent]
+
+
+BEST = talk((U, "p"), (A, "a0"), (U, "q0"), (A, "b0"))
+
+
+@pytest.mark.parametrize("row", [{"prompt": nest(MESSAGES)[0], "message_tree_id": "t"}, MESSAGES])
+def test_oasst1_trees_and_message_rows_give_the_same_conversations(row: Any):
+    records, counts = parse(SourceKind.oasst1, row)
+    assert records == [BEST]
+    assert counts["deleted messages left out"] == 1
+    assert counts["messages that failed review left out"] == 1
+    assert counts["trailing turns without an answer cut"] == 1
+
+    everything = parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all)[0]
+    assert everything == [talk((U, "p"), (A, "a1")), BEST, talk((U, "p"), (A, "a2"))]
+
+    drawn = parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.sampled)[0]
+    assert len(drawn) == 1
+    assert drawn == parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.sampled)[0]
+    assert drawn[0] in everything
+
+    assert (
+        talk((U, "p"), (A, "a2"))
+        not in parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all, langs=["en"])[0]
+    )
+    with pytest.raises(RowError, match="another language"):
+        parse(SourceKind.oasst1, row, langs=["zh"])
+
+
+def test_oasst1_message_rows_are_grouped_by_tree_and_broken_rows_pass():
+    rows = [RawRow("f", n, m, None) for n, m in enumerate(MESSAGES[:2])]
+    other = RawRow("f", 8, message("x", None, "prompter") | {"message_tree_id": "u"}, None)
+    broken = RawRow("f", 9, b'{"message_id": ', None)
+    grouped = list(group_messages(iter([*rows, broken, other])))
+    assert [len(row.body) if isinstance(row.body, list) else "broken" for row in grouped] == ["broken", 2, 1]
+
+
+def test_oasst1_prompt_without_an_answer_is_counted():
+    records, counts = parse(SourceKind.oasst1, [message("p", None, "prompter")])
+    assert records == []
+    assert counts == {"prompts without an answer left out": 1}
+
+
+def test_wiki_puts_the_title_before_the_text_once():
+    row = {"id": "1", "url": "", "title": "长江", "text": "长江很长。"}
+    assert parse(SourceKind.wiki, row)[0] == [Document("长江\n\n长江很长。")]
+    assert parse(SourceKind.wiki, {"title": "长江", "text": "长江\n\n很长。"})[0] == [
+        Document("长江\n\n很长。")
+    ]
+    with pytest.raises(RowError, match="missing field text"):
+        parse(SourceKind.wiki, {"title": "长江"})

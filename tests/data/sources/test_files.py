@@ -1,0 +1,123 @@
+"""Rows out of files of every format, compressed or not, and what becomes of damaged ones."""
+
+import bz2
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cqlora.data.records import RawRow
+from cqlora.data.sources import files
+from cqlora.data.sources.files import UnreadableRowError, read_json, read_json_lines, read_parquet, read_text
+from cqlora.data.sources.location import SourceFile
+from cqlora.errors import DataError
+
+ROWS = [{"id": str(n), "text": f"第 {n} 行 {n * 7919}"} for n in range(3000)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    pa = pytest.importorskip("pyarrow")
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def bodies(rows: Any) -> list[Any]:
+    return [json.loads(row.body) if isinstance(row.body, bytes) else row.body for row in rows]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_json_lines_are_read_through_every_compression(tmp_path: Path, suffix: str):
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(COMPRESSIONS[suffix](LINES))
+    assert bodies(read_json_lines(SourceFile(file, None))) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSIONS if suffix])
+def test_a_truncated_compressed_file_is_named_with_the_offset(tmp_path: Path, suffix: str):
+    file = tmp_path / f"a.jsonl{suffix}"
+    whole = COMPRESSIONS[suffix](LINES)
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"a\.jsonl{suffix} is damaged or cut short near byte \d+ of \d+"):
+        list(read_json_lines(SourceFile(file, None)))
+
+
+def test_line_numbers_count_blank_lines(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"a":1}\n\n{"a":2}\n')
+    assert [row.line for row in read_json_lines(SourceFile(file, "val"))] == [1, 3]
+
+
+def test_an_overlong_line_is_passed_over_and_the_next_one_read(tmp_path: Path):
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as stream:
+        stream.write(b'{"text": "')
+        for _ in range(50):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b'"}\n{"text": "after"}\n')
+    first, second = read_json_lines(SourceFile(file, None))
+    assert isinstance(first.body, UnreadableRowError)
+    assert str(first.body) == "line longer than 16 MiB"
+    assert (second.line, json.loads(second.body)) == (2, {"text": "after"})
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
+def test_json_arrays_are_decoded_an_element_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+):
+    monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(ROWS[:100], ensure_ascii=False, indent=1), encoding="utf-8")
+    rows: list[RawRow] = list(read_json(SourceFile(file, None)))
+    assert bodies(rows) == ROWS[:100]
+    assert [row.line for row in rows[:3]] == [2, 6, 10]
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_bytes(LINES)
+    assert bodies(read_json(SourceFile(file, None))) == ROWS
+
+
+def test_a_broken_json_array_is_named_with_the_line(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_text('[\n{"a": 1},\n{"a": \n')
+    with pytest.raises(DataError, match=r"a\.json is broken JSON in the element at line 3"):
+        list(read_json(SourceFile(file, None)))
+
+
+def test_parquet_rows_and_a_truncated_parquet_file(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    assert bodies(read_parquet(SourceFile(file, None))) == ROWS
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=rf"a.parquet is damaged after row 0 of its {len(data) // 2} bytes"):
+        list(read_parquet(SourceFile(file, None)))
+    file.write_bytes(data[:200] + b"\xff" * 400 + data[600:])
+    with pytest.raises(DataError, match=r"a.parquet is damaged after row \d+"):
+        list(read_parquet(SourceFile(file, None)))
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 20])
+def test_plain_text_is_one_document_a_file_or_by_separator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+):
+    monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo\n---\nthree\n---\n四", encoding="utf-8")
+    whole = list(read_text(SourceFile(file, None), ""))
+    assert [row.body["text"] for row in whole] == ["one\ntwo\n---\nthree\n---\n四"]
+    parts = list(read_text(SourceFile(file, None), "\n---\n"))
+    assert [(row.line, row.body["text"]) for row in parts] == [(1, "one\ntwo"), (4, "three"), (6, "四")]

@@ -1,0 +1,177 @@
+"""The mix: who is held out, who is sampled, and that neither depends on the neighbours."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cqlora.base import Base
+from cqlora.choices import Deduplication, SourceKind
+from cqlora.config import SourceConfig
+from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.keys import assign_splits, content_key, mix_keys
+from tests.data.conftest import MakeConfig, write_jsonl
+
+
+def texts(name: str, count: int) -> list[str]:
+    rng = random.Random(name)
+    return [f"{name} document {n}: " + " ".join(rng.choices("abcdefgh", k=20)) for n in range(count)]
+
+
+def wiki(path: Path, rows: list[str], **settings: object) -> SourceConfig:
+    write_jsonl(path, [{"text": text} for text in rows])
+    return SourceConfig(kind=SourceKind.wiki, path=str(path), **settings)
+
+
+def documents(cache: TokenCache, base: Base, split: str, source: str = "") -> list[str]:
+    """Decoded documents of a split, of one source or of all."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base.tokenizer_file))
+    found = []
+    for number, info in enumerate(cache.sources):
+        for pack in cache.splits[split].packs_of(number) if source in ("", info.name) else []:
+            for ids in np.split(pack.token_ids, np.cumsum(pack.document_lengths)[:-1]):
+                found.append(tokenizer.decode(ids.tolist()))
+    return found
+
+
+def test_split_shares_are_met_and_depend_on_the_document_alone():
+    keys = np.array([content_key(f"document {n}") for n in range(20_000)], dtype=np.uint64)
+    splits = assign_splits(keys, 0.1, 0.05)
+    assert np.bincount(splits) / len(keys) == pytest.approx([0.85, 0.1, 0.05], abs=0.01)
+    assert (assign_splits(keys[::-1], 0.1, 0.05)[::-1] == splits).all()
+    larger = assign_splits(keys, 0.2, 0.05)
+    assert (larger[splits == 1] == 1).all()
+
+
+def test_content_keys_see_through_case_and_space():
+    assert content_key("Hello  World\n") == content_key("hello world")
+    assert content_key("hello world") != content_key("hello word")
+
+
+def test_mixed_keys_are_the_same_on_every_machine():
+    keys = np.array([1, 2, 3], dtype=np.uint64)
+    assert mix_keys(keys, "sample", 1).tolist() == [
+        13789377860088218956,
+        16395366085507163635,
+        15495192416467187378,
+    ]
+
+
+def test_no_document_changes_sides_with_the_seed_or_another_source(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    alone = {"a": wiki(tmp_path / "a.jsonl", texts("a", 300))}
+    both = alone | {"b": wiki(tmp_path / "b.jsonl", texts("b", 300))}
+    first = prepare_cache(make_config(alone, val_fraction=0.1), byte_base)
+    second = prepare_cache(make_config(both, val_fraction=0.1, seed=7), byte_base)
+    for split in ("train", "val"):
+        assert set(documents(first, byte_base, split, "a")) == set(documents(second, byte_base, split, "a"))
+    assert 15 <= first.splits["val"].documents <= 45
+
+
+def test_sample_takes_the_same_documents_whatever_the_other_sources(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    sampled = wiki(tmp_path / "a.jsonl", texts("a", 400), sample=50)
+    other = wiki(tmp_path / "b.jsonl", texts("b", 100))
+    one, two, reseeded = (
+        documents(
+            prepare_cache(make_config(sources, val_fraction=0.0, seed=seed), byte_base),
+            byte_base,
+            "train",
+            "a",
+        )
+        for sources, seed in (({"a": sampled}, 1), ({"b": other, "a": sampled}, 1), ({"a": sampled}, 2))
+    )
+    assert len(one) == 50
+    assert set(one) == set(two)
+    assert set(one) != set(reseeded)
+
+
+def test_sample_of_a_long_source_equals_a_sample_of_its_whole_index(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    """The spool forgets candidates while reading; what is left must be the smallest hashes of all."""
+    rows = texts("a", 9000)
+    clean = {"deduplicate": Deduplication.none}
+    config = make_config({"a": wiki(tmp_path / "a.jsonl", rows, sample=40)}, clean=clean, val_fraction=0.0)
+    taken = documents(prepare_cache(config, byte_base), byte_base, "train")
+    hashes = mix_keys(np.array([content_key(row) for row in rows], dtype=np.uint64), "sample", 1)
+    assert set(taken) == {rows[n] for n in np.argsort(hashes)[:40]}
+
+
+def test_sample_evenly_takes_the_same_number_from_every_source(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    sources = {name: wiki(tmp_path / f"{name}.jsonl", texts(name, 60)) for name in "abc"}
+    cache = prepare_cache(make_config(sources, sample_evenly=50, val_fraction=0.0), byte_base)
+    kept = [found["kept"]["train"] for found in cache.summary["sources"].values()]
+    assert kept == [17, 17, 16]
+
+
+def test_sample_tokens_stops_at_the_document_that_reaches_it(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    source = wiki(tmp_path / "a.jsonl", texts("a", 200), sample_tokens=2000)
+    cache = prepare_cache(make_config({"a": source}, val_fraction=0.1), byte_base)
+    tokens = sum(split.tokens for split in cache.splits.values())
+    longest = cache.summary["sources"]["a"]["longest"]
+    assert 2000 <= tokens < 2000 + longest
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), [(0.5, 0.4, 0.6), (2.0, 2.0, 2.0), (2.5, 2.4, 2.6)])
+def test_weight_keeps_a_share_or_repeats(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig, weight: float, low: float, high: float
+):
+    source = wiki(tmp_path / "a.jsonl", texts("a", 400), weight=weight)
+    cache = prepare_cache(make_config({"a": source}, val_fraction=0.1), byte_base)
+    split = cache.splits["train"]
+    packed = [length for n in range(len(split)) for length in split.pack(n).document_lengths]
+    available = 400 - cache.splits["val"].documents
+    assert low * available <= len(packed) <= high * available
+    assert sum(packed) == split.packed_tokens
+
+
+def test_exact_duplicates_go_across_sources_and_held_out_text_leaves_training(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    rows = texts("a", 30)
+    for split, part in (("train", rows), ("val", [rows[3].upper()]), ("test", ["held out for a test only"])):
+        write_jsonl(tmp_path / "a" / f"{split}.jsonl", [{"text": text} for text in part])
+    sources = {
+        "a": SourceConfig(kind=SourceKind.wiki, path=str(tmp_path / "a")),
+        "b": wiki(
+            tmp_path / "b.jsonl", [*rows[5:10], "held out  for a TEST only", "something new altogether"]
+        ),
+    }
+    cache = prepare_cache(make_config(sources, val_fraction=0.0), byte_base)
+    train = documents(cache, byte_base, "train")
+    assert sorted(train) == sorted([row for row in rows if row != rows[3]] + ["something new altogether"])
+    summary = cache.summary["sources"]
+    assert summary["a"]["left_out"] == {"held out elsewhere": 1}
+    assert summary["b"]["left_out"] == {"held out elsewhere": 1}
+    assert summary["b"]["duplicates"] == 5
+
+    kept = prepare_cache(
+        make_config(sources, val_fraction=0.0, clean={"deduplicate": Deduplication.none}), byte_base
+    )
+    assert len(documents(kept, byte_base, "train")) == len(train) + 5
+    assert kept.summary["sources"]["b"]["left_out"] == {"held out elsewhere": 1}
+
+
+def test_a_split_that_repeats_its_training_is_set_aside(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    rows = texts("a", 10)
+    for split in ("train", "val", "test"):
+        write_jsonl(tmp_path / "a" / f"{split}.jsonl", [{"text": text} for text in rows])
+    source = SourceConfig(kind=SourceKind.wiki, path=str(tmp_path / "a"))
+    cache = prepare_cache(make_config({"a": source}), byte_base)
+    train, val = (documents(cache, byte_base, split) for split in ("train", "val"))
+    assert cache.summary["sources"]["a"]["own_split_set_aside"]
+    assert len(val) >= 1
+    assert not set(train) & set(val)
+    assert sorted(train + val) == sorted(rows)

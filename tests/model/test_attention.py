@@ -1,0 +1,231 @@
+"""Packed documents against separate runs of each, on every attention back end that runs here."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cqlora.choices import Attention
+from cqlora.errors import ModelError
+from cqlora.model.attention import DOCUMENTS, choose_attention, document_kwargs
+
+VOCABULARY = 64
+BACKENDS = ["documents", "sdpa", "eager"]
+HEADS = {"grouped": (6, 2), "multi-head": (4, 4)}
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+PACKS = {
+    "several": [[5, 9, 2]],
+    "equal": [[4, 4, 4, 4]],
+    "one fills all": [[16]],
+    "length 1": [[1, 6, 1, 1, 3]],
+    "rows of their own": [[5, 7], [3, 3, 6]],
+    "padded rows": [[5, 4, 3], [8, 4]],
+}
+PADDING = {"padded rows": [3, 4]}
+"""Tokens at the end of each row that no gradient comes from."""
+
+
+def build_model(backend: str, heads: str = "grouped") -> LlamaForCausalLM:
+    query_heads, key_heads = HEADS[heads]
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=8 * query_heads,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=query_heads,
+        num_key_value_heads=key_heads,
+        attn_implementation=choose_attention(backend, "cpu"),
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).train()
+    for parameter in model.parameters():
+        # Untrained scores are so small that attending to the wrong document would hardly show.
+        parameter.data.mul_(10.0 if parameter.dim() == 2 else 1.0)
+    return model
+
+
+def pack_inputs(rows: list[list[int]]) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+    return {"input_ids": torch.randint(0, VOCABULARY, positions.shape), "position_ids": positions}
+
+
+def gradients_of(model: LlamaForCausalLM, outputs: list[Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    sum((output.tanh() * weight).sum() for output, weight in zip(outputs, weights, strict=True)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def run_separately(
+    model: LlamaForCausalLM, ids: Tensor, rows: list[list[int]]
+) -> tuple[list[Tensor], list[slice]]:
+    """Logits of each document run alone, and where it lies in the flattened batch."""
+    logits, spans, begin = [], [], 0
+    for length in [length for row in rows for length in row]:
+        spans.append(slice(begin, begin + length))
+        logits.append(model(input_ids=ids.reshape(1, -1)[:, spans[-1]], use_cache=False).logits[0])
+        begin += length
+    return logits, spans
+
+
+def assert_packed_equals_separate(model: LlamaForCausalLM, pack: str) -> None:
+    rows = PACKS[pack]
+    inputs = pack_inputs(rows)
+    separate, spans = run_separately(model, inputs["input_ids"], rows)
+    packed = model(**inputs, use_cache=False, **document_kwargs(rows, "cpu")).logits.flatten(0, 1)
+    torch.testing.assert_close(packed, torch.cat(separate), **TOLERANCE)
+
+    weights = torch.randn(packed.shape)
+    for row, padding in enumerate(PADDING.get(pack, [])):
+        weights[(row + 1) * inputs["input_ids"].shape[1] - padding :][:padding] = 0.0
+    expected = gradients_of(model, separate, [weights[span] for span in spans])
+    for name, gradient in gradients_of(model, [packed], [weights]).items():
+        torch.testing.assert_close(gradient, expected[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("pack", PACKS)
+def test_packed_documents_equal_separate_runs(backend: str, heads: str, pack: str) -> None:
+    assert_packed_equals_separate(build_model(backend, heads), pack)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pack", ["several", "rows of their own"])
+def test_packed_documents_equal_separate_runs_with_activation_checkpointing(backend: str, pack: str) -> None:
+    model = build_model(backend)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_packed_equals_separate(model, pack)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(),
+    reason="flash attention needs a GPU and the package flash-attn",
+)
+@pytest.mark.parametrize("pack", PACKS)
+def test_flash_attention_by_document_equals_separate_runs(pack: str) -> None:
+    model = build_model("documents").to("cuda", torch.bfloat16)
+    inputs = {name: tensor.cuda() for name, tensor in pack_inputs(PACKS[pack]).items()}
+    boundaries = document_kwargs(PACKS[pack], "cuda")
+    expected = model(**inputs, use_cache=False, **boundaries).logits
+    model.set_attn_implementation(choose_attention("flash", "cuda"))
+    packed = model(**inputs, use_cache=False, **boundaries).logits
+    torch.testing.assert_close(packed, expected, atol=0.1, rtol=0.05)
+
+
+def test_documents_do_attend_across_without_boundaries() -> None:
+    """The packs above would show it if they did."""
+    model, inputs = build_model("sdpa"), pack_inputs([[5, 9, 2]])
+    separate, _ = run_separately(model, inputs["input_ids"], [[5, 9, 2]])
+    mixed = model(**inputs, use_cache=False, attention_mask=torch.ones(1, 16)).logits[0]
+    assert (mixed - torch.cat(separate)).abs().max() > 0.1
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def largest_tensor(backend: str, lengths: list[int]) -> int:
+    model, inputs = build_model(backend, "multi-head"), pack_inputs([lengths])
+    with Allocations() as allocations:
+        model(**inputs, use_cache=False, **document_kwargs(lengths, "cpu")).logits.sum().backward()
+    return allocations.largest
+
+
+def test_no_tensor_of_the_square_of_the_pack_is_made() -> None:
+    length = 512
+    lengths = [length // 4] * 4
+    assert largest_tensor("documents", lengths) <= length * VOCABULARY
+    assert largest_tensor("sdpa", lengths) >= length * length
+
+
+def test_the_model_does_not_warn_about_the_attention_or_its_mask(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [[5, 9, 2]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        model = build_model("documents")
+        model(**pack_inputs(rows), use_cache=False, **document_kwargs(rows, "cpu")).logits.sum().backward()
+    assert model.config._attn_implementation == DOCUMENTS
+    assert not caplog.records
+
+
+def test_boundaries_read_off_position_ids_equal_those_of_the_lengths() -> None:
+    rows = [[5, 1, 1, 5], [12]]
+    from_lengths = document_kwargs(rows, "cpu")
+    from_positions = document_kwargs(pack_inputs(rows)["position_ids"], "cpu")
+    assert from_lengths["cu_seq_lens_q"].tolist() == [0, 5, 6, 7, 12, 24]
+    assert from_lengths["cu_seq_lens_q"].dtype is torch.int32
+    assert from_positions["cu_seq_lens_k"].tolist() == from_lengths["cu_seq_lens_k"].tolist()
+    assert from_positions["document_lengths"] == from_lengths["document_lengths"] == [5, 1, 1, 5, 12]
+    assert from_positions["max_length_q"] == from_lengths["max_length_k"] == 12
+
+
+def test_one_row_may_be_given_as_plain_lengths() -> None:
+    assert document_kwargs([3, 4], "cpu")["document_lengths"] == [3, 4]
+
+
+@pytest.mark.parametrize("rows", [[[3, 4], [3, 3]], [[3, 0]]], ids=["unequal rows", "empty document"])
+def test_lengths_that_cannot_be_rows_of_a_batch_are_refused(rows: list[list[int]]) -> None:
+    with pytest.raises(ModelError, match="same sum in every row"):
+        document_kwargs(rows, "cpu")
+
+
+def test_forgotten_boundaries_are_an_error_and_not_attention_across_documents() -> None:
+    model = build_model("documents")
+    with pytest.raises(ModelError, match="document_lengths is missing"):
+        model(**pack_inputs([[5, 9, 2]]), use_cache=False)
+
+
+def test_boundaries_of_another_batch_are_an_error() -> None:
+    model = build_model("documents")
+    with pytest.raises(ModelError, match="add up to 12 where the batch has 1 rows of 16"):
+        model(**pack_inputs([[5, 9, 2]]), use_cache=False, **document_kwargs([12], "cpu"))
+
+
+def test_generation_with_padding_and_cache_equals_the_stock_attention() -> None:
+    ids = torch.randint(4, VOCABULARY, (2, 7))
+    mask = torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
+    written = []
+    for backend in ("documents", "sdpa"):
+        model = build_model(backend).eval()
+        written.append(
+            model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
+            )
+        )
+    assert torch.equal(*written)
+
+
+def test_every_choice_names_a_back_end_or_says_what_to_use_instead() -> None:
+    assert choose_attention(Attention.auto, "cpu") == DOCUMENTS
+    assert choose_attention("documents", "cuda") == DOCUMENTS
+    assert choose_attention("sdpa", "cpu") == "sdpa"
+    assert choose_attention("eager", "cuda") == "eager"
+    assert choose_attention("flex", "cuda") == "flex_attention"
+    for choice in ("flash", "flex"):
+        with pytest.raises(ModelError, match=r"use model\.attention=documents"):
+            choose_attention(choice, "cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_auto_without_the_flash_package_attends_by_document() -> None:
+    assert choose_attention("auto", "cuda") == DOCUMENTS
+    with pytest.raises(ModelError, match="pip install flash-attn"):
+        choose_attention("flash", "cuda")

@@ -1,0 +1,110 @@
+"""The closed form of one worker's memory."""
+
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from cqlora.choices import Checkpointing, Quantization, Strategy
+from cqlora.config import LoraConfig
+from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
+from cqlora.plan.program import Program
+from cqlora.plan.workload import Workload, describe_run
+from tests.plan.runs import compose_run, small_model
+
+
+def llama_65b(**changes: object) -> Workload:
+    """Rank 64 on all linear layers, two packs of 2,048 tokens."""
+    model = compose_run("stage=pretrain", "model=llama_65b").model
+    work = Workload(model=model, lora=LoraConfig(rank=64), tokens=4096, pack_tokens=2048)
+    return replace(work, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_packed_bytes_are_those_of_bitsandbytes(double: bool) -> None:
+    weight = torch.randn(1024, 2048)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    constants = [state.absmax] + ([state.state2.absmax] if double else [])
+    work = Workload(model=small_model(double_quantization=double), tokens=1, pack_tokens=1)
+    planned, planned_constants = packed_bytes(work, weight.numel())
+    assert planned == packed.numel() * packed.element_size()
+    assert planned_constants == sum(t.numel() * t.element_size() for t in constants)
+
+
+def test_65b_sharded_over_four_gpus_takes_21_to_25_gib_and_replicated_more_than_40() -> None:
+    sharded = estimate(llama_65b(strategy=Strategy.fsdp, workers=4))
+    assert 21 < sharded.step / GIB < 25
+    assert estimate(llama_65b(strategy=Strategy.ddp, workers=4)).step / GIB > 40
+
+
+def test_sharding_over_n_gpus_leaves_each_an_nth_of_weights_and_states() -> None:
+    alone, of_four = estimate(llama_65b()), estimate(llama_65b(strategy=Strategy.fsdp, workers=4))
+    assert of_four.adapter == alone.adapter / 4
+    assert of_four.optimizer == alone.optimizer / 4
+    # The quantisation constants stay whole.
+    assert alone.weights / 4 < of_four.weights < alone.weights / 4 + 1.1 * GIB
+
+
+def test_full_checkpointing_keeps_one_input_a_block_and_one_block() -> None:
+    full = estimate(llama_65b(checkpointing=Checkpointing.full))
+    none = estimate(llama_65b(checkpointing=Checkpointing.none))
+    inputs = 4096 * 8192 * 2 * 80
+    assert inputs < full.activations < none.activations / 5
+    assert full.activations - inputs == pytest.approx(none.activations / 80, rel=0.5)
+
+
+def test_logits_are_never_more_than_a_chunk() -> None:
+    wide = replace(llama_65b().model, vocab_size=10**6)
+    whole = estimate(llama_65b(model=wide, program=Program(chunk_tokens=0)))
+    assert whole.moment == "loss"
+    assert whole.logits == 4096 * 10**6 * 6
+    assert estimate(llama_65b(model=wide)).logits <= 256 * 10**6 * 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 8192},
+        {"lora": LoraConfig(rank=128)},
+        {"checkpointing": Checkpointing.none},
+        {"trained_embedding": 50_000_000},
+    ],
+)
+def test_more_of_anything_takes_more(change: dict[str, object]) -> None:
+    assert estimate(llama_65b(**change)).peak > estimate(llama_65b()).peak
+
+
+def test_layers_spread_over_gpus_take_less_of_each() -> None:
+    spread = estimate(llama_65b(strategy=Strategy.layers, workers=4))
+    alone = estimate(llama_65b())
+    assert spread.weights == pytest.approx(alone.weights / 4, rel=0.01)
+    assert spread.embeddings == alone.embeddings / 2
+
+
+def test_offload_leaves_the_gpu_only_constants_and_what_is_gathered() -> None:
+    offloaded = estimate(llama_65b(strategy=Strategy.fsdp, workers=2, cpu_offload=True))
+    assert offloaded.optimizer == offloaded.adapter == offloaded.gradients == offloaded.embeddings == 0
+    assert offloaded.weights / GIB < 1.1
+    assert offloaded.gathered > 0
+
+
+def test_parts_add_up_to_the_step() -> None:
+    worker = estimate(llama_65b(strategy=Strategy.fsdp, workers=4))
+    assert worker.step == worker.held + worker.passing + worker.allocator + worker.context
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bytes_each"),
+    [(Quantization.none, 2), (Quantization.int8, 1), (Quantization.nf4, 0.5159)],
+)
+def test_weights_take_the_bytes_of_their_quantisation(quantization: Quantization, bytes_each: float) -> None:
+    model = replace(llama_65b().model, quantization=quantization)
+    numbers = 64_761_102_336  # linear layers of the blocks
+    assert estimate(llama_65b(model=model)).weights == pytest.approx(numbers * bytes_each, rel=0.002)
+
+
+def test_low_rank_embeddings_count_as_published() -> None:
+    config = compose_run("stage=pretrain", "model=llama_65b", "lora.rank=64", "stage.embeddings=lora")
+    # 20,292 characters and three specials on 32,000 rows.
+    assert trainable_parameters(describe_run(config, added_rows=20_295)) == 807_281_536

@@ -1,0 +1,73 @@
+"""The verb `plan` as a user types it."""
+
+import resource
+import sys
+from pathlib import Path
+
+from tests.conftest import run_verb
+
+BASE = "experiment=chinese_llama_65b_base"
+
+
+def test_a_run_that_fits_exits_with_0_and_shows_its_parts_within_100_columns(workspace: Path) -> None:
+    done = run_verb(workspace, "plan", BASE, "hardware=4xa100")
+    assert "fits: takes 58." in done.stdout
+    for part in (
+        "weights",
+        "embeddings",
+        "adapter",
+        "optimizer states",
+        "activations",
+        "context",
+        "Host memory",
+    ):
+        assert part in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 100
+
+
+def test_a_run_that_does_not_fit_exits_with_3_and_says_what_would(workspace: Path) -> None:
+    done = run_verb(workspace, "plan", BASE, "hardware=1x4090", expect=3)
+    assert "does not fit: needs" in done.stdout
+    assert "hardware=2x4090 hardware.cpu_offload=true" in done.stdout
+    assert "hardware=1xa100" in done.stdout
+
+
+def test_suggest_lists_layouts(workspace: Path) -> None:
+    done = run_verb(workspace, "plan", BASE, "hardware=4xa100", "plan=suggest")
+    assert "Fastest layouts that fit hardware=4xa100" in done.stdout
+
+
+def test_suggest_finds_a_layout_where_the_one_asked_for_does_not_fit(workspace: Path) -> None:
+    run_verb(workspace, "plan", BASE, "hardware=2x4090", expect=3)
+    done = run_verb(workspace, "plan", BASE, "hardware=2x4090", "plan=suggest")
+    assert "hardware.cpu_offload=true" in done.stdout
+
+
+def test_a_plan_takes_less_than_a_second_of_processor_time(workspace: Path) -> None:
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = spent()
+    run_verb(workspace, "plan", BASE, "hardware=1x4090", expect=3)
+    assert spent() - before < 1.0
+
+
+def test_planning_loads_neither_torch_nor_transformers(workspace: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys\n"
+        "sys.argv = ['plan', 'stage=pretrain', 'hardware=4xa100']\n"
+        "from cqlora.plan.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'transformers', 'wandb', 'peft', 'numpy'} & set(sys.modules) or 'light')\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "light"
+
+
+def test_a_mistyped_key_is_named(workspace: Path) -> None:
+    done = run_verb(workspace, "plan", "stage=pretrain", "plan=sugest", expect=2)
+    assert "did you mean plan=suggest?" in done.stderr
