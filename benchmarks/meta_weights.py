@@ -71,9 +71,7 @@ def random_tensor(file: Path, size: tuple[int, ...], numbers: torch.Tensor) -> t
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path)

@@ -160,9 +160,7 @@ def tell_row(row: dict[str, Any], figure: str | None) -> str:
     if row.get("quantization", "nf4") == "nf4" and not row.get("double_quantization", True):
         words.append("single")
     words += [f"b{row['batch']}", f"s{row['length']}", f"{row['gpus']}×{row['gpu']}", row["strategy"]]
-    words += ["offload"] * row.get("cpu_offload", False) + ["+activations"] * row.get(
-        "offload_activations", False
-    )
+    words += ["offload"] * row.get("cpu_offload", False) + ["+activations"] * row.get("offload_activations", False)
     words += [word for word in (row.get("note"), figure) if word]
     return " ".join(words)
 
@@ -170,9 +168,7 @@ def tell_row(row: dict[str, Any], figure: str | None) -> str:
 def print_group(group: dict[str, Any], rows: list[Row], console: Console) -> None:
     """One table: predicted, published, error, verdict, time."""
     unit = group.get("unit", "")
-    table = Table(
-        title=f"{group['name']}: {group['title']}", title_justify="left", box=None, padding=(0, 2, 0, 0)
-    )
+    table = Table(title=f"{group['name']}: {group['title']}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     memory, time = (f"predicted {unit}", "published", "error"), ("s", "published s", "error")
     for heading in (*memory, "verdict", "ran", "one more", *time):
@@ -199,9 +195,7 @@ def print_group(group: dict[str, Any], rows: list[Row], console: Console) -> Non
         console.print(f"verdicts right: {sum(row.verdict_right for row in judged)} of {len(judged)}")
     times = [abs(row.time_error) for row in rows if row.time_error is not None]
     if times:
-        console.print(
-            f"mean error of the time {mean(times):.0%}, largest {max(times):.0%}, over {len(times)} rows"
-        )
+        console.print(f"mean error of the time {mean(times):.0%}, largest {max(times):.0%}, over {len(times)} rows")
     console.print()
 
 
@@ -219,8 +213,7 @@ CPU_CASES = {
     "tiny": "model=tiny",
     "tiny, batch 16": "model=tiny hardware.micro_batch_size=16 stage.global_batch_size=16",
     "tiny, batch 16, checkpointed": (
-        "model=tiny hardware.micro_batch_size=16 stage.global_batch_size=16 "
-        "hardware.activation_checkpointing=full"
+        "model=tiny hardware.micro_batch_size=16 stage.global_batch_size=16 hardware.activation_checkpointing=full"
     ),
     "tiny, 16,384 tokens of vocabulary": "model=tiny model.vocab_size=16384 model.path=models/tiny_wide",
     "SmolLM2, batch 1 of 256": "model=smollm2_135m stage.sequence_length=256 hardware.micro_batch_size=1",
@@ -252,14 +245,10 @@ def measure_cpu_runs(folder: Path, console: Console) -> list[Row]:
         run = folder / f"{number:02d}"
         command = [sys.executable, "-m", "cqlora.run", *arguments, f"hydra.run.dir={run}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        lines = [
-            json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         measured = max(line["peak_memory_gib"] for line in lines if line["kind"] == "train")
         rows.append(Row(group="CPU", what=name, predicted=plan_cpu_run(arguments), published=measured))
-        console.print(
-            f"{name}: predicted {rows[-1].predicted:.3f}, measured {measured:.3f}, {rows[-1].error:+.1%}"
-        )
+        console.print(f"{name}: predicted {rows[-1].predicted:.3f}, measured {measured:.3f}, {rows[-1].error:+.1%}")
     return rows
 
 
@@ -279,9 +268,7 @@ def plan_cpu_run(arguments: list[str]) -> float:
 
 def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", type=Path, metavar="DIR", help="run here, in folders under DIR")
     arguments = parser.parse_args()
     console = Console(width=160, highlight=False)

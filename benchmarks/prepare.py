@@ -28,9 +28,7 @@ SEQUENCE_LENGTH = 2048
 
 def main() -> None:
     """Read the arguments; run every contender, or, in a child, the one that is named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--trl-python", default="")
@@ -66,10 +64,7 @@ def compare_speed(arguments: argparse.Namespace) -> None:
         for _ in range(arguments.rounds):
             for name, done in runs.items():
                 done.append(run_contender(name, pythons[name], arguments, text))
-    print(
-        f"{'':25} {'tokens':>12} {'wall s':>8} {'cpu s':>8} "
-        f"{'tokens/s':>10} {'peak MiB':>9} {'cqlora is':>10}"
-    )
+    print(f"{'':25} {'tokens':>12} {'wall s':>8} {'cpu s':>8} {'tokens/s':>10} {'peak MiB':>9} {'cqlora is':>10}")
     best = {name: min(done, key=lambda run: run["seconds"]) for name, done in runs.items()}
     rate = {name: run["tokens"] / run["seconds"] for name, run in best.items()}
     for name, run in best.items():
@@ -118,9 +113,7 @@ def run_contender(name: str, python: str, arguments: argparse.Namespace, text: P
             "PYTHONPATH": str(Path(__file__).parents[1]) if python == sys.executable else "",
         }
         command += ["--workers", str(arguments.workers)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -200,9 +193,7 @@ def prepare_cqlora(base: Path, text: Path, workers: int) -> Callable[[], int]:
         stage=PretrainConfig(name="pretrain", sequence_length=SEQUENCE_LENGTH, global_batch_size=1),
         hardware=HardwareConfig(name="any"),
     )
-    folder = Base(
-        path=base, config={}, tokenizer_file=base / "tokenizer.json", first_added_row=None, added_rows=0
-    )
+    folder = Base(path=base, config={}, tokenizer_file=base / "tokenizer.json", first_added_row=None, added_rows=0)
     return lambda: prepare_cache(config, folder).splits["train"].tokens
 
 

@@ -94,9 +94,7 @@ def order_flags(arguments: list[str]) -> list[str]:
 
 def refuse_secrets(arguments: list[str]) -> None:
     """Raise ConfigError for an override that carries a secret, before anything writes it down."""
-    planted = {
-        value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8
-    }
+    planted = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8}
     for argument in arguments:
         key, _, value = argument.partition("=")
         if not value:

@@ -36,9 +36,7 @@ def extend(config: ExtendConfig) -> None:
     from cqlora.weights.extend import extend as extend_base
 
     max_shard_size = parse_size("max_shard_size", config.max_shard_size)
-    extension = extend_base(
-        Path(config.base), Path(config.output_dir), config.vocab, max_shard_size, config.copy
-    )
+    extension = extend_base(Path(config.base), Path(config.output_dir), config.vocab, max_shard_size, config.copy)
     print(extension.report.table())
     print(f"{config.output_dir}: {extension.matrix_rows:,} rows, new ones from {extension.first_row:,} on.")
 

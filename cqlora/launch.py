@@ -13,6 +13,7 @@ from cqlora.frozen import freeze_config
 from cqlora.metrics import read_metrics
 from cqlora.preflight import check_run
 
+
 def launch(config: RunConfig, output_dir: Path, own_process: bool) -> float | None:
     """Run one job in `output_dir`; return the mean held-out loss at its end (None without held-out text).
 

@@ -39,6 +39,7 @@ def append_metrics(folder: Path, row: dict[str, Any]) -> None:
 def to_line(row: dict[str, Any]) -> str:
     """One JSON line; a non-finite number becomes its name, since JSON has none."""
     finite = {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
     }
     return json.dumps(finite, ensure_ascii=False) + "\n"

@@ -65,9 +65,7 @@ def check_device_support(config: RunConfig) -> None:
             f"use stage.optimizer={config.stage.optimizer.name.removeprefix('paged_')}."
         )
     if config.lora.method is AdapterMethod.dora and config.model.quantization is Quantization.int8:
-        raise ConfigError(
-            "lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4."
-        )
+        raise ConfigError("lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4.")
 
 
 def settle_embeddings(config: RunConfig, base: Base | None) -> None:
@@ -86,9 +84,7 @@ def check_adapter_folder(folder: Path) -> None:
     """Raise ModelError unless the folder holds an adapter."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise ModelError(
-                f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run."
-            )
+            raise ModelError(f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
 
 
 def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:

@@ -27,9 +27,7 @@ def prepare(config: RunConfig) -> None:
         cache = prepare_cache(config, base, display.show)
     examples = pick_examples(cache, Tokenizer.from_file(str(base.tokenizer_file)))
     page = cache.folder / "examples.html"
-    page.write_text(
-        render_html(f"data={config.data.name} stage={config.stage.name}", examples), encoding="utf-8"
-    )
+    page.write_text(render_html(f"data={config.data.name} stage={config.stage.name}", examples), encoding="utf-8")
 
     console = Console()
     show_sources(console, cache.summary["sources"])
@@ -65,9 +63,7 @@ def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:
     console.print(table)
     for name, found in sources.items():
         if found["own_split_set_aside"]:
-            console.print(
-                f"{name}: its val and test repeat its train, so they are set aside and a hash decides."
-            )
+            console.print(f"{name}: its val and test repeat its train, so they are set aside and a hash decides.")
     console.print()
 
 
@@ -80,9 +76,7 @@ def count_lines(found: dict[str, Any]) -> list[tuple[str, float]]:
     lines += [("duplicates", found["duplicates"]), ("near duplicates", found["near_duplicates"])]
     lines += found["left_out"].items()
     lines += [(f"kept for {split}", number) for split, number in found["kept"].items()]
-    lines += [
-        (key.replace("_", " "), found[key]) for key in ("characters", "tokens", "label_tokens", "longest")
-    ]
+    lines += [(key.replace("_", " "), found[key]) for key in ("characters", "tokens", "label_tokens", "longest")]
     if found["tokens_per_chinese_character"] is not None:
         lines.append(("tokens per Chinese character", found["tokens_per_chinese_character"]))
     lines += [*found["changed"].items(), ("pieces", found["pieces"]), *found["cut"].items()]

@@ -5,7 +5,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -271,9 +271,7 @@ class Trainer:
         # A scaler that still looks for its scale overflows by design; only a loss tells then.
         if not (self.scaler.is_enabled() and math.isfinite(result.loss)):
             self.progress.bad_steps += 1
-        self.record.event(
-            self.progress.step, "skipped_step", loss=result.loss, grad_norm=result.grad_norm
-        )
+        self.record.event(self.progress.step, "skipped_step", loss=result.loss, grad_norm=result.grad_norm)
         if self.progress.bad_steps >= self.config.stage.max_bad_steps:
             last = next(iter(self.store.committed()), None)
             raise TrainingError(

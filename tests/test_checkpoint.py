@@ -58,7 +58,11 @@ def test_pruning_does_not_count_a_damaged_checkpoint_as_kept(tmp_path):
     damaged = commit(generous, 2)
     (damaged / "weights.bin").write_bytes(b"")
     commit(strict, 3)
-    assert [folder.name for folder in strict.committed()] == ["step-00000003", "step-00000002", "step-00000001"]
+    assert [folder.name for folder in strict.committed()] == [
+        "step-00000003",
+        "step-00000002",
+        "step-00000001",
+    ]
     assert find_damage(damaged) is not None
 
 

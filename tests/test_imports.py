@@ -25,7 +25,18 @@ FORBIDDEN = {
 """Room → what it never imports. Nobody imports `run`, and the package never imports `scripts`."""
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets"}
-LIGHT_MODULES = ["__main__", "base", "choices", "cli", "config", "diagnosis", "errors", "frozen", "launch", "metrics"]
+LIGHT_MODULES = [
+    "__main__",
+    "base",
+    "choices",
+    "cli",
+    "config",
+    "diagnosis",
+    "errors",
+    "frozen",
+    "launch",
+    "metrics",
+]
 LIGHT_MODULES += ["preflight", "run"]
 LIGHT_ROOMS = ["data", "plan"]
 

@@ -24,7 +24,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def where_configs_are_found(python_path: Path, cwd: Path) -> Path:
     code = "from cqlora.config import CONFIG_DIR; print(CONFIG_DIR.resolve())"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={"PYTHONPATH": str(python_path)}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={"PYTHONPATH": str(python_path)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip())

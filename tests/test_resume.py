@@ -97,9 +97,7 @@ def kill_after_rename() -> None:
 @pytest.mark.parametrize(
     "plant, left_at", [(kill_before_manifest, 3), (kill_half_way_through_a_file, 3), (kill_after_rename, 6)]
 )
-def test_killed_inside_a_save_it_resumes_from_a_whole_checkpoint(
-    plant, left_at, workspace, tmp_path, uninterrupted
-):
+def test_killed_inside_a_save_it_resumes_from_a_whole_checkpoint(plant, left_at, workspace, tmp_path, uninterrupted):
     config = typed_run(workspace, "stage=pretrain", *SHORT)
     assert finish_run(config, tmp_path, plant) == -signal.SIGKILL
     newest = CheckpointStore(tmp_path / "checkpoints", 2).find_newest(lambda folder, damage: None)
@@ -227,7 +225,12 @@ def test_what_changes_no_result_may_change_between_stop_and_resume(workspace, tm
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    changed = ("stage.keep_last=5", "stage.checkpoint_every_steps=4", "stage.eval_tokens=100", "data.workers=1")
+    changed = (
+        "stage.keep_last=5",
+        "stage.checkpoint_every_steps=4",
+        "stage.eval_tokens=100",
+        "data.workers=1",
+    )
     assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT, *changed), folder) == 0
     assert_same_run(folder, uninterrupted)
 

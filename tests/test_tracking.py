@@ -22,7 +22,11 @@ SECRETS = {
 
 
 def small_run(workspace: Path, folder: Path, *overrides: str, **environment: str):
-    paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache", f"hydra.run.dir={folder}")
+    paths = (
+        f"model.path={workspace}/models/tiny",
+        f"data.cache_dir={workspace}/cache",
+        f"hydra.run.dir={folder}",
+    )
     arguments = [a for a in SMALL if not a.startswith("tracking")]
     return run_verb(workspace, "run", "stage=sft", "stage.max_steps=2", *arguments, *paths, *overrides, **environment)
 
@@ -35,11 +39,29 @@ def test_every_line_of_the_record_has_the_published_fields(workspace, tmp_path):
     assert finish_run(typed_run(workspace, "stage=pretrain", "stage.max_steps=2"), tmp_path) == 0
     rows = read_metrics(tmp_path)
     train = [row for row in rows if row["kind"] == "train"]
-    fields = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "peak_memory_gib", "seconds"}
+    fields = {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "seconds",
+    }
     assert all(fields | {"matmul_share"} <= row.keys() for row in train)
     assert [row["step"] for row in train] == [1, 2]
     assert train[1]["tokens"] > train[0]["tokens"] > 0
-    fields = {"step", "source", "language", "loss", "perplexity", "bits_per_character", "bits_per_byte", "tokens"}
+    fields = {
+        "step",
+        "source",
+        "language",
+        "loss",
+        "perplexity",
+        "bits_per_character",
+        "bits_per_byte",
+        "tokens",
+    }
     assert [row["step"] for row in rows if row["kind"] == "eval" and fields <= row.keys()] == [0, 0, 2, 2]
     assert all(not isinstance(value, dict | list) for row in rows for value in row.values())
     seen = [name for name in train[0] if name.startswith("loss/")]
@@ -83,7 +105,11 @@ def test_no_tracker_writes_only_the_run_s_own_files(workspace, tmp_path):
 
 def test_a_secret_among_the_overrides_starts_nothing_and_leaves_no_folder(workspace, tmp_path):
     secret = SECRETS["WANDB_API_KEY"]
-    for override in (f"+tracking.api_key={secret}", f"tracking.project={secret}", f"tracking.tags=[{secret}]"):
+    for override in (
+        f"+tracking.api_key={secret}",
+        f"tracking.project={secret}",
+        f"tracking.tags=[{secret}]",
+    ):
         done = run_verb(workspace, "run", "stage=sft", f"hydra.run.dir={tmp_path}/run", override, expect=2)
         assert "environment" in done.stderr and secret not in done.stderr + done.stdout
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,8 @@
 """The step loop against independent computations: the stock model's loss, a closed form, another split of the batch."""
 
+import functools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -88,7 +90,11 @@ def test_an_epoch_visits_every_pack_once_and_its_tail_does_not_leak():
     first = [order.packs_of_step(step) for step in range(3)]
     second = [order.packs_of_step(step) for step in range(3, 6)]
     assert [len(packs) for packs in first] == [4, 4, 3]
-    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(11))
+    assert (
+        sorted(functools.reduce(operator.iadd, first, []))
+        == sorted(functools.reduce(operator.iadd, second, []))
+        == list(range(11))
+    )
     assert first != second
     assert StepOrder(packs=11, global_batch_size=4, seed=8).packs_of_step(0) != first[0]
 
@@ -104,7 +110,12 @@ def test_every_rank_has_as_many_passes_and_every_pack_is_taken_once(packs):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
 def test_warm_up_counts_optimizer_steps_whatever_the_accumulation_and_reaches_the_peak(schedule, workspace, tmp_path):
-    overrides = ("stage.max_steps=5", "stage.warmup_steps=2", f"stage.schedule={schedule}", "stage.learning_rate=1e-3")
+    overrides = (
+        "stage.max_steps=5",
+        "stage.warmup_steps=2",
+        f"stage.schedule={schedule}",
+        "stage.learning_rate=1e-3",
+    )
     config = typed_run(workspace, *PLAIN, *overrides, "stage.global_batch_size=2")
     assert finish_run(config, tmp_path) == 0
     rates = [row["learning_rate"] for row in read_metrics(tmp_path) if row["kind"] == "train"]
@@ -125,9 +136,7 @@ def test_weight_decay_is_what_was_configured(workspace, tmp_path):
         config = typed_run(workspace, *PLAIN, "stage.max_steps=1", f"stage.weight_decay={decay}",
                            "stage.warmup_steps=0", "stage.learning_rate=0.1")  # fmt: skip
         assert finish_run(config, tmp_path / name) == 0
-    plain, decayed = (
-        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("none", "some")
-    )
+    plain, decayed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("none", "some"))
     # At the first step B is zero, so A has no gradient and Adam leaves it where it was.
     for name in (name for name in plain if "lora_A" in name):
         torch.testing.assert_close(decayed[name], plain[name] * (1 - 0.1 * 0.5))

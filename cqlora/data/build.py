@@ -102,9 +102,7 @@ def build_cache(
         total = sum(len(each.index) for each in gathered)
 
         def drop_near(chosen: list[Chosen]) -> None:
-            drop_near_duplicates(
-                chosen, config.data, staging, workers, lambda done: progress("comparing", done, total)
-            )
+            drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
         count = partial(count_tokens, settings)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)

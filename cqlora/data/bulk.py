@@ -78,9 +78,7 @@ def splitting_pattern(document: dict[str, Any]) -> str | None:
     if last.get("use_regex", True):
         if not before:
             return _GPT2
-        single_digits = (
-            len(before) == 1 and before[0].get("type") == "Digits" and before[0]["individual_digits"]
-        )
+        single_digits = len(before) == 1 and before[0].get("type") == "Digits" and before[0]["individual_digits"]
         return _SINGLE_DIGITS if single_digits else None
     split = before[0] if len(before) == 1 else {}
     isolated = split.get("type") == "Split" and split["behavior"] == "Isolated" and not split["invert"]
@@ -127,11 +125,7 @@ def byte_letters() -> list[str]:
 def agrees(bulk: BulkEncoder, document: dict[str, Any], tokenizer: Tokenizer, words: list[bytes]) -> bool:
     """Whether both encoders give the same ids for everything that is tried."""
     letters = byte_letters()
-    alone = (
-        "".join(letters[byte] for byte in word)
-        for word, known in zip(words, bulk.ids >= 0, strict=True)
-        if known
-    )
+    alone = ("".join(letters[byte] for byte in word) for word, known in zip(words, bulk.ids >= 0, strict=True) if known)
     if not all(len(tokenizer.model.tokenize(word)) == 1 for word in alone):
         return False
     texts = [*_HARD_TEXTS, *sample_lines(), *fuzzed_texts(words)]
@@ -142,11 +136,9 @@ def agrees(bulk: BulkEncoder, document: dict[str, Any], tokenizer: Tokenizer, wo
 def sample_lines() -> list[str]:
     """Every fourth row of the bundled text, as it lies in its files."""
     files = sorted(SAMPLE_DIR.glob("*/train.jsonl"))
-    return [
-        json.dumps(json.loads(line), ensure_ascii=False)
-        for file in files
-        for line in file.open(encoding="utf-8")
-    ][::4]
+    return [json.dumps(json.loads(line), ensure_ascii=False) for file in files for line in file.open(encoding="utf-8")][
+        ::4
+    ]
 
 
 def fuzzed_texts(words: list[bytes]) -> list[str]:

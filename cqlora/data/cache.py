@@ -53,8 +53,7 @@ class TokenCache:
         self.sequence_length: int = manifest["sequence_length"]
         dtype = np.dtype(manifest["dtype"])
         self.splits = {
-            name: Split(folder / name, manifest["splits"][name], dtype, self.sequence_length)
-            for name in SPLITS
+            name: Split(folder / name, manifest["splits"][name], dtype, self.sequence_length) for name in SPLITS
         }
 
 
@@ -81,20 +80,14 @@ def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = Non
     return TokenCache(folder, manifest)
 
 
-def fingerprint_choices(
-    config: RunConfig, base: Base, locations: dict[str, Location], cache_dir: Path
-) -> str:
+def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Location], cache_dir: Path) -> str:
     """sha256 over everything that decides the cache's bytes, the sources' own content included."""
     files = hash_files([file.path for location in locations.values() for file in location.files], cache_dir)
     sources = {}
     for name, location in locations.items():
         source = plain(asdict(config.data.sources[name]))
         sources[name] = {
-            **{
-                key: value
-                for key, value in source.items()
-                if key not in ("path", "stages", "dataset", "subset")
-            },
+            **{key: value for key, value in source.items() if key not in ("path", "stages", "dataset", "subset")},
             "files": [[file.path.name, file.split, files[file.path]] for file in location.files],
             "dataset": [location.dataset, location.subset],
         }

@@ -51,9 +51,7 @@ def shingle_hashes(text: str) -> np.ndarray:
         points = np.pad(points, (0, SHINGLE - len(points)))
     windows = np.lib.stride_tricks.sliding_window_view(points, SHINGLE)
     # 21 bits hold a code point: five of them are mixed by odd factors, which loses nothing that matters here.
-    factors = np.array(
-        [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5, 1], np.uint64
-    )
+    factors = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5, 1], np.uint64)
     hashes = (windows * factors).sum(axis=1, dtype=np.uint64)
     return np.unique(hashes ^ (hashes >> np.uint64(29)))
 

@@ -179,9 +179,7 @@ class RecordEncoder:
             return [Turn("system", self.settings.system_prompt), *record.turns]
         return record.turns
 
-    def encode_conversations(
-        self, conversations: list[list[Turn]], in_bulk: bool
-    ) -> Iterator[list[EncodedTurn]]:
+    def encode_conversations(self, conversations: list[list[Turn]], in_bulk: bool) -> Iterator[list[EncodedTurn]]:
         """The encoded turns of each conversation, all encoded in one batch."""
         if not conversations:
             return

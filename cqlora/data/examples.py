@@ -48,9 +48,7 @@ class Example:
 def pick_examples(cache: TokenCache, tokenizer: Tokenizer, count: int = 3) -> list[Example]:
     """`count` training documents, from as many sources as there are."""
     split = cache.splits["train"]
-    by_source = [
-        split.packs_of(source, count * cache.sequence_length) for source in range(len(cache.sources))
-    ]
+    by_source = [split.packs_of(source, count * cache.sequence_length) for source in range(len(cache.sources))]
     queues = [list(documents_of(packs)) for packs in by_source]
     picked: list[Example] = []
     while len(picked) < count and any(queues):
@@ -72,9 +70,7 @@ def decode_spans(tokenizer: Tokenizer, ids: np.ndarray, labels: np.ndarray) -> l
     """The words of each run of tokens that are trained, or not, together."""
     changes = np.flatnonzero(np.diff(labels)) + 1
     runs = zip(np.split(ids, changes), np.split(labels, changes), strict=True)
-    return [
-        (bool(flags[0]), tokenizer.decode(run.tolist(), skip_special_tokens=False)) for run, flags in runs
-    ]
+    return [(bool(flags[0]), tokenizer.decode(run.tolist(), skip_special_tokens=False)) for run, flags in runs]
 
 
 def render_html(title: str, examples: list[Example]) -> str:

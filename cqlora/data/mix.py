@@ -117,9 +117,7 @@ def drop_held_out(chosen: list[Chosen]) -> None:
         each.leave_out(leaked, "held out elsewhere")
 
 
-def drop_near_duplicates(
-    chosen: list[Chosen], data: DataConfig, staging: Path, workers: Workers, tick: Tick
-) -> None:
+def drop_near_duplicates(chosen: list[Chosen], data: DataConfig, staging: Path, workers: Workers, tick: Tick) -> None:
     """Drop records whose words are nearly those of another, which stands before them or is held out.
 
     Validation comes first, then test, then training, each in the order of reading, so that a training
@@ -144,9 +142,7 @@ def drop_near_duplicates(
     bands = write_signatures(records, spools, data.clean.near_threshold, file, workers, tick)
     if len(records):
         signatures = np.memmap(file, dtype=np.uint64, mode="r").reshape(-1, bands)
-        dropped = find_near_duplicates(
-            records, spools, data.clean.near_threshold, candidate_pairs(signatures).tolist()
-        )
+        dropped = find_near_duplicates(records, spools, data.clean.near_threshold, candidate_pairs(signatures).tolist())
         for source, each in enumerate(chosen):
             mask = np.zeros(len(each.kept), dtype=bool)
             mask[order[dropped & (order[:, 0] == source), 1]] = True

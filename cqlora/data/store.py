@@ -110,9 +110,7 @@ class SplitWriter:
 class Split:
     """A split of a token cache, its arrays memory-mapped."""
 
-    def __init__(
-        self, folder: Path, description: dict[str, Any], dtype: np.dtype[Any], capacity: int
-    ) -> None:
+    def __init__(self, folder: Path, description: dict[str, Any], dtype: np.dtype[Any], capacity: int) -> None:
         self.tokens: int = description["tokens"]
         self.label_tokens: int = description["label_tokens"]
         self.documents: int = description["documents"]
@@ -121,13 +119,10 @@ class Split:
         self.capacity = capacity
         shards = range(len(description["shards"]))
         self._tokens = [read_array(folder / f"tokens-{number:05d}.bin", dtype) for number in shards]
-        self._labels = [
-            read_array(folder / f"labels-{number:05d}.bin", np.dtype(np.uint8)) for number in shards
-        ]
+        self._labels = [read_array(folder / f"labels-{number:05d}.bin", np.dtype(np.uint8)) for number in shards]
         self._starts = [0, *np.cumsum(description["shards"])[:-1].tolist()]
         self._columns = {
-            name: read_array(folder / f"{name}.bin", np.dtype(kind))
-            for name, kind in _DOCUMENT_ARRAYS.items()
+            name: read_array(folder / f"{name}.bin", np.dtype(kind)) for name, kind in _DOCUMENT_ARRAYS.items()
         }
         lengths = self._columns["lengths"]
         self._offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
@@ -163,9 +158,7 @@ class Split:
         slices = [self.locate(int(document)) for document in documents]
         columns = {name: column[documents].tolist() for name, column in self._columns.items()}
         return Pack(
-            token_ids=np.concatenate([self._tokens[shard][where] for shard, where in slices]).astype(
-                np.int64
-            ),
+            token_ids=np.concatenate([self._tokens[shard][where] for shard, where in slices]).astype(np.int64),
             label_mask=np.concatenate([self._labels[shard][where] for shard, where in slices]).astype(bool),
             document_lengths=columns["lengths"],
             source_ids=columns["source_ids"],

@@ -126,9 +126,7 @@ def never_prepend(document: dict[str, Any]) -> bool:
     """Turn `first` into `never` wherever Metaspace puts a space before the first word; whether any was."""
     pre_tokenizer = document.get("pre_tokenizer") or {}
     parts = [pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])]
-    found = [
-        part for part in parts if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"
-    ]
+    found = [part for part in parts if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"]
     for part in found:
         part["prepend_scheme"] = "never"
     return bool(found)
@@ -187,9 +185,7 @@ def resolve_special_tokens(tokenizer: Tokenizer, names: dict[str, str], folder: 
     """
     turn_start, turn_end = tokenizer.token_to_id(TURN_START), tokenizer.token_to_id(TURN_END)
     bos, eos = (tokenizer.token_to_id(names[kind]) if kind in names else None for kind in ("bos", "eos"))
-    end_of_text = next(
-        (found for text in _END_OF_TEXT if (found := tokenizer.token_to_id(text)) is not None), None
-    )
+    end_of_text = next((found for text in _END_OF_TEXT if (found := tokenizer.token_to_id(text)) is not None), None)
     if bos is not None and bos == turn_start:
         bos = None
     document_end = eos if eos is not None and eos != turn_end else end_of_text

@@ -100,9 +100,7 @@ def resolve_targets(model: nn.Module, names: list[str]) -> list[str]:
         ConfigError: a name that no linear layer of the blocks has.
     """
     linear = {
-        name.rpartition(".")[2]
-        for name, module in find_decoder(model).named_modules()
-        if isinstance(module, nn.Linear)
+        name.rpartition(".")[2] for name, module in find_decoder(model).named_modules() if isinstance(module, nn.Linear)
     }
     if names == ["all"]:
         return sorted(linear)

@@ -48,9 +48,7 @@ def choose_attention(attention: Attention | str, device_type: str) -> str:
         return "flash_attention_2"
     if choice is Attention.flex:
         if device_type == "cpu":
-            raise ModelError(
-                "model.attention=flex has no backward pass on device cpu; use model.attention=documents."
-            )
+            raise ModelError("model.attention=flex has no backward pass on device cpu; use model.attention=documents.")
         return "flex_attention"
     return _STOCK[choice]
 

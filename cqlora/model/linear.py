@@ -1,9 +1,9 @@
 """LoRA on a frozen matrix as one operation, with its backward pass written by hand.
 
 PEFT adds the low-rank product to the base's output as a chain of its own: a defensive copy of the output, the
-product, its scaling and the sum are four tensors of the output's size, made and freed again in every linear
-layer. Here the low-rank product is added to the output in place, and what is kept for the backward pass is the
-input and its projection to `rank` columns. y = x W^T + s (x A^T) B^T (LoRA, 2106.09685, section 4.1; with W
+product, its scaling and the sum are four tensors of the output's size, made and freed again in every layer.
+Here the low-rank product is added to the output in place, and what is kept for the backward pass is the input
+and its projection to `rank` columns. y = x W^T + s (x A^T) B^T (LoRA, 2106.09685, section 4.1; with W
 dequantised where it is used, QLoRA, 2305.14314, equation 5).
 """
 
@@ -55,21 +55,20 @@ class _FusedForward:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not acts_alone(self):
-            output: Tensor = super().forward(x, *args, **kwargs)
-            return output
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         layer = LowRankLinear.of_layer(self)
-        return _LoraLinear.apply(cast_input(x), layer.a, layer.b, layer)
+        return _LoraLinear.apply(cast_input(x), layer.a, layer.b, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class FusedLinear(_FusedForward, lora.Linear):
+class FusedLinear(_FusedForward, lora.Linear):  # type: ignore[misc]
     """PEFT's LoRA on `nn.Linear`, as one operation."""
 
 
-class FusedLinear4bit(_FusedForward, lora.Linear4bit):
+class FusedLinear4bit(_FusedForward, lora.Linear4bit):  # type: ignore[misc]
     """PEFT's LoRA on a 4-bit matrix, as one operation."""
 
 
-_FUSED = {lora.Linear: FusedLinear, lora.Linear4bit: FusedLinear4bit}
+_FUSED: dict[type, Any] = {lora.Linear: FusedLinear, lora.Linear4bit: FusedLinear4bit}
 
 
 def acts_alone(layer: Any) -> bool:
@@ -104,9 +103,7 @@ class LowRankLinear:
     def of_layer(cls, layer: Any) -> "LowRankLinear":
         """The arithmetic of a fused layer's only adapter."""
         (name,) = layer.lora_A
-        return cls(
-            layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        )
+        return cls(layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W in `dtype`."""

@@ -70,9 +70,7 @@ def load_base(
     return loaded
 
 
-def quantization_config(
-    model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
+def quantization_config(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """What bitsandbytes is asked for; None keeps the matrices in the compute type."""
     if model.quantization is Quantization.none:
         return None

@@ -324,9 +324,7 @@ class _Logits:
         self.exact.div_(total).scatter_add_(1, index, torch.full_like(of_target, -1.0))
         return (total.log() + peak - of_target).squeeze(1)
 
-    def backproject(
-        self, states: Tensor, blocks: list[_Block], low_rank: _LowRank, gradients: _Gradients
-    ) -> Tensor:
+    def backproject(self, states: Tensor, blocks: list[_Block], low_rank: _LowRank, gradients: _Gradients) -> Tensor:
         """Add to the matrices' `gradients`; return the gradient (c, D) of `states` in float32."""
         grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
         low_rank.add_gradients(self.exact, grad_states, gradients)

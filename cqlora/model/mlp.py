@@ -1,9 +1,9 @@
-"""The gated feed-forward block of LLaMA (SwiGLU, 2002.05202) over fused LoRA layers, with less kept and recomputed.
+"""The gated feed-forward block of LLaMA (SwiGLU, 2002.05202) over fused LoRA layers: less kept, less redone.
 
-Of its four tensors of the intermediate size the stock block keeps all for the backward pass. Two are enough: the
-activation and the product follow from the gate and the up projection, element by element. And nothing is kept
-from the last matrix product of the block, so that activation checkpointing, which recomputes a layer only as far
-as something was kept, leaves it out: a quarter of a layer's matrix products.
+The stock block keeps all four tensors of the intermediate size for the backward pass. Two are enough: the
+activation and the product follow from the gate and the up projection, element by element. And nothing is
+kept from the block's last matrix product, so that activation checkpointing, which recomputes a layer only as
+far as something was kept, leaves it out: a quarter of a layer's matrix products.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from cqlora.model.linear import FusedLinear, FusedLinear4bit, LowRankLinear, act
 
 
 def fuse_mlps(model: nn.Module) -> int:
-    """Give every feed-forward block whose three layers `fuse_lora_linears` fused the lean forward; count them."""
+    """Give the lean forward to every block whose three layers `fuse_lora_linears` fused; return how many."""
     fused = 0
     for module in model.modules():
         if type(module) is LlamaMLP and module.config.hidden_act == "silu" and _has_fused_layers(module):
@@ -38,14 +38,16 @@ class FusedMLP(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
         if not all(acts_alone(layer) for layer in layers):
-            output: Tensor = super().forward(x)
-            return output
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         x = cast_input(x)
         gate, up, down = (LowRankLinear.of_layer(layer) for layer in layers)
-        product, inner = _GatedProduct.apply(x, gate.a, gate.b, up.a, up.b, down.a, gate, up, down)
+        product, inner = _GatedProduct.apply(  # type: ignore[no-untyped-call]
+            x, gate.a, gate.b, up.a, up.b, down.a, gate, up, down
+        )
         # In this order: what the low-rank product keeps is the last thing kept.
         low_rank = F.linear(inner * down.scale, down.b.to(x.dtype))
-        return _FrozenProduct.apply(product, low_rank, down).view(x.shape)
+        output = _FrozenProduct.apply(product, low_rank, down)  # type: ignore[no-untyped-call]
+        return output.view(x.shape)  # type: ignore[no-any-return]
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -81,9 +81,7 @@ def read_weight(base: Base, name: str) -> torch.Tensor:
     raise CheckpointError(f"{base.path} has no tensor {name}.weight; convert the base again.")
 
 
-def convert_to_lora(
-    model: PeftModel, state: dict[str, torch.Tensor], run_folder: Path
-) -> dict[str, torch.Tensor]:
+def convert_to_lora(model: PeftModel, state: dict[str, torch.Tensor], run_folder: Path) -> dict[str, torch.Tensor]:
     """The trained adapter as a LoRA of twice the rank on the untouched base: [B, -B₀]·[A; A₀]."""
     initial = load_file(run_folder / INITIAL_FILE)
     converted = dict(state)

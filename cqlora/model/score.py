@@ -44,9 +44,7 @@ class Score:
 
 
 @torch.no_grad()
-def sum_losses(
-    objective: nn.Module, micro_batches: Sequence[Sequence[PackOfDocuments]], device: torch.device
-) -> float:
+def sum_losses(objective: nn.Module, micro_batches: Sequence[Sequence[PackOfDocuments]], device: torch.device) -> float:
     """Sum of the token losses, in nats, over micro batches.
 
     Accumulated in float64, so that the sum does not depend on how many batches came before.

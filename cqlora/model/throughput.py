@@ -30,9 +30,7 @@ def count_flops_per_token(model: nn.Module) -> tuple[int, int]:
 
     A frozen matrix is multiplied forward and once backward (4 FLOP a weight); a trained one twice backward (6).
     """
-    multiplied = sum(
-        _weights(module) for module in find_decoder(model).modules() if isinstance(module, nn.Linear)
-    )
+    multiplied = sum(_weights(module) for module in find_decoder(model).modules() if isinstance(module, nn.Linear))
     trained = sum(p.numel() for p in find_decoder(model).parameters() if p.requires_grad)
     head = find_head(model)
     return 4 * (multiplied - trained) + 6 * trained, 4 * head.out_features * head.in_features

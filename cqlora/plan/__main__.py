@@ -51,9 +51,7 @@ def plan(config: PlanConfig) -> int:
     if not fitting:
         console.print(f"No layout of this run fits hardware={config.hardware.name}.")
         return DoesNotFit.exit_code
-    console.print(
-        options_table(fitting[:5], time, f"Fastest layouts that fit hardware={config.hardware.name}")
-    )
+    console.print(options_table(fitting[:5], time, f"Fastest layouts that fit hardware={config.hardware.name}"))
     return 0
 
 

@@ -303,9 +303,7 @@ def _loading_buffers(work: Workload) -> float:
         # The mapped file of 16-bit weights counts as resident while it is read.
         return 2.0 * base_parameters(model)
     quantized = model.quantization is not Quantization.none
-    largest = max(
-        largest_matrix(model), model.vocab_size * model.hidden_size if program.quantizes_head else 0
-    )
+    largest = max(largest_matrix(model), model.vocab_size * model.hidden_size if program.quantizes_head else 0)
     converted = 2 * largest * program.compute_bytes if quantized else 0
     if not program.flattens_units or work.strategy not in (Strategy.fsdp, Strategy.ddp):
         return converted

@@ -86,8 +86,7 @@ def adapted_matrices(model: ModelConfig, targets: list[str]) -> dict[str, Matrix
     for name in targets:
         if name not in matrices:
             raise ConfigError(
-                f"lora.target_modules names {name}, which no block has; use [all] or some of "
-                f"[{','.join(matrices)}]."
+                f"lora.target_modules names {name}, which no block has; use [all] or some of [{','.join(matrices)}]."
             )
     return {name: matrices[name] for name in targets}
 
@@ -96,7 +95,5 @@ def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
     """Numbers in the low-rank matrices of all blocks, with DoRA's magnitudes."""
     adapted = adapted_matrices(model, lora.target_modules).values()
     magnitudes = lora.method is AdapterMethod.dora
-    of_block = sum(
-        lora.rank * (matrix.inputs + matrix.outputs) + magnitudes * matrix.outputs for matrix in adapted
-    )
+    of_block = sum(lora.rank * (matrix.inputs + matrix.outputs) + magnitudes * matrix.outputs for matrix in adapted)
     return model.num_hidden_layers * of_block

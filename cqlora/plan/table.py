@@ -105,9 +105,7 @@ def _memory_table(memory: MemoryPlan) -> Table:
         if size > 0:
             share = f"{size / memory.step:.0%}"
             table.add_row(part, _gib(size), share, {**_WHAT, "context": context}[part])
-    table.add_row(
-        "together", _gib(memory.step), "100%", f"reached at the {memory.worker.moment}", style="bold"
-    )
+    table.add_row("together", _gib(memory.step), "100%", f"reached at the {memory.worker.moment}", style="bold")
     return table
 
 

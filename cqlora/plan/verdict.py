@@ -111,11 +111,7 @@ def _other_machines(config: RunConfig, added_rows: int) -> list[Option]:
             continue
         if option.memory.fit is not Fit.fits:
             layouts = suggest_layouts(option.config, added_rows)[:1]
-            option = (
-                replace(layouts[0], overrides={**option.overrides, **layouts[0].overrides})
-                if layouts
-                else option
-            )
+            option = replace(layouts[0], overrides={**option.overrides, **layouts[0].overrides}) if layouts else option
         if option.memory.fit is Fit.fits:
             found.append(option)
     found.sort(key=lambda option: (_total_memory(option.config.hardware), option.seconds_per_token))
@@ -131,9 +127,7 @@ def _smaller_models(config: RunConfig, added_rows: int) -> list[Option]:
     """The largest model of the same line that fits on the machine."""
     line = config.model.name.rpartition("_")[0]
     size = _size(config.model)
-    models = [
-        m for m in _read_group("model", ModelConfig) if m.name.rpartition("_")[0] == line and _size(m) < size
-    ]
+    models = [m for m in _read_group("model", ModelConfig) if m.name.rpartition("_")[0] == line and _size(m) < size]
     for model in sorted(models, key=_size, reverse=True):
         try:
             smaller = replace(config, model=model)

@@ -62,9 +62,7 @@ class Workload:
 def describe_run(config: RunConfig, added_rows: int = 0) -> Workload:
     """The micro batch of a run whose checkpointing is settled; `added_rows` are of an extension to come."""
     base = find_base(config.model)
-    rows, added = (
-        (base.vocab_size, base.added_rows) if base else (config.model.vocab_size + added_rows, added_rows)
-    )
+    rows, added = (base.vocab_size, base.added_rows) if base else (config.model.vocab_size + added_rows, added_rows)
     model = replace(config.model, vocab_size=rows)
     checkpointing = config.hardware.activation_checkpointing
     return Workload(
@@ -96,9 +94,7 @@ def count_devices(hardware: HardwareConfig) -> int:
     return hardware.world_size
 
 
-def count_trained_embedding(
-    model: ModelConfig, lora: LoraConfig, embeddings: Embeddings, added_rows: int
-) -> int:
+def count_trained_embedding(model: ModelConfig, lora: LoraConfig, embeddings: Embeddings, added_rows: int) -> int:
     """Trainable numbers of the two embedding matrices."""
     matrices = embedding_matrices(model)
     if embeddings is Embeddings.auto:
@@ -113,9 +109,7 @@ def count_trained_embedding(
     return 0
 
 
-def describe_program(
-    model: ModelConfig, lora: LoraConfig, stage: StageConfig, hardware: HardwareConfig
-) -> Program:
+def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, hardware: HardwareConfig) -> Program:
     """cqlora's habits under a configuration."""
     on_gpu = settle_device(hardware) is Device.cuda
     size = compute_bytes(hardware)

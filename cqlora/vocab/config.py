@@ -62,9 +62,7 @@ class VocabConfig:
         if self.kind is VocabKind.path and not self.model:
             raise ConfigError("vocab=path needs vocab.model=FILE, a SentencePiece model.")
         if self.model and self.kind is not VocabKind.path:
-            raise ConfigError(
-                f"vocab.model={self.model} is read with vocab=path only, not vocab={self.kind.name}."
-            )
+            raise ConfigError(f"vocab.model={self.model} is read with vocab=path only, not vocab={self.kind.name}.")
 
 
 def accept_path(arguments: list[str]) -> list[str]:

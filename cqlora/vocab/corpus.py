@@ -47,9 +47,7 @@ class Corpus:
         """The documents to count on, or those to learn from; a file's name may say which (val.jsonl)."""
         for file in self.files:
             for document in read_documents(file):
-                set_aside = (
-                    file.split != "train" if file.split else is_held_out(document, self.held_out_fraction)
-                )
+                set_aside = file.split != "train" if file.split else is_held_out(document, self.held_out_fraction)
                 if set_aside == held_out:
                     yield document
 
@@ -75,9 +73,7 @@ def read_documents(file: SourceFile) -> Iterator[str]:
     elif ".json" in suffixes:
         rows = read_json(file)
     elif ".xml" in suffixes:
-        raise DataError(
-            f"vocab.corpus={file.path} is a MediaWiki dump; give JSON lines, Parquet or plain text."
-        )
+        raise DataError(f"vocab.corpus={file.path} is a MediaWiki dump; give JSON lines, Parquet or plain text.")
     else:
         rows = read_text(file, "\n")
     for row in rows:

@@ -67,9 +67,7 @@ def extend_tokenizer(base: Path, output: Path, vocab: VocabConfig, matrix_rows: 
     rows = max(matrix_rows, -(-files.size // vocab.pad_to_multiple_of) * vocab.pad_to_multiple_of)
     held_out, bundled = take_texts(corpus.split(held_out=True)), list(open_corpus([], 0.0).documents())
     checked = take_texts(corpus.documents()) + (bundled if vocab.corpus else [])
-    english = [
-        part for text in (*held_out, *bundled) if len(part := english_part(text)) >= MIN_ENGLISH_CHARACTERS
-    ]
+    english = [part for text in (*held_out, *bundled) if len(part := english_part(text)) >= MIN_ENGLISH_CHARACTERS]
     report = VocabReport(
         kind=resolve_kind(files, vocab).name,
         pieces_added=len(pieces),
@@ -94,9 +92,7 @@ def resolve_kind(files: TokenizerFiles, vocab: VocabConfig) -> VocabKind:
     if byte_level and vocab.kind in (VocabKind.sentencepiece, VocabKind.path):
         raise ConfigError(f"vocab={vocab.kind.name}, but {files.folder} has a byte-level BPE; use vocab=bpe.")
     if not byte_level and vocab.kind is VocabKind.bpe:
-        raise ConfigError(
-            f"vocab=bpe, but {files.folder} has a SentencePiece model; use vocab=sentencepiece."
-        )
+        raise ConfigError(f"vocab=bpe, but {files.folder} has a SentencePiece model; use vocab=sentencepiece.")
     return vocab.kind
 
 

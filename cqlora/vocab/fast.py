@@ -38,11 +38,7 @@ def write_piece_tokenizer(proto: Any, folder: Path, max_length: int) -> dict[str
             f"the {PIECE_MODEL} is not a BPE model without normalisation, as LLaMA's is; give the "
             "tokenizer.model that belongs to the weights."
         )
-    control = [
-        (i, piece.piece)
-        for i, piece in enumerate(proto.pieces)
-        if piece.type in (_KIND.CONTROL, _KIND.UNKNOWN)
-    ]
+    control = [(i, piece.piece) for i, piece in enumerate(proto.pieces) if piece.type in (_KIND.CONTROL, _KIND.UNKNOWN)]
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     names = {"unk": _first(proto, _KIND.UNKNOWN), "bos": "<s>", "eos": "</s>"}
     tokenizer = Tokenizer(

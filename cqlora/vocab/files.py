@@ -87,9 +87,7 @@ def read_piece_model(file: Path) -> Any:
         ModelError: the file is missing or is no SentencePiece model.
     """
     if not file.is_file():
-        raise ModelError(
-            f"{file} does not exist; give the SentencePiece model that belongs to the tokenizer."
-        )
+        raise ModelError(f"{file} does not exist; give the SentencePiece model that belongs to the tokenizer.")
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(file.read_bytes())

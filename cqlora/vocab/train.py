@@ -19,9 +19,7 @@ _FIRST_STAND_IN = 0x10000
 _BATCH_WORDS = 20_000
 
 
-def learn_merges(
-    tokenizer: Tokenizer, words: Iterable[str], size: int, min_frequency: int
-) -> list[tuple[str, str]]:
+def learn_merges(tokenizer: Tokenizer, words: Iterable[str], size: int, min_frequency: int) -> list[tuple[str, str]]:
     """Merges that continue a byte-level BPE where its own end, most frequent pair first.
 
     A word is first segmented by the base; each of its pieces then stands as one letter in the alphabet of a
@@ -44,9 +42,7 @@ def learn_merges(
     merges: list[tuple[str, str]] = []
     new: set[str] = set()
     for left, right in learned:
-        pair = tuple(
-            "".join(piece_of[ord(letter) - _FIRST_STAND_IN] for letter in side) for side in (left, right)
-        )
+        pair = tuple("".join(piece_of[ord(letter) - _FIRST_STAND_IN] for letter in side) for side in (left, right))
         piece = "".join(pair)
         if len(new) == size and piece not in new:
             break

@@ -78,9 +78,7 @@ def write_weights(
     card: dict[str, Any] = {"source": f"Meta's {checkpoint.folder.name}"}
     if vocab.kind is not VocabKind.none:
         return write_extended(checkpoint, config, staging, vocab, max_shard_size, card)
-    write_shards(
-        staging, checkpoint.specs.values(), lambda spec: checkpoint.blocks(spec.name), max_shard_size
-    )
+    write_shards(staging, checkpoint.specs.values(), lambda spec: checkpoint.blocks(spec.name), max_shard_size)
     card |= {
         "tokenizer_sha256": fingerprint_tokenizer(staging),
         "weights_sha256": fingerprint_weights(staging),
@@ -126,9 +124,7 @@ def check_size(checkpoint: MetaCheckpoint, model_size: str) -> None:
         return
     asked = OTHER_NAMES.get(model_size, model_size)
     if asked not in SIZES:
-        raise ConfigError(
-            f"model_size={model_size} does not exist; use one of {', '.join([*SIZES, *OTHER_NAMES])}."
-        )
+        raise ConfigError(f"model_size={model_size} does not exist; use one of {', '.join([*SIZES, *OTHER_NAMES])}.")
     params = checkpoint.params
     shape = (params.dim, params.n_layers, params.n_kv_heads)
     if shape != SIZES[asked]:

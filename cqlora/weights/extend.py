@@ -71,9 +71,7 @@ class ExtendedSource:
         used = extension.first_row
         yield base[:used]
         gives_logits = name == OUTPUT or OUTPUT not in self.base.specs
-        new = initial_rows(
-            base, used, extension.subpieces, self.vocab.init, self.vocab.seed, output=gives_logits
-        )
+        new = initial_rows(base, used, extension.subpieces, self.vocab.init, self.vocab.seed, output=gives_logits)
         for rows in new:
             yield narrow_rows(rows, dtype)
         # The mean row makes the logits of rows that no token uses unremarkable; zeros might stand out.

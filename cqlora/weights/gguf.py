@@ -55,9 +55,7 @@ class GgufModel:
         self._rope_factors: np.ndarray | None = None
         architecture = self.field("general.architecture", "")
         if architecture != "llama":
-            raise ModelError(
-                f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA."
-            )
+            raise ModelError(f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA.")
         for tensor in reader.tensors:
             if tensor.name == _ROPE_FACTORS:
                 self._rope_factors = tensor.data
@@ -87,18 +85,14 @@ class GgufModel:
                 block = interleaved_to_halves(block, self.head_dim)
             narrow = block.to(DTYPES[self.dtype])
             if not torch.isfinite(narrow).all():
-                raise ModelError(
-                    f"{self.file}: {name} does not fit in float16; use a bfloat16 GGUF of this model."
-                )
+                raise ModelError(f"{self.file}: {name} does not fit in float16; use a bfloat16 GGUF of this model.")
             yield narrow
 
     @property
     def head_dim(self) -> int:
         """Dimensions of one attention head."""
         declared = self.field("llama.rope.dimension_count")
-        return int(
-            declared or self.field("llama.embedding_length") // self.field("llama.attention.head_count")
-        )
+        return int(declared or self.field("llama.embedding_length") // self.field("llama.attention.head_count"))
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`."""
@@ -148,9 +142,7 @@ class GgufModel:
         }
         expected = llama3_rope_factors(parameters, self.head_dim)
         if not np.allclose(self._rope_factors, expected, rtol=1e-3):
-            raise ModelError(
-                f"{self.file} scales its rotary frequencies in an unknown way; convert the raw weights."
-            )
+            raise ModelError(f"{self.file} scales its rotary frequencies in an unknown way; convert the raw weights.")
         return parameters
 
 
@@ -172,9 +164,7 @@ def _open(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ModelError(
-            f"reading {file.name} needs the package gguf; pip install 'cqlora[gguf]'."
-        ) from error
+        raise ModelError(f"reading {file.name} needs the package gguf; pip install 'cqlora[gguf]'.") from error
     try:
         return GGUFReader(file)
     except (ValueError, OSError, IndexError) as error:

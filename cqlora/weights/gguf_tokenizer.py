@@ -40,9 +40,7 @@ def write_gguf_tokenizer(model: GgufModel, folder: Path) -> None:
     tokenizer.pre_tokenizer = rules[rule]
     tokenizer.decoder = decoders.ByteLevel()
     types = model.field("tokenizer.ggml.token_type")
-    added = [
-        (piece, kind) for piece, kind in zip(pieces, types, strict=True) if kind in (CONTROL, USER_DEFINED)
-    ]
+    added = [(piece, kind) for piece, kind in zip(pieces, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_special_tokens(
         [AddedToken(piece, special=kind == CONTROL, normalized=False) for piece, kind in added]
     )
@@ -61,9 +59,7 @@ def piece_model(model: GgufModel) -> Any:
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.name = "identity"
     proto.normalizer_spec.add_dummy_prefix = bool(model.field("tokenizer.ggml.add_space_prefix", True))
-    proto.normalizer_spec.remove_extra_whitespaces = bool(
-        model.field("tokenizer.ggml.remove_extra_whitespaces", False)
-    )
+    proto.normalizer_spec.remove_extra_whitespaces = bool(model.field("tokenizer.ggml.remove_extra_whitespaces", False))
     return proto
 
 

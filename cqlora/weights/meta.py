@@ -70,9 +70,7 @@ def read_params(folder: Path) -> MetaParams:
     """
     file = folder / "params.json"
     if not file.is_file():
-        raise ModelError(
-            f"{file} does not exist; give input_dir=FOLDER of Meta's files, or its parent and model_size."
-        )
+        raise ModelError(f"{file} does not exist; give input_dir=FOLDER of Meta's files, or its parent and model_size.")
     try:
         stated = json.loads(file.read_text(encoding="utf-8"))
         stated = stated.get("model", stated)
@@ -194,11 +192,7 @@ class MetaCheckpoint:
             return True
         for part in self.parts:
             one, other = part["tok_embeddings.weight"], part["output.weight"]
-            if (
-                one.shape != other.shape
-                or not torch.equal(one[:64], other[:64])
-                or not torch.equal(one, other)
-            ):
+            if one.shape != other.shape or not torch.equal(one[:64], other[:64]) or not torch.equal(one, other):
                 return False
         return True
 
@@ -206,20 +200,14 @@ class MetaCheckpoint:
         params = self.params
         query = self.parts[0].get("layers.0.attention.wq.weight")
         if query is None:
-            raise ModelError(
-                f"{self.files[0]} holds no LLaMA (no layers.0.attention.wq.weight); check input_dir."
-            )
+            raise ModelError(f"{self.files[0]} holds no LLaMA (no layers.0.attention.wq.weight); check input_dir.")
         expected = params.dim // query.shape[0]
         if len(self.files) < expected:
             missing = f"consolidated.{len(self.files):02}.pth"
-            raise ModelError(
-                f"{self.folder / missing} is missing: these files are cut in {expected}; fetch it."
-            )
+            raise ModelError(f"{self.folder / missing} is missing: these files are cut in {expected}; fetch it.")
         if len(self.files) > expected:
             surplus = self.files[expected].name
-            raise ModelError(
-                f"{self.folder / surplus} is surplus: these files are cut in {expected}; remove it."
-            )
+            raise ModelError(f"{self.folder / surplus} is surplus: these files are cut in {expected}; remove it.")
         wanted = {"tok_embeddings.weight", "norm.weight"} | {
             f"layers.{layer}.{meta}.weight" for layer in range(params.n_layers) for meta in _LAYER_NAMES
         }
@@ -287,12 +275,8 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
         reason = str(error).partition("\n")[0][:120]
-        raise ModelError(
-            f"{file} cannot be read ({reason}); it is truncated or damaged, fetch it again."
-        ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(value, torch.Tensor) for value in tensors.values()
-    ):
+        raise ModelError(f"{file} cannot be read ({reason}); it is truncated or damaged, fetch it again.") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ModelError(f"{file} holds something else than named tensors; fetch it again.")
     return tensors
 

@@ -87,9 +87,7 @@ class ShardReader:
         return split_rows(self.read(name))
 
 
-def split_rows(
-    tensor: torch.Tensor, block_bytes: int = BLOCK_BYTES, multiple: int = 1
-) -> Iterator[torch.Tensor]:
+def split_rows(tensor: torch.Tensor, block_bytes: int = BLOCK_BYTES, multiple: int = 1) -> Iterator[torch.Tensor]:
     """Views of a tensor's rows, at most `block_bytes` each, in multiples of `multiple` rows."""
     if tensor.dim() == 0 or tensor.nbytes <= block_bytes:
         yield tensor
@@ -137,9 +135,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def write_shard(
-    file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]
-) -> None:
+def write_shard(file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]) -> None:
     """Write one safetensors file: the header of `specs`, then each tensor's blocks as they come."""
     with file.open("wb", buffering=0) as stream:
         stream.write(_encode_header(specs))
@@ -183,9 +179,7 @@ def _open_shard(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again."
-        ) from error
+        raise ModelError(f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again.") from error
 
 
 def _encode_header(specs: list[TensorSpec]) -> bytes:
@@ -201,12 +195,8 @@ def _encode_header(specs: list[TensorSpec]) -> bytes:
 
 
 def _check_block(spec: TensorSpec, block: torch.Tensor) -> None:
-    assert block.dtype == DTYPES[spec.dtype], (
-        f"{spec.name} is {block.dtype}, its header promises {spec.dtype}"
-    )
-    assert tuple(block.shape[1:]) == spec.shape[1:], (
-        f"{spec.name} has rows of {block.shape[1:]}, not {spec.shape}"
-    )
+    assert block.dtype == DTYPES[spec.dtype], f"{spec.name} is {block.dtype}, its header promises {spec.dtype}"
+    assert tuple(block.shape[1:]) == spec.shape[1:], f"{spec.name} has rows of {block.shape[1:]}, not {spec.shape}"
 
 
 def _write_all(stream: io.RawIOBase, block: torch.Tensor) -> None:

@@ -35,9 +35,7 @@ def staged_folder(output_dir: Path) -> Iterator[Path]:
         staging.rename(output_dir)
         fsync(output_dir.parent)
     except OSError as error:
-        raise ModelError(
-            f"{output_dir} could not be written ({error.strerror or error}); nothing was left."
-        ) from error
+        raise ModelError(f"{output_dir} could not be written ({error.strerror or error}); nothing was left.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -45,9 +43,7 @@ def staged_folder(output_dir: Path) -> Iterator[Path]:
 def refuse_existing(output_dir: Path) -> None:
     """Raise ModelError where `output_dir` holds something already."""
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ModelError(
-            f"output_dir={output_dir} is already there; choose another folder or remove it first."
-        )
+        raise ModelError(f"output_dir={output_dir} is already there; choose another folder or remove it first.")
 
 
 def fsync(path: Path) -> None:

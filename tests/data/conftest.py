@@ -80,9 +80,7 @@ def sentence_tokenizer() -> Tokenizer:
     tokenizer.train_from_iterator(words, trainer)
     document = json.loads(tokenizer.to_str())
     # Byte tokens are vocabulary, not control tokens.
-    document["added_tokens"] = [
-        token for token in document["added_tokens"] if not token["content"].startswith("<0x")
-    ]
+    document["added_tokens"] = [token for token in document["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(document))
 
 

@@ -58,8 +58,7 @@ def test_ids_and_ends_are_those_of_tokenizers(byte_base: Base, name: str):
 def test_pieces_are_the_same_in_bulk(byte_base: Base):
     records = [Document(text) for text in sample_texts()[::9]]
     records += [
-        Conversation([Turn("user", text[:50].strip()), Turn("assistant", text)])
-        for text in sample_texts()[::11]
+        Conversation([Turn("user", text[:50].strip()), Turn("assistant", text)]) for text in sample_texts()[::11]
     ]
     for all_tokens in (True, False):
         encoder = RecordEncoder(EncodeSettings(str(byte_base.path), 64, all_tokens))

@@ -50,9 +50,7 @@ def no_builds(monkeypatch: pytest.MonkeyPatch):
     return forbid
 
 
-def test_packs_hold_every_document_once_with_masks_and_lengths_that_agree(
-    byte_base: Base, make_config: MakeConfig
-):
+def test_packs_hold_every_document_once_with_masks_and_lengths_that_agree(byte_base: Base, make_config: MakeConfig):
     made = prepare_cache(make_config(SAMPLE, length=512), byte_base)
     assert [(source.name, source.language) for source in made.sources] == [
         ("sample_zh", "zh"),
@@ -69,16 +67,12 @@ def test_packs_hold_every_document_once_with_masks_and_lengths_that_agree(
             assert len(pack.token_ids) == sum(pack.document_lengths) <= 512
             starts = np.cumsum([0, *pack.document_lengths[:-1]])
             assert not pack.label_mask[starts].any()
-            assert (
-                len(pack.source_ids) == len(pack.characters) == len(pack.bytes) == len(pack.document_lengths)
-            )
+            assert len(pack.source_ids) == len(pack.characters) == len(pack.bytes) == len(pack.document_lengths)
         with pytest.raises(IndexError):
             split.pack(len(split))
 
 
-def test_packs_of_real_text_are_over_98_percent_full(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_packs_of_real_text_are_over_98_percent_full(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     """Articles and their paragraphs, so that lengths differ as they do in a corpus."""
     rows = [text for article in sample_texts() for text in (article, *article.split("\n"))]
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in rows])
@@ -93,9 +87,7 @@ def test_packs_mix_sources(byte_base: Base, make_config: MakeConfig):
     assert mixed > len(split) / 2
 
 
-def test_evaluation_packs_hold_one_source_in_a_fixed_order_up_to_max_tokens(
-    byte_base: Base, make_config: MakeConfig
-):
+def test_evaluation_packs_hold_one_source_in_a_fixed_order_up_to_max_tokens(byte_base: Base, make_config: MakeConfig):
     made = prepare_cache(make_config(SAMPLE, length=512), byte_base)
     split = made.splits["val"]
     whole = [split.packs_of(source) for source in range(2)]
@@ -103,9 +95,7 @@ def test_evaluation_packs_hold_one_source_in_a_fixed_order_up_to_max_tokens(
     assert sum(len(pack.token_ids) for packs in whole for pack in packs) == split.tokens
     some = split.packs_of(0, max_tokens=600)
     assert 600 <= sum(len(pack.token_ids) for pack in some) < 600 + 512
-    again = (
-        prepare_cache(make_config(SAMPLE, length=512), byte_base).splits["val"].packs_of(0, max_tokens=600)
-    )
+    again = prepare_cache(make_config(SAMPLE, length=512), byte_base).splits["val"].packs_of(0, max_tokens=600)
     assert all((a.token_ids == b.token_ids).all() for a, b in zip(some, again, strict=True))
 
 
@@ -113,9 +103,7 @@ def test_a_source_without_a_language_is_told_apart_by_script(byte_base: Base, ma
     made = prepare_cache(make_config(DIALOGS, stage="sft", length=1024), byte_base)
     assert {source.language for source in made.sources} >= {"zh", "en"}
     assert {source.name for source in made.sources} == {"sample_dialog"}
-    ids = {
-        source for n in range(len(made.splits["train"])) for source in made.splits["train"].pack(n).source_ids
-    }
+    ids = {source for n in range(len(made.splits["train"])) for source in made.splits["train"].pack(n).source_ids}
     assert ids <= set(range(len(made.sources)))
 
 
@@ -255,9 +243,7 @@ def test_bad_rows_are_told_by_file_line_and_reason_and_the_rest_goes_on(
     assert sum(summary["kept"].values()) == 400
 
 
-def test_bad_conversations_are_rejected_and_the_rest_goes_on(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_bad_conversations_are_rejected_and_the_rest_goes_on(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     def exchange(n: int) -> list[dict[str, str]]:
         return [{"role": "user", "text": f"q{n}"}, {"role": "assistant", "text": f"a{n}"}]
 
@@ -275,14 +261,10 @@ def test_bad_conversations_are_rejected_and_the_rest_goes_on(
     ]
 
 
-def test_too_many_bad_rows_stop_with_a_summary_of_reasons(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_too_many_bad_rows_stop_with_a_summary_of_reasons(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     file = write_with_bad_rows(tmp_path / "bad.jsonl", good=40)
     config = make_config({"bad": SourceConfig(kind=SourceKind.wiki, path=str(file))})
-    with pytest.raises(
-        DataError, match=r"9 of 49 rows cannot be read \(broken JSON: 3, .*max_rejected_fraction=0.05"
-    ):
+    with pytest.raises(DataError, match=r"9 of 49 rows cannot be read \(broken JSON: 3, .*max_rejected_fraction=0.05"):
         prepare_cache(config, byte_base)
     cache_dir = Path(config.data.cache_dir)
     (kept,) = cache_dir.glob("*.rejected.jsonl")
@@ -294,9 +276,7 @@ def test_too_many_bad_rows_stop_with_a_summary_of_reasons(
     assert not list(cache_dir.glob("*.rejected.jsonl"))
 
 
-def test_nothing_left_to_train_on_is_said_with_the_reasons(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_nothing_left_to_train_on_is_said_with_the_reasons(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "tiny"}] * 3)
     with pytest.raises(DataError, match=r"nothing to train on.*too short 3"):
         prepare_cache(make_config({"a": SourceConfig(kind=SourceKind.wiki, path=str(file))}), byte_base)
@@ -366,9 +346,7 @@ def test_two_starts_at_once_build_it_once(tmp_path: Path, byte_base: Base, corpu
     assert len({line.split()[1] for line in last}) == 1
 
 
-def test_a_kill_at_any_moment_leaves_nothing_that_a_later_run_trusts(
-    tmp_path: Path, byte_base: Base, corpus: Path
-):
+def test_a_kill_at_any_moment_leaves_nothing_that_a_later_run_trusts(tmp_path: Path, byte_base: Base, corpus: Path):
     whole = start(corpus, byte_base, tmp_path / "whole").communicate(timeout=120)[0].splitlines()
     expected = digest(Path(whole[-1].split()[1]))
     rng = random.Random(11)

@@ -12,10 +12,7 @@ from cqlora.data.records import Conversation, Document, RowError, Turn
 
 
 def test_unicode_is_normalised_and_chinese_punctuation_stays():
-    assert (
-        clean.normalize_unicode("Ａ１，“好”（吗）！\u00a0x\r\ny e\u0301 ⼀ ﬁ")
-        == "A1，“好”（吗）！ x\ny é 一 fi"
-    )
+    assert clean.normalize_unicode("Ａ１，“好”（吗）！\u00a0x\r\ny e\u0301 ⼀ ﬁ") == "A1，“好”（吗）！ x\ny é 一 fi"
     assert clean.normalize_unicode("中文，。：；？！（）《》——…") == "中文，。：；？！（）《》——…"
 
 

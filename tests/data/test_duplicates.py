@@ -33,9 +33,7 @@ def test_similarity_is_that_of_the_sets_of_five_grams():
     rng = random.Random(0)
     for text in sample_texts()[::30]:
         changed = edit(text, rng, 10)
-        assert jaccard(shingle_hashes(text), shingle_hashes(changed)) == pytest.approx(
-            true_jaccard(text, changed)
-        )
+        assert jaccard(shingle_hashes(text), shingle_hashes(changed)) == pytest.approx(true_jaccard(text, changed))
     assert jaccard(shingle_hashes("ab"), shingle_hashes("AB ")) == 1.0
 
 

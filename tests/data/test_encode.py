@@ -73,9 +73,7 @@ def test_characters_and_bytes_of_a_piece_are_those_of_its_label_tokens(byte_base
     plain = PlainTokenizer(byte_base.path)
     text = "The river rises on the plateau; it is 6300 km long.\n" * 40
     batch = encoder(byte_base, 50).encode([Document(text)])
-    for (ids, _), characters, utf8_bytes in zip(
-        pieces_of(batch), batch.characters, batch.utf8_bytes, strict=True
-    ):
+    for (ids, _), characters, utf8_bytes in zip(pieces_of(batch), batch.characters, batch.utf8_bytes, strict=True):
         assert characters == utf8_bytes == len(plain.text.decode(ids[1:], skip_special_tokens=True))
 
 
@@ -100,9 +98,7 @@ def test_cut_pieces_of_chinese_lose_only_the_characters_of_their_first_tokens(an
 
 def test_a_document_is_trained_whole_in_instruction_tuning(byte_base: Base):
     document = Document("河水 flows east.")
-    of_sft, of_pretraining = (
-        encoder(byte_base, 64, all_tokens).encode([document]) for all_tokens in (False, True)
-    )
+    of_sft, of_pretraining = (encoder(byte_base, 64, all_tokens).encode([document]) for all_tokens in (False, True))
     assert of_sft.tokens.tolist() == of_pretraining.tokens.tolist()
     assert of_sft.labels.tolist() == of_pretraining.labels.tolist()
 

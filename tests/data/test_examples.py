@@ -10,9 +10,7 @@ from cqlora.data.examples import Example, pick_examples, render_html
 from tests.data.conftest import MakeConfig
 
 
-def test_examples_come_from_every_source_and_mark_the_assistants_words(
-    byte_base: Base, make_config: MakeConfig
-):
+def test_examples_come_from_every_source_and_mark_the_assistants_words(byte_base: Base, make_config: MakeConfig):
     sources = {
         "sample_dialog": SourceConfig(kind=SourceKind.dialog),
         "sample_en": SourceConfig(kind=SourceKind.wiki),

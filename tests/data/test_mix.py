@@ -112,9 +112,7 @@ def test_sample_evenly_takes_the_same_number_from_every_source(
     assert kept == [17, 17, 16]
 
 
-def test_sample_tokens_stops_at_the_document_that_reaches_it(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_sample_tokens_stops_at_the_document_that_reaches_it(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     source = wiki(tmp_path / "a.jsonl", texts("a", 200), sample_tokens=2000)
     cache = prepare_cache(make_config({"a": source}, val_fraction=0.1), byte_base)
     tokens = sum(split.tokens for split in cache.splits.values())
@@ -143,9 +141,7 @@ def test_exact_duplicates_go_across_sources_and_held_out_text_leaves_training(
         write_jsonl(tmp_path / "a" / f"{split}.jsonl", [{"text": text} for text in part])
     sources = {
         "a": SourceConfig(kind=SourceKind.wiki, path=str(tmp_path / "a")),
-        "b": wiki(
-            tmp_path / "b.jsonl", [*rows[5:10], "held out  for a TEST only", "something new altogether"]
-        ),
+        "b": wiki(tmp_path / "b.jsonl", [*rows[5:10], "held out  for a TEST only", "something new altogether"]),
     }
     cache = prepare_cache(make_config(sources, val_fraction=0.0), byte_base)
     train = documents(cache, byte_base, "train")
@@ -155,16 +151,12 @@ def test_exact_duplicates_go_across_sources_and_held_out_text_leaves_training(
     assert summary["b"]["left_out"] == {"held out elsewhere": 1}
     assert summary["b"]["duplicates"] == 5
 
-    kept = prepare_cache(
-        make_config(sources, val_fraction=0.0, clean={"deduplicate": Deduplication.none}), byte_base
-    )
+    kept = prepare_cache(make_config(sources, val_fraction=0.0, clean={"deduplicate": Deduplication.none}), byte_base)
     assert len(documents(kept, byte_base, "train")) == len(train) + 5
     assert kept.summary["sources"]["b"]["left_out"] == {"held out elsewhere": 1}
 
 
-def test_a_split_that_repeats_its_training_is_set_aside(
-    tmp_path: Path, byte_base: Base, make_config: MakeConfig
-):
+def test_a_split_that_repeats_its_training_is_set_aside(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     rows = texts("a", 10)
     for split in ("train", "val", "test"):
         write_jsonl(tmp_path / "a" / f"{split}.jsonl", [{"text": text} for text in rows])

@@ -16,9 +16,7 @@ def read(source: str, split: str) -> list[object]:
 
 def test_passages_hold_out_the_same_ids_in_both_languages():
     for split in SPLITS:
-        chinese, english = (
-            [row["id"] for row in read(f"sample_{language}", split)] for language in ("zh", "en")
-        )
+        chinese, english = ([row["id"] for row in read(f"sample_{language}", split)] for language in ("zh", "en"))
         assert chinese == english
     ids = [row["id"] for split in SPLITS for row in read("sample_zh", split)]
     assert len(ids) == len(set(ids)) == 150
@@ -30,9 +28,7 @@ def test_no_text_stands_in_two_splits():
         for split in SPLITS:
             rows = read(source, split)
             assert len(rows) >= 15
-            keys.update(
-                {content_key(json.dumps(row.get("text") if isinstance(row, dict) else row)) for row in rows}
-            )
+            keys.update({content_key(json.dumps(row.get("text") if isinstance(row, dict) else row)) for row in rows})
         assert max(keys.values()) == 1, source
 
 

@@ -174,7 +174,12 @@ def test_named_layers_alone_are_adapted_and_unknown_ones_are_refused(extended):
 
 def test_lora_parameters_at_rank_64_are_the_published_numbers():
     """7B, 13B, 33B and 65B: 159.9, 250.3, 487.6 and 799.5 million, counted from the matrices' shapes."""
-    published = {"llama_7b": 159_907_840, "llama_13b": 250_347_520, "llama_33b": 487_587_840, "llama_65b": 799_539_200}
+    published = {
+        "llama_7b": 159_907_840,
+        "llama_13b": 250_347_520,
+        "llama_33b": 487_587_840,
+        "llama_65b": 799_539_200,
+    }
     from omegaconf import OmegaConf
 
     from cqlora.config import CONFIG_DIR

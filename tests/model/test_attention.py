@@ -62,9 +62,7 @@ def gradients_of(model: LlamaForCausalLM, outputs: list[Tensor], weights: list[T
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def run_separately(
-    model: LlamaForCausalLM, ids: Tensor, rows: list[list[int]]
-) -> tuple[list[Tensor], list[slice]]:
+def run_separately(model: LlamaForCausalLM, ids: Tensor, rows: list[list[int]]) -> tuple[list[Tensor], list[slice]]:
     """Logits of each document run alone, and where it lies in the flattened batch."""
     logits, spans, begin = [], [], 0
     for length in [length for row in rows for length in row]:
@@ -206,9 +204,7 @@ def test_generation_with_padding_and_cache_equals_the_stock_attention() -> None:
     for backend in ("documents", "sdpa"):
         model = build_model(backend).eval()
         written.append(
-            model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0
-            )
+            model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
         )
     assert torch.equal(*written)
 

@@ -49,9 +49,7 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 20, 21, 256])
 @pytest.mark.parametrize("share", [1.0, 0.3])
-def test_value_and_gradients_equal_the_stock_loss_at_every_chunk_size(
-    chunk_tokens: int, share: float
-) -> None:
+def test_value_and_gradients_equal_the_stock_loss_at_every_chunk_size(chunk_tokens: int, share: float) -> None:
     hidden, weight = random_tensor(2, 11, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = random_labels(2, 11, share)
     loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 13.0, chunk_tokens)
@@ -123,9 +121,7 @@ def test_low_rank_gradients_equal_the_stock_loss() -> None:
     hidden, weight = random_tensor(1, 15, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     a, b = random_tensor(RANK, HIDDEN), random_tensor(VOCABULARY, RANK)
     labels = random_labels(1, 15, 0.8)
-    loss, _, _ = label_cross_entropy(
-        hidden, labels, OutputHead(weight, lora_a=a, lora_b=b, lora_scale=0.5), 7.0, 4
-    )
+    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight, lora_a=a, lora_b=b, lora_scale=0.5), 7.0, 4)
     expected = stock_loss(hidden, weight, labels, 7.0, added=0.5 * hidden @ a.T @ b.T)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert_same(gradients_of(loss, hidden, weight, a, b), gradients_of(expected, hidden, weight, a, b))
@@ -172,9 +168,7 @@ def test_logits_far_from_zero_stay_finite_and_equal_the_stock_loss() -> None:
     loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 5.0)
     expected = stock_loss(hidden, weight, labels, 5.0)
     torch.testing.assert_close(loss, expected, atol=0.0, rtol=1e-5)
-    torch.testing.assert_close(
-        gradients_of(loss, hidden), gradients_of(expected, hidden), atol=1e-3, rtol=1e-4
-    )
+    torch.testing.assert_close(gradients_of(loss, hidden), gradients_of(expected, hidden), atol=1e-3, rtol=1e-4)
 
 
 def test_bfloat16_rounds_the_products_and_nothing_else() -> None:

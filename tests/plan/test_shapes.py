@@ -19,9 +19,7 @@ from tests.plan.runs import compose_run, small_model
         ("llama_65b", 799_539_200),
     ],
 )
-def test_rank_64_on_all_linear_layers_has_the_published_number_of_parameters(
-    model: str, expected: int
-) -> None:
+def test_rank_64_on_all_linear_layers_has_the_published_number_of_parameters(model: str, expected: int) -> None:
     config = compose_run("stage=pretrain", f"model={model}", "lora.rank=64")
     assert adapter_parameters(config.model, config.lora) == expected
 

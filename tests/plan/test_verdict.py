@@ -46,8 +46,7 @@ def test_a_batch_that_is_too_large_is_offered_a_smaller_one() -> None:
 def test_a_refusal_is_one_sentence_with_the_smallest_change() -> None:
     verdict = judge(compose_run(BASE, "hardware=2x4090"))
     assert verdict.refusal == (
-        f"the run {verdict.sentence}; add hardware.cpu_offload=true, or see what would fit with "
-        "`cqlora plan`."
+        f"the run {verdict.sentence}; add hardware.cpu_offload=true, or see what would fit with `cqlora plan`."
     )
 
 
@@ -77,9 +76,7 @@ def test_auto_recomputes_only_where_nothing_else_fits(overrides: list[str], expe
 
 def test_auto_plans_what_it_resolves_to() -> None:
     auto = compose_run("stage=pretrain", "model=llama2_7b", "hardware=1xa100")
-    none = compose_run(
-        "stage=pretrain", "model=llama2_7b", "hardware=1xa100", "hardware.activation_checkpointing=none"
-    )
+    none = compose_run("stage=pretrain", "model=llama2_7b", "hardware=1xa100", "hardware.activation_checkpointing=none")
     assert plan_memory(auto) == plan_memory(none)
 
 

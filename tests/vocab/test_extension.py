@@ -48,13 +48,9 @@ def test_bpe_leaves_text_without_new_merges_as_it_was(ranks_base: Path, corpus: 
         assert load(tmp_path).decode(ids(tmp_path, text)) == text
 
 
-def test_bpe_keeps_the_bases_merges_and_appends_its_own(
-    ranks_base: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_bpe_keeps_the_bases_merges_and_appends_its_own(ranks_base: Path, corpus: Path, tmp_path: Path) -> None:
     extend(ranks_base, tmp_path, corpus, "bpe")
-    before, after = (
-        json.loads((folder / "tokenizer.json").read_text()) for folder in (ranks_base, tmp_path)
-    )
+    before, after = (json.loads((folder / "tokenizer.json").read_text()) for folder in (ranks_base, tmp_path))
     own = before["model"]["merges"]
     assert after["model"]["merges"][: len(own)] == own
     assert {p: after["model"]["vocab"][p] for p in before["model"]["vocab"]} == before["model"]["vocab"]
@@ -95,15 +91,11 @@ def test_pieces_equal_sentencepiece_and_keep_english(
     assert extension.report.english_tokens_changed == 0
 
 
-def test_sentencepiece_model_of_someone_else_is_merged(
-    pieces_base: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_sentencepiece_model_of_someone_else_is_merged(pieces_base: Path, corpus: Path, tmp_path: Path) -> None:
     words = chinese_words(open_corpus([str(corpus)], 0.1), 10**6)
     proto = train_sentencepiece(words, 150)
     (tmp_path / "other.model").write_bytes(proto.SerializeToString())
-    extension = extend(
-        pieces_base, tmp_path / "out", corpus, "path", model=str(tmp_path / "other.model"), size=1
-    )
+    extension = extend(pieces_base, tmp_path / "out", corpus, "path", model=str(tmp_path / "other.model"), size=1)
     known = {piece.piece for piece in read_tokenizer_files(pieces_base).pieces.pieces}
     new = [piece.piece for piece in proto.pieces if piece.type == 1 and piece.piece not in known]
     assert extension.report.pieces_added == len(new)
@@ -162,9 +154,7 @@ def test_control_tokens_can_be_left_out(pieces_base: Path, corpus: Path, tmp_pat
     assert extension.report.control_tokens_added == extension.padding_rows == 0
 
 
-def test_token_added_behind_a_sentencepiece_model_keeps_its_id(
-    pieces_base: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_token_added_behind_a_sentencepiece_model_keeps_its_id(pieces_base: Path, corpus: Path, tmp_path: Path) -> None:
     files = read_tokenizer_files(pieces_base)
     token = {"id": files.size, "content": "[EXTRA]", "single_word": False, "lstrip": False, "rstrip": False}
     files.document["added_tokens"].append(token | {"normalized": False, "special": True})
@@ -185,9 +175,7 @@ def test_unfit_kinds_are_refused(ranks_base: Path, pieces_base: Path, corpus: Pa
         extend(pieces_base, tmp_path, corpus, "path", model=str(corpus))
 
 
-def test_corpus_without_chinese_or_without_files_is_an_error(
-    ranks_base: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_corpus_without_chinese_or_without_files_is_an_error(ranks_base: Path, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "en.txt").write_text("only English here\n")
     with pytest.raises(DataError, match="no Chinese text"):
         extend(ranks_base, tmp_path / "out", tmp_path / "en.txt", "bpe")

@@ -71,9 +71,7 @@ def random_state(shape: Shape, dtype: torch.dtype = torch.float16) -> dict[str, 
             "feed_forward.w2": (shape.dim, shape.hidden), "feed_forward.w3": (shape.hidden, shape.dim),
         }  # fmt: skip
         state |= {f"layers.{layer}.{name}.weight": draw(*size) for name, size in sizes.items()}
-        state |= {
-            f"layers.{layer}.{name}.weight": 1 + draw(shape.dim) for name in ("attention_norm", "ffn_norm")
-        }
+        state |= {f"layers.{layer}.{name}.weight": 1 + draw(shape.dim) for name in ("attention_norm", "ffn_norm")}
     state["rope.freqs"] = torch.ones(shape.dim // shape.heads // 2)
     return state
 
@@ -89,9 +87,7 @@ def forward(shape: Shape, state: dict[str, torch.Tensor], ids: torch.Tensor) -> 
     for layer in range(shape.layers):
         own = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"layers.{layer}.")}
         h = normalize(x, own["attention_norm.weight"], shape.eps)
-        q, k, v = (
-            (h @ own[f"attention.w{which}.weight"].T).view(length, -1, head_dim) for which in ("q", "k", "v")
-        )
+        q, k, v = ((h @ own[f"attention.w{which}.weight"].T).view(length, -1, head_dim) for which in ("q", "k", "v"))
         q, k = rotate(q, turns), rotate(k, turns)
         repeat = shape.heads // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
@@ -176,9 +172,7 @@ def write_ranks(file: Path, merges: int = 100) -> int:
     letters |= {chr(256 + i): b for i, b in enumerate(others)}
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     tokens = [bytes(letters[letter] for letter in piece) for piece, _ in vocab]
-    file.write_text(
-        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
-    )
+    file.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)))
     return len(tokens) + 256
 
 

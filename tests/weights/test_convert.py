@@ -157,9 +157,7 @@ def test_missing_file_in_the_middle_and_at_the_end_is_named(tmp_path: Path) -> N
 
 def test_surplus_file_is_named(tmp_path: Path) -> None:
     write_model(tmp_path / "raw", "llama, two ranks")
-    (tmp_path / "raw" / "consolidated.02.pth").write_bytes(
-        (tmp_path / "raw" / "consolidated.01.pth").read_bytes()
-    )
+    (tmp_path / "raw" / "consolidated.02.pth").write_bytes((tmp_path / "raw" / "consolidated.01.pth").read_bytes())
     with pytest.raises(ModelError, match=r"consolidated\.02\.pth is surplus"):
         MetaCheckpoint(tmp_path / "raw")
 

@@ -38,9 +38,7 @@ def read_json_lines(file: SourceFile) -> Iterator[RawRow]:
             if len(raw) > MAX_ROW_BYTES:
                 while raw and not raw.endswith(b"\n"):
                     raw = stream.readline(MAX_ROW_BYTES)
-                yield RawRow(
-                    name, line, UnreadableRowError(f"line longer than {MAX_ROW_BYTES >> 20} MiB"), file.split
-                )
+                yield RawRow(name, line, UnreadableRowError(f"line longer than {MAX_ROW_BYTES >> 20} MiB"), file.split)
             elif raw.strip():
                 yield RawRow(name, line, raw, file.split)
 
@@ -117,8 +115,7 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
     except (pa.ArrowException, OSError) as error:
         size = file.path.stat().st_size
         raise DataError(
-            f"{file.path} is damaged after row {row} of its {size} bytes ({first_line(error)}); "
-            "fetch it again."
+            f"{file.path} is damaged after row {row} of its {size} bytes ({first_line(error)}); fetch it again."
         ) from None
 
 

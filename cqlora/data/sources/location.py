@@ -50,9 +50,7 @@ def find_sources(data: DataConfig, stage: str) -> dict[str, Location]:
         DataError: a source is nowhere to be found.
     """
     return {
-        name: locate_source(name, source, data.root)
-        for name, source in data.sources.items()
-        if stage in source.stages
+        name: locate_source(name, source, data.root) for name, source in data.sources.items() if stage in source.stages
     }
 
 
@@ -70,9 +68,7 @@ def locate_source(name: str, source: SourceConfig, root: str) -> Location:
         return Location(files=list_files(found, f"source {name}"))
     if source.dataset:
         return Location(dataset=source.dataset, subset=source.subset)
-    place = (
-        f"{root}/{name} (folder, or file with {', '.join(FORMATS)})" if root else "data.root (it is empty)"
-    )
+    place = f"{root}/{name} (folder, or file with {', '.join(FORMATS)})" if root else "data.root (it is empty)"
     raise DataError(
         f"source {name} is not found: data.sources.{name}.path is empty, nothing lies at {place}, and "
         f"data.sources.{name}.dataset is empty; set one of the three, e.g. data.root=FOLDER."
@@ -90,8 +86,7 @@ def find_by_name(folder: Path, name: str) -> Path | None:
     files = [folder / (name + suffix) for suffix in SUFFIXES if (folder / (name + suffix)).is_file()]
     if len(files) > 1:
         raise DataError(
-            f"source {name} is found twice, as {files[0]} and {files[1]}; name one by "
-            f"data.sources.{name}.path."
+            f"source {name} is found twice, as {files[0]} and {files[1]}; name one by data.sources.{name}.path."
         )
     return files[0] if files else None
 

@@ -23,9 +23,7 @@ def parse_messages(row: Any, source: SourceConfig, counts: Counter[str]) -> Iter
     """One conversation; a content of several text parts is joined."""
     messages = row.get("messages") if isinstance(row, dict) else row
     if not isinstance(messages, list):
-        raise RowError(
-            "missing field messages" if isinstance(row, dict) else f"row is {kind_of(row)}, not an object"
-        )
+        raise RowError("missing field messages" if isinstance(row, dict) else f"row is {kind_of(row)}, not an object")
     turns = [turn_of(join_parts(message), "role", ("content", "text"), _ROLES) for message in messages]
     yield close_conversation(turns, counts)
 

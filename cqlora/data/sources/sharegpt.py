@@ -41,13 +41,8 @@ def mend_conversation(messages: list[Any], counts: Counter[str]) -> Conversation
     spoken = [message for message in messages if not is_empty(message)]
     if len(spoken) < len(messages):
         counts["empty turns cut"] += 1
-    role_fields = [
-        "role" if isinstance(message, dict) and "from" not in message else "from" for message in spoken
-    ]
-    turns = [
-        turn_of(message, field, _TEXT_FIELDS, _ROLES)
-        for message, field in zip(spoken, role_fields, strict=True)
-    ]
+    role_fields = ["role" if isinstance(message, dict) and "from" not in message else "from" for message in spoken]
+    turns = [turn_of(message, field, _TEXT_FIELDS, _ROLES) for message, field in zip(spoken, role_fields, strict=True)]
     plain = [Turn(turn.role, html.unescape(turn.text)) for turn in turns]
     if plain != turns:
         counts["html unescaped"] += 1

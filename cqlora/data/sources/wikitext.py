@@ -11,9 +11,7 @@ _DROPPED_TAGS = (
     "mapframe|maplink|hiero|inputbox|table|noinclude|includeonly|indicator|section|categorytree"
 )
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_EMPTY_TAG = re.compile(
-    rf"<\s*(?:{_DROPPED_TAGS}|nowiki|br|hr|wbr)\b[^<>]*/\s*>|<\s*/?\s*(?:br|hr)\b[^<>]*>", re.I
-)
+_EMPTY_TAG = re.compile(rf"<\s*(?:{_DROPPED_TAGS}|nowiki|br|hr|wbr)\b[^<>]*/\s*>|<\s*/?\s*(?:br|hr)\b[^<>]*>", re.I)
 _TAG_BLOCK = re.compile(rf"<\s*({_DROPPED_TAGS})\b[^<>]*>.*?<\s*/\s*\1\s*>", re.DOTALL | re.IGNORECASE)
 _BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}")
 _VARIANT = re.compile(r"-\{(.*?)\}-", re.DOTALL)

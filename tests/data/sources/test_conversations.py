@@ -194,10 +194,7 @@ def test_oasst1_trees_and_message_rows_give_the_same_conversations(row: Any):
     assert drawn == parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.sampled)[0]
     assert drawn[0] in everything
 
-    assert (
-        talk((U, "p"), (A, "a2"))
-        not in parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all, langs=["en"])[0]
-    )
+    assert talk((U, "p"), (A, "a2")) not in parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all, langs=["en"])[0]
     with pytest.raises(RowError, match="another language"):
         parse(SourceKind.oasst1, row, langs=["zh"])
 
@@ -219,8 +216,6 @@ def test_oasst1_prompt_without_an_answer_is_counted():
 def test_wiki_puts_the_title_before_the_text_once():
     row = {"id": "1", "url": "", "title": "长江", "text": "长江很长。"}
     assert parse(SourceKind.wiki, row)[0] == [Document("长江\n\n长江很长。")]
-    assert parse(SourceKind.wiki, {"title": "长江", "text": "长江\n\n很长。"})[0] == [
-        Document("长江\n\n很长。")
-    ]
+    assert parse(SourceKind.wiki, {"title": "长江", "text": "长江\n\n很长。"})[0] == [Document("长江\n\n很长。")]
     with pytest.raises(RowError, match="missing field text"):
         parse(SourceKind.wiki, {"title": "长江"})

@@ -70,9 +70,7 @@ def test_an_overlong_line_is_passed_over_and_the_next_one_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1 << 20])
-def test_json_arrays_are_decoded_an_element_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
-):
+def test_json_arrays_are_decoded_an_element_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int):
     monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
     file = tmp_path / "a.json"
     file.write_text(json.dumps(ROWS[:100], ensure_ascii=False, indent=1), encoding="utf-8")
@@ -111,9 +109,7 @@ def test_parquet_rows_and_a_truncated_parquet_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("chunk", [5, 1 << 20])
-def test_plain_text_is_one_document_a_file_or_by_separator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
-):
+def test_plain_text_is_one_document_a_file_or_by_separator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int):
     monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
     file = tmp_path / "a.txt"
     file.write_text("one\ntwo\n---\nthree\n---\n四", encoding="utf-8")

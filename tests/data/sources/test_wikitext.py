@@ -99,15 +99,11 @@ def test_a_truncated_dump_is_named_with_the_offset(tmp_path: Path):
     file = tmp_path / "wiki.xml.bz2"
     whole = bz2.compress(dump(*((f"P{n}", "0", os.urandom(400).hex()) for n in range(2000))))
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        DataError, match=rf"{file} is damaged or cut short near byte \d+ of {len(whole) // 2}"
-    ):
+    with pytest.raises(DataError, match=rf"{file} is damaged or cut short near byte \d+ of {len(whole) // 2}"):
         parse_dump(file)
 
 
-@pytest.mark.skipif(
-    "SHARED_DATA" not in os.environ, reason="needs the real dump: set SHARED_DATA to its folder"
-)
+@pytest.mark.skipif("SHARED_DATA" not in os.environ, reason="needs the real dump: set SHARED_DATA to its folder")
 def test_the_real_dump_leaves_no_markup():
     texts, counts = parse_dump(Path(os.environ["SHARED_DATA"], "enwiki-sample.xml.bz2"))
     assert len(texts) == 106
