@@ -50,8 +50,8 @@ def run_program(
         _stop(error)
     errors = [outcome for outcome in outcomes if isinstance(outcome, CqloraError)]
     if len(outcomes) > 1:
-        for error in errors[:-1]:
-            print(f"error: {error}", file=sys.stderr)
+        for failed in errors[:-1]:
+            print(f"error: {failed}", file=sys.stderr)
     if errors:
         _stop(errors[-1])
     sys.exit(outcomes[0] if len(outcomes) == 1 and type(outcomes[0]) is int else 0)

@@ -105,7 +105,7 @@ def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[tuple[str, list[
     kind = OmegaConf.get_type(node)
     known = _field_names(kind)
     for key in node:
-        full_key = f"{path}{key}"
+        full_key = f"{path}{key!s}"
         if known and key not in known:
             yield full_key, known
         elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, str(key)):

@@ -36,6 +36,6 @@ class DoesNotFit(CqloraError):
 
 
 class Preempted(CqloraError):
-    """A run that a signal stopped after it committed a checkpoint: started again, it goes on (sysexits' EX_TEMPFAIL)."""
+    """A run that a signal stopped after it committed: started again, it goes on (sysexits' EX_TEMPFAIL)."""
 
     exit_code = 75

@@ -32,7 +32,8 @@ def load_frozen(file: Path) -> RunConfig:
     schema = OmegaConf.structured(RunConfig)
     schema.stage = _STAGES[loaded.stage.name]
     schema.data = DataConfig
-    config: RunConfig = OmegaConf.to_object(OmegaConf.merge(schema, loaded))
+    config: Any = OmegaConf.to_object(OmegaConf.merge(schema, loaded))
+    assert isinstance(config, RunConfig), type(config)
     return config
 
 

@@ -1,6 +1,7 @@
 """The optimizer, its parameter groups and the learning rate of each step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from cqlora.model.adapters import EMBEDDING_MODULES
 
 def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, embedding rows in a group of their own."""
-    rows, rest = [], []
+    rows: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (rows if set(name.split(".")) & set(EMBEDDING_MODULES) else rest).append(parameter)
@@ -21,7 +23,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
     if rows:
         rate = stage.embeddings_learning_rate or rate
         groups.append({"params": rows, "peak_lr": rate, "lr": rate})
-    options = {
+    options: dict[str, Any] = {
         "betas": (stage.adam_beta1, stage.adam_beta2),
         "eps": stage.adam_epsilon,
         "weight_decay": stage.weight_decay,

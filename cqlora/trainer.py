@@ -275,8 +275,9 @@ class Trainer:
         if self.progress.bad_steps >= self.config.stage.max_bad_steps:
             last = next(iter(self.store.committed()), None)
             raise TrainingError(
-                f"{self.progress.bad_steps} steps in a row were not finite, the last of them step {self.progress.step}; "
-                f"{f'{last} stands' if last else 'nothing was saved yet'}: lower stage.learning_rate or look at the data."
+                f"{self.progress.bad_steps} steps in a row were not finite, the last being {self.progress.step}; "
+                f"{f'{last} stands' if last else 'nothing was saved yet'}: lower stage.learning_rate or "
+                "look at the data."
             )
 
     def _leave(self) -> None:

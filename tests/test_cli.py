@@ -42,7 +42,8 @@ def test_a_mistake_is_one_sentence_within_a_second_of_processor_time(workspace, 
 def test_help_and_cfg_load_neither_torch_nor_transformers_nor_wandb(workspace):
     code = (
         "import sys, atexit\n"
-        "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules))))\n"
+        "heavy = {'torch', 'transformers', 'wandb', 'peft'}\n"
+        "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
         "from cqlora.run import main\nmain()"
     )
     for flags in (["--help"], ["stage=pretrain", "--cfg", "job"], ["stage=pretrain", "hardware=4xa100"]):

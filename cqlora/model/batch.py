@@ -17,10 +17,14 @@ IGNORED = -100
 class PackOfDocuments(Protocol):
     """What a token cache hands over."""
 
-    token_ids: NDArray[np.int64]
-    label_mask: NDArray[np.bool_]
-    document_lengths: list[int]
-    source_ids: list[int]
+    @property
+    def token_ids(self) -> NDArray[np.int64]: ...
+    @property
+    def label_mask(self) -> NDArray[np.bool_]: ...
+    @property
+    def document_lengths(self) -> list[int]: ...
+    @property
+    def source_ids(self) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Load a base with its matrices quantised and frozen, computing in the type that suits the device."""
 
 import logging
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -105,7 +107,7 @@ def check_shape(base: Base, model: ModelConfig) -> None:
             )
 
 
-def checkpoint_activations(model: torch.nn.Module, choice: Checkpointing) -> None:
+def checkpoint_activations(model: PreTrainedModel | PeftModel, choice: Checkpointing) -> None:
     """Let each block keep only its input and compute the rest again in the backward pass, if so chosen."""
     if choice is Checkpointing.full:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -113,18 +115,17 @@ def checkpoint_activations(model: torch.nn.Module, choice: Checkpointing) -> Non
 
 def find_head(model: torch.nn.Module) -> torch.nn.Module:
     """The output projection, wrapped by PEFT or not."""
-    head: torch.nn.Module = _core(model).lm_head
-    return head
+    return cast(torch.nn.Module, _core(model).lm_head)
 
 
 def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
     """The stack of blocks with its input embedding and final norm, below the output projection."""
-    decoder: torch.nn.Module = _core(model).model
-    return decoder
+    return cast(torch.nn.Module, _core(model).model)
 
 
-def _core(model: torch.nn.Module) -> torch.nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _core(model: Any) -> torch.nn.Module:
+    core: torch.nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return core
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Lay a model out over workers: alone, replicated by DDP, or sharded by FSDP2; torch's own, and checked."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ def shard(objective: Objective, hardware: HardwareConfig, device: torch.device) 
     whole = sum(p.numel() * p.element_size() for p in objective.parameters())
     mesh = init_device_mesh(device.type, (hardware.world_size,))
     offload = CPUOffloadPolicy() if hardware.cpu_offload else OffloadPolicy()
-    for block in find_decoder(objective.model).layers:
+    for block in cast(nn.ModuleList, find_decoder(objective.model).layers):
         fully_shard(block, mesh=mesh, offload_policy=offload)
     fully_shard(objective, mesh=mesh, offload_policy=offload)
     held = sum(_local(p).numel() * p.element_size() for p in objective.parameters())

@@ -1,6 +1,7 @@
 """How fast the device multiplies matrices, and how many such operations a token of a model costs."""
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def count_flops_per_token(model: nn.Module) -> tuple[int, int]:
     """
     multiplied = sum(_weights(module) for module in find_decoder(model).modules() if isinstance(module, nn.Linear))
     trained = sum(p.numel() for p in find_decoder(model).parameters() if p.requires_grad)
-    head = find_head(model)
+    head: Any = find_head(model)
     return 4 * (multiplied - trained) + 6 * trained, 4 * head.out_features * head.in_features
 
 

@@ -20,12 +20,12 @@ def kept_per_token(model: ModelConfig, lora: LoraConfig, program: Program) -> in
     norms = 2 * (program.saved_norm_bytes * hidden + 4)
     attention = _kept_by_attention(model, program)
     # silu keeps its input, and the product of gate and up keeps both factors.
-    mlp = 3 * size * wide
+    mlp = (2 if program.lean_mlp else 3) * size * wide
     inputs = (
         _kept_input(_ATTENTION_INPUT, hidden, model, lora, program)
         + _kept_input(("o_proj",), hidden, model, lora, program, already_kept=True)
         + _kept_input(_MLP_INPUT, hidden, model, lora, program)
-        + _kept_input(("down_proj",), wide, model, lora, program)
+        + _kept_input(("down_proj",), wide, model, lora, program) * (not program.lean_mlp)
     )
     return norms + attention + mlp + inputs + _kept_by_adapters(model, lora, program)
 
@@ -74,10 +74,12 @@ def backward_per_token(model: ModelConfig, program: Program) -> int:
     """Bytes of one token's gradients that exist at once while a block runs backward.
 
     The worst moment is the MLP's: the gradients of the down layer's input (from the frozen matrix and from
-    the adapter, before they are added) and of one factor, at the intermediate size; the residual stream's
-    gradient and the one being added to it, at the hidden size.
+    the adapter, before they are added) and of one factor, at the intermediate size, and of both factors and a
+    remade activation where the block is lean; at the hidden size the residual stream's gradient and the one
+    being added to it.
     """
-    return program.compute_bytes * (3 * model.intermediate_size + 2 * model.hidden_size)
+    wide = 4 if program.lean_mlp else 3
+    return program.compute_bytes * (wide * model.intermediate_size + 2 * model.hidden_size)
 
 
 def dequantized(model: ModelConfig, lora: LoraConfig, program: Program) -> int:

@@ -32,6 +32,8 @@ class Program:
     """Keys and values of grouped queries are repeated to full width before attention."""
     fused_projections: bool = False
     """Queries, keys and values are views of one tensor, which the values that attention keeps hold whole."""
+    lean_mlp: bool = False
+    """The feed-forward block keeps its gate and up projections and makes the rest again."""
     attention_copies: int = 1
     """Times that the attention's output is kept."""
     keeps_quantized_inputs: bool = False

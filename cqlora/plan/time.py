@@ -137,11 +137,14 @@ def flops_per_token(work: Workload) -> float:
     """Operations of matrix products for one token of a step.
 
     A frozen matrix is multiplied forward and once backward, a trained one twice backward; full checkpointing
-    multiplies both forward once more. Attention is causal, and as if each pack were a single document.
+    multiplies both forward once more, but for the last of a block where nothing is kept of its product.
+    Attention is causal, and as if each pack were a single document.
     """
     again = work.checkpointing is Checkpointing.full
     model = work.model
-    frozen = (4 + 2 * again) * linear_parameters(model)
+    last = model.hidden_size * model.intermediate_size * model.num_hidden_layers
+    repeated = linear_parameters(model) - last * work.program.lean_mlp
+    frozen = 4 * linear_parameters(model) + 2 * again * repeated
     adapter = (6 + 2 * again) * (trainable_parameters(work) - work.trained_embedding)
     head = 4 * model.vocab_size * model.hidden_size
     attention = (3.5 + again) * 2 * model.hidden_size * work.pack_tokens * model.num_hidden_layers

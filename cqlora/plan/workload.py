@@ -11,13 +11,14 @@ from cqlora.choices import (
     Embeddings,
     Optimizer,
     Precision,
+    Quantization,
     Strategy,
 )
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
 from cqlora.errors import ModelError
 from cqlora.plan.machine import gpus_here, has_bf16_units
 from cqlora.plan.program import Program
-from cqlora.plan.shapes import embedding_matrices
+from cqlora.plan.shapes import adapted_matrices, embedding_matrices
 
 _STATE_BYTES = {
     Optimizer.auto: 8.0,
@@ -113,25 +114,33 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
     """cqlora's habits under a configuration."""
     on_gpu = settle_device(hardware) is Device.cuda
     size = compute_bytes(hardware)
-    mixed = size < 4
+    fused = fuses_layers(model, lora)
+    autocast = size < 4 and not fused
     by_document = model.attention is Attention.documents or (model.attention is Attention.auto)
     return Program(
         compute_bytes=size,
         embedding_bytes=size,
         optimizer_bytes=_STATE_BYTES[stage.optimizer],
         dropout=lora.dropout > 0,
+        lean_mlp=fused and {"gate_proj", "up_proj", "down_proj"} <= set(adapted_matrices(model, lora.target_modules)),
         mask_bytes=1 if on_gpu else 4,
         # PEFT asks for CUDA's autocast only, and so casts each layer's input anew under the CPU's.
-        adapter_copies_input=mixed and (not on_gpu or lora.method is AdapterMethod.dora),
+        adapter_copies_input=autocast and (not on_gpu or lora.method is AdapterMethod.dora),
         # Where documents differ in length, their outputs are kept apart and joined.
         attention_copies=2 if by_document else 1,
-        logits_peak_bytes=6 if mixed else 4,
-        casts_adapter=mixed,
+        logits_peak_bytes=6 if size < 4 else 4,
+        casts_adapter=autocast,
         gradient_copies=2 if hardware.strategy is Strategy.ddp and hardware.world_size > 1 else 1,
         reserves=on_gpu,
         context=on_gpu,
         in_process=not on_gpu,
     )
+
+
+def fuses_layers(model: ModelConfig, lora: LoraConfig) -> bool:
+    """Whether every adapted layer is plain enough for the trainer's fused operations."""
+    plain = lora.method is not AdapterMethod.dora and lora.dropout == 0
+    return plain and model.quantization is not Quantization.int8
 
 
 def settle_device(hardware: HardwareConfig) -> Device:

@@ -235,7 +235,7 @@ def test_a_folder_of_another_shape_is_refused_by_name(extended):
     base = read_base(extended)
     wrong = shape(extended, base.tied)
     wrong.num_hidden_layers = 3
-    with pytest.raises(ModelError, match="num_hidden_layers=3 and .* has 2"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers=3 and .* has 2"):
         load_base(base, wrong, HARDWARE, CPU, torch.float32)
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cqlora.config import LoraConfig, ModelConfig
 from cqlora.model.attention import DOCUMENTS, document_kwargs
+from cqlora.model.fusion import fuse_blocks
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import block_matrices
@@ -42,7 +43,19 @@ def test_kept_bytes_are_those_that_autograd_keeps(
     model, adapter = small_model(**shape), LoraConfig(**lora)
     planned = kept_per_token(model, adapter, replace(ON_CPU, **program))
     planned *= model.num_hidden_layers * sum(DOCUMENT_LENGTHS)
-    assert planned == pytest.approx(count_kept_bytes(build_adapted(model, adapter, dtype), dtype), rel=0.08)
+    kept = count_kept_bytes(build_adapted(model, adapter, dtype), dtype, autocast=dtype is not torch.float32)
+    assert planned == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, WIDE, {"num_hidden_layers": 4}])
+def test_kept_bytes_of_fused_layers_are_those_that_autograd_keeps(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    model, adapter = small_model(**shape), LoraConfig()
+    lean = replace(ON_CPU, lean_mlp=True, compute_bytes=dtype.itemsize)
+    planned = kept_per_token(model, adapter, lean) * model.num_hidden_layers * sum(DOCUMENT_LENGTHS)
+    adapted = build_adapted(model, adapter, dtype)
+    assert fuse_blocks(adapted)
+    assert planned == pytest.approx(count_kept_bytes(adapted, dtype, autocast=False), rel=0.08)
 
 
 def build_adapted(shape: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> nn.Module:
@@ -79,7 +92,7 @@ def quantize(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return layer.to("cpu")
 
 
-def count_kept_bytes(adapted: Any, dtype: torch.dtype) -> int:
+def count_kept_bytes(adapted: Any, dtype: torch.dtype, autocast: bool) -> int:
     """Bytes of every tensor that a forward pass keeps, each storage once, parameters and buffers left out."""
     length = sum(DOCUMENT_LENGTHS)
     own = {t.untyped_storage().data_ptr() for t in (*adapted.parameters(), *adapted.buffers())}
@@ -90,7 +103,7 @@ def count_kept_bytes(adapted: Any, dtype: torch.dtype) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    mixed = torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)
+    mixed = torch.autocast("cpu", dtype=dtype, enabled=autocast)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), mixed:
         adapted.get_base_model().model(
             input_ids=torch.zeros(1, length, dtype=torch.int64),

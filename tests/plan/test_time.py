@@ -13,14 +13,19 @@ from tests.plan.runs import compose_run
 FAST = Speed(matmul=1e14, memory=1e12, link=1e11, host_link=1e10)
 
 
-def test_a_frozen_weight_costs_four_operations_a_token_and_six_when_recomputed() -> None:
-    config = compose_run("stage=pretrain", "model=llama_65b", "hardware=4xa100", "lora.rank=1")
+@pytest.mark.parametrize(("dropout", "recomputed"), [(0.1, 6.0), (0.0, 6.0 - 2 * 0.2228)])
+def test_a_frozen_weight_costs_four_operations_a_token_and_up_to_six_when_recomputed(
+    dropout: float, recomputed: float
+) -> None:
+    # Without dropout the blocks are fused, and the down layers, 22.3% of the weights, are not multiplied again.
+    options = ("lora.rank=1", f"lora.dropout={dropout}")
+    config = compose_run("stage=pretrain", "model=llama_65b", "hardware=4xa100", *options)
     work = replace(describe_run(config), pack_tokens=0)
     weights = 64_761_102_336
     kept = flops_per_token(replace(work, checkpointing=Checkpointing.none))
     again = flops_per_token(replace(work, checkpointing=Checkpointing.full))
     assert kept / weights == pytest.approx(4, rel=0.01)
-    assert again / weights == pytest.approx(6, rel=0.01)
+    assert again / weights == pytest.approx(recomputed, rel=0.01)
 
 
 def test_gathering_counts_only_where_it_takes_longer_than_the_work() -> None:
