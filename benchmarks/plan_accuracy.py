@@ -119,7 +119,7 @@ def describe_row(document: dict[str, Any], row: dict[str, Any]) -> Workload:
         double_quantization=row.get("double_quantization", True),
         **dict(zip(SHAPE, document["models"][row["model"]], strict=True)),
     )
-    options = document["programs"][row["program"]] if row["program"] != "cqlora" else {"casts_adapter": True}
+    options = document["programs"][row["program"]] if row["program"] != "cqlora" else {"lean_mlp": True}
     return Workload(
         model=model,
         lora=LoraConfig(rank=row["rank"], target_modules=row.get("targets", ["all"])),

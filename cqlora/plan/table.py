@@ -1,7 +1,5 @@
 """A plan as people read it, at most 100 columns wide."""
 
-import math
-
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +13,7 @@ from cqlora.plan.time import TimePlan
 from cqlora.plan.verdict import Verdict
 
 _WIDTH = 100
+_SHOWN_BYTES = 0.0005 * GIB
 _STYLES = {Fit.fits: "bold green", Fit.tight: "bold yellow", Fit.does_not_fit: "bold red"}
 _WHAT = {
     "weights": "frozen base, as it is quantised",
@@ -102,7 +101,7 @@ def _memory_table(memory: MemoryPlan) -> Table:
     table.add_column("what it is")
     context = "CUDA, cuBLAS, NCCL" if memory.device.name == "cuda" else "Python, torch, transformers"
     for part, size in memory.parts.items():
-        if size > 0:
+        if size >= _SHOWN_BYTES:
             share = f"{size / memory.step:.0%}"
             table.add_row(part, _gib(size), share, {**_WHAT, "context": context}[part])
     table.add_row("together", _gib(memory.step), "100%", f"reached at the {memory.worker.moment}", style="bold")
@@ -131,8 +130,9 @@ def _time_line(time: TimePlan | None) -> str:
 
 
 def _gib(size: float) -> str:
+    """GiB, to the megabyte where there is less than one."""
     gib = size / GIB
-    return f"{gib:.1f}" if gib >= 0.05 or math.isclose(gib, 0.0) else f"{gib:.3f}"
+    return f"{gib:.1f}" if gib >= 1 else f"{gib:.3f}"
 
 
 def _change(time: TimePlan | None, now: TimePlan | None) -> str:

@@ -54,6 +54,7 @@ def test_spread_layers_are_as_slow_as_one_gpu() -> None:
         "hardware.processes_per_node=1",
         "hardware.gpus_per_node=4",
         "hardware.micro_batch_size=4",
+        "hardware.activation_checkpointing=full",
     )
     alone = compose_run("experiment=chinese_llama_65b_base", "hardware=1xa100")
     of_four, of_one = plan_time(spread), plan_time(alone)
