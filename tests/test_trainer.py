@@ -1,8 +1,10 @@
 """The step loop against independent computations: the stock model's loss, a closed form, another split of the batch."""
 
 import functools
+import json
 import math
 import operator
+import shutil
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from transformers import AutoModelForCausalLM
 from cqlora.base import read_base
 from cqlora.config import PretrainConfig
 from cqlora.data.cache import prepare_cache
+from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.order import StepOrder, share_among_ranks
+from cqlora.data.sources import SAMPLE_DIR
 from cqlora.metrics import read_metrics
+from cqlora.model.tiny import build_tiny, read_sample_texts
 from cqlora.optimization import learning_rate_share
 from tests.runs import adapter_sha256, evaluations, events, finish_run, losses, typed_run
 
@@ -153,6 +158,30 @@ def test_sft_trains_and_a_pretraining_adapter_can_be_continued(workspace, tmp_pa
     wrong = typed_run(workspace, "stage=sft", "lora.rank=8", f"stage.init_adapter={adapter}")
     assert finish_run(wrong, tmp_path / "wrong") == 2
     assert "use lora.rank=4" in (tmp_path / "wrong" / "stderr.txt").read_text()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_run_on_an_extended_base_trains_its_added_rows_and_resumes_exactly(tied, workspace, tmp_path):
+    extended = extend_tiny(workspace, tmp_path, tied)
+    overrides = (f"model.path={extended}", f"model.tie_word_embeddings={tied}", "stage.checkpoint_every_steps=2")
+    config = typed_run(workspace, "stage=pretrain", "stage.max_steps=4", *overrides)
+    assert finish_run(config, tmp_path / "whole") == 0
+    state = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert [tensor.shape for name, tensor in state.items() if "lora" not in name] == [(48, 64)] * (1 if tied else 2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000004")
+    assert finish_run(config, tmp_path / "resumed") == 0
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert adapter_sha256(tmp_path / "resumed") == adapter_sha256(tmp_path / "whole")
+
+
+def extend_tiny(workspace, tmp_path, tied):
+    """A tiny base whose card says that its rows 2,000 to 2,047 were added."""
+    config = typed_run(workspace, "stage=pretrain").model
+    config.path, config.tie_word_embeddings = str(tmp_path / "extended"), tied
+    folder = build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+    (folder / "cqlora.json").write_text(json.dumps({"first_added_row": 2000, "added_rows": 48}))
+    return folder
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw"])

@@ -1,12 +1,12 @@
 """How fast the device multiplies matrices, and how many such operations a token of a model costs."""
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
 
 from cqlora.model.load import find_decoder, find_head
+from cqlora.model.loss import OutputHead
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -33,8 +33,8 @@ def count_flops_per_token(model: nn.Module) -> tuple[int, int]:
     """
     multiplied = sum(_weights(module) for module in find_decoder(model).modules() if isinstance(module, nn.Linear))
     trained = sum(p.numel() for p in find_decoder(model).parameters() if p.requires_grad)
-    head: Any = find_head(model)
-    return 4 * (multiplied - trained) + 6 * trained, 4 * head.out_features * head.in_features
+    rows, columns = OutputHead.from_module(find_head(model)).weight.shape
+    return 4 * (multiplied - trained) + 6 * trained, 4 * rows * columns
 
 
 def _weights(linear: nn.Linear) -> int:
