@@ -185,12 +185,12 @@ def test_corpus_without_chinese_or_without_files_is_an_error(ranks_base: Path, c
 
 def test_merge_that_differs_from_sentencepiece_is_an_error(pieces_base: Path) -> None:
     files = read_tokenizer_files(pieces_base)
-    merge_pieces(files, ["今", "天", "今天"])
+    merge_pieces(files, ["鑫", "淼", "鑫淼"])
     files.document["model"]["merges"] = [
-        merge for merge in files.document["model"]["merges"] if "".join(merge) != "今天"
+        merge for merge in files.document["model"]["merges"] if "".join(merge) != "鑫淼"
     ]
     with pytest.raises(ModelError, match="differs from SentencePiece"):
-        check_parity(files, files.build(), ["今天"])
+        check_parity(files, files.build(), ["鑫淼"])
 
 
 def test_tokenizer_that_loses_text_is_an_error(ranks_base: Path) -> None:
