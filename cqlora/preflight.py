@@ -12,7 +12,7 @@ from cqlora.errors import ConfigError, ModelError
 
 
 def check_run(config: RunConfig) -> None:
-    """Settle `hardware.device` and `stage.embeddings`, and refuse what cannot start on this machine.
+    """Settle what is left to `auto`, and refuse what cannot start on this machine.
 
     Raises:
         ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
@@ -20,13 +20,14 @@ def check_run(config: RunConfig) -> None:
         DataError: a source is nowhere to be found.
     """
     from cqlora.data.sources import find_sources
+    from cqlora.plan import resolve_checkpointing
 
     settle_device(config.hardware)
     check_device_support(config)
-    if config.model.random_init and not Path(config.model.path).exists():
-        settle_embeddings(config, None)
-    else:
-        settle_embeddings(config, read_base(config.model.path))
+    unbuilt = config.model.random_init and not Path(config.model.path).exists()
+    base = None if unbuilt else read_base(config.model.path)
+    settle_embeddings(config, base)
+    config.hardware.activation_checkpointing = resolve_checkpointing(config, base.added_rows if base else 0)
     if config.stage.init_adapter:
         check_adapter_folder(Path(config.stage.init_adapter))
     find_sources(config.data, config.stage.name)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cqlora.choices import Device, Embeddings
+from cqlora.choices import Checkpointing, Device, Embeddings
 from cqlora.config import HardwareConfig
 from cqlora.errors import ConfigError, DataError, ModelError
 from cqlora.preflight import check_fingerprints, list_gpus, settle_device
@@ -93,3 +93,10 @@ def test_fingerprints_that_differ_name_the_tokenizer_or_the_base(tmp_path):
         check_fingerprints(tmp_path, "3", "1")
     with pytest.raises(ModelError, match="another base"):
         check_fingerprints(tmp_path, "2", "3")
+
+
+def test_activation_checkpointing_is_as_little_as_fits(workspace):
+    roomy = typed_run(workspace, "stage=pretrain")
+    assert roomy.hardware.activation_checkpointing is Checkpointing.none
+    tight = typed_run(workspace, "stage=pretrain", "hardware.host_memory_gib=0.001")
+    assert tight.hardware.activation_checkpointing is Checkpointing.full

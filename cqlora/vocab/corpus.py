@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_text
-from cqlora.data.sources.location import SAMPLE_FOLDER, SourceFile, list_files
+from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, list_files
 from cqlora.errors import DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -58,7 +58,7 @@ def open_corpus(paths: list[str], held_out_fraction: float) -> Corpus:
     Raises:
         DataError: a path that does not exist or holds no text.
     """
-    folders = [Path(path) for path in paths] or [SAMPLE_FOLDER]
+    folders = [Path(path) for path in paths] or [SAMPLE_DIR]
     files = [file for folder in folders for file in list_files(folder, "vocab.corpus")]
     return Corpus(files, held_out_fraction)
 

@@ -10,7 +10,6 @@ from cqlora.errors import DataError
 SAMPLE_DIR = Path(__file__).parent.parent / "sample"
 """Text written for this project, which `data=sample` reads."""
 
-SAMPLE_FOLDER = SAMPLE_DIR
 
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".md", ".xml")
