@@ -3,12 +3,12 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cqlora.disk import sync, write_durably
 from cqlora.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ class CheckpointStore:
         try:
             digests = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
             write_durably(staging / MANIFEST, json.dumps(digests, indent=2).encode())
-            sync_folder(staging)
+            sync(staging)
             if folder.exists():
                 shutil.rmtree(folder)
             staging.rename(folder)
-            sync_folder(self.root)
+            sync(self.root)
         except OSError as error:
             raise self._not_written(step, error) from error
         self._prune()
@@ -141,20 +141,3 @@ def hash_file(file: Path) -> str:
     """sha256 of a file, read in pieces."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has a folder's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

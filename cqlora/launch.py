@@ -1,17 +1,16 @@
 """Start a checked run: in this process, in one of its own, or in one worker per GPU under torchrun's agent."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import FrameType
 
 from cqlora.config import RunConfig
 from cqlora.errors import Preempted, TrainingError
 from cqlora.frozen import freeze_config
 from cqlora.metrics import read_metrics
 from cqlora.preflight import check_run
+from cqlora.signals import hear_signals
 
 
 def launch(config: RunConfig, output_dir: Path, own_process: bool) -> float | None:
@@ -51,16 +50,8 @@ def supervise(command: list[str], output_dir: Path) -> None:
         Preempted: a signal stopped the run after a commit.
     """
     worker = subprocess.Popen(command, start_new_session=True)
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        os.killpg(worker.pid, number)
-
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with hear_signals(lambda number: os.killpg(worker.pid, number)):
         code = worker.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if was_preempted(output_dir) and code != 0:
         raise Preempted(f"stopped by a signal; the same command with hydra.run.dir={output_dir} goes on.")
     if code != 0:

@@ -1,11 +1,10 @@
 """`python -m cqlora.prepare`: builds a run's token cache and says what is in it."""
 
-from pathlib import Path
 from typing import Any
 
-from cqlora.base import Base, read_base
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
+from cqlora.random_base import open_base
 
 SHOWN_CHARACTERS = 600
 """Of each example in the terminal; examples.html holds them whole."""
@@ -22,7 +21,7 @@ def prepare(config: RunConfig) -> None:
     from cqlora.progress import StageDisplay
 
     find_sources(config.data, config.stage.name)
-    base = open_base(config)
+    base = open_base(config.model)
     with StageDisplay(is_main=True) as display:
         cache = prepare_cache(config, base, display.show)
     examples = pick_examples(cache, Tokenizer.from_file(str(base.tokenizer_file)))
@@ -35,17 +34,6 @@ def prepare(config: RunConfig) -> None:
     for example in examples:
         show_example(console, example.source, example.tokens, example.spans)
     console.print(f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}")
-
-
-def open_base(config: RunConfig) -> Base:
-    """The base whose tokenizer encodes; a random base is built first where it is missing."""
-    if config.model.random_init and not Path(config.model.path).exists():
-        from cqlora.data.chat import CHAT_TEMPLATE
-        from cqlora.data.sources import SAMPLE_DIR
-        from cqlora.model.tiny import build_tiny, read_sample_texts
-
-        build_tiny(config.model, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
-    return read_base(config.model.path)
 
 
 def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -32,7 +32,22 @@ def show_log() -> None:
     package.propagate = False
 
 
-class StepDisplay:
+class _Display:
+    """A bar that shows while a block runs."""
+
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class StepDisplay(_Display):
     """A bar with step, loss, tokens/s and time left, and a line for each evaluation."""
 
     def __init__(self, total_steps: int, is_main: bool) -> None:
@@ -51,15 +66,6 @@ class StepDisplay:
         )
         self._task: TaskID = self._bar.add_task("train", total=total_steps, told="")
 
-    def __enter__(self) -> "StepDisplay":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
     def show_step(self, row: dict[str, Any]) -> None:
         """Move the bar to a training line."""
         told = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
@@ -74,7 +80,7 @@ class StepDisplay:
             )
 
 
-class StageDisplay:
+class StageDisplay(_Display):
     """A bar for each named part of a preparation, such as reading and encoding."""
 
     def __init__(self, is_main: bool) -> None:
@@ -88,15 +94,6 @@ class StageDisplay:
             disable=not (is_main and console.is_terminal),
         )
         self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "StageDisplay":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def show(self, part: str, done: int, total: int | None) -> None:
         """Move a part's bar."""

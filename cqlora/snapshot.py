@@ -16,6 +16,7 @@ from cqlora.choices import Schedule, Strategy
 from cqlora.config import RunConfig
 from cqlora.errors import CheckpointError, TrainingError
 from cqlora.frozen import describe_config
+from cqlora.model.placement import local_part
 from cqlora.worker import Worker, generator_states, restore_generators
 
 _STATE_FILE = "state.json"
@@ -105,7 +106,7 @@ def write_snapshot(
         TrainingError: a trained value is not finite, so nothing is written.
         CheckpointError: the disk refused.
     """
-    parameters = {name: _local(p) for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: local_part(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
         if not torch.isfinite(parameter).all():
             raise TrainingError(f"{name} is not finite after step {progress.step}; the last checkpoint stands.")
@@ -115,7 +116,7 @@ def write_snapshot(
     if worker.is_main or strategy is Strategy.fsdp:
         held = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         store.write(progress.step, _file("trainable", worker, "safetensors"), save(held))
-        states = {"optimizer": _map_tensors(optimizer.state_dict(), _local), "scaler": scaler.state_dict()}
+        states = {"optimizer": _map_tensors(optimizer.state_dict(), local_part), "scaler": scaler.state_dict()}
         store.write(progress.step, _file("optimizer", worker, "pt"), _serialise(states))
     store.write(progress.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
     worker.wait()
@@ -141,7 +142,7 @@ def restore_snapshot(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                _local(parameter).copy_(stored[name])
+                local_part(parameter).copy_(stored[name])
     states = torch.load(folder / _file("optimizer", owner, "pt"), map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
     _shard_states(optimizer)
@@ -167,10 +168,6 @@ def _serialise(values: Any) -> bytes:
     return stream.getvalue()
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _map_tensors(values: Any, change: Any) -> Any:
     if isinstance(values, torch.Tensor):
         return change(values)
@@ -186,6 +183,6 @@ def _shard_states(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, DTensor):
             for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.to_local().shape:
-                    local = value.to(parameter.to_local().device)
+                if isinstance(value, torch.Tensor) and value.shape == local_part(parameter).shape:
+                    local = value.to(local_part(parameter).device)
                     state[key] = DTensor.from_local(local, parameter.device_mesh, parameter.placements)

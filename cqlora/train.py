@@ -4,13 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_base
+from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.checkpoint import hash_file
 from cqlora.choices import AdapterMethod
 from cqlora.config import RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache
-from cqlora.data.chat import CHAT_TEMPLATE
-from cqlora.data.sources import SAMPLE_DIR
 from cqlora.errors import CqloraError, DataError
 from cqlora.frozen import load_frozen
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
@@ -19,9 +17,9 @@ from cqlora.model.load import checkpoint_activations, choose_compute_dtype, load
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
-from cqlora.model.tiny import build_tiny, read_sample_texts
 from cqlora.optimization import build_optimizer
 from cqlora.progress import StageDisplay, show_log
+from cqlora.random_base import open_base
 from cqlora.snapshot import describe_identity
 from cqlora.tracking import open_record
 from cqlora.trainer import Trainer
@@ -32,7 +30,7 @@ def train(config: RunConfig, output_dir: Path) -> None:
     """Train an adapter in `output_dir`, which ends with metrics.jsonl, checkpoints/ and adapter/."""
     with start_worker(config.hardware) as worker, open_record(config, output_dir, worker.is_main) as record:
         seed_everything(config.seed, worker.rank)
-        base = open_base(config, worker)
+        base = worker.first(lambda: open_base(config.model))
         cache = open_cache(config, base, worker)
 
         dtype = choose_compute_dtype(worker.device, config.hardware.precision)
@@ -52,25 +50,14 @@ def train(config: RunConfig, output_dir: Path) -> None:
         save_final(config, trainer, base, output_dir)
 
 
-def open_base(config: RunConfig, worker: Worker) -> Base:
-    """The base's folder; a random base is built first where it is missing."""
-    if worker.is_main and config.model.random_init and not Path(config.model.path).exists():
-        build_tiny(config.model, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
-    worker.wait()
-    return read_base(config.model.path)
-
-
 def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
     """The run's token cache, built by rank 0 where it is missing.
 
     Raises:
         DataError: the cache holds nothing to train on.
     """
-    if worker.is_main:
-        with StageDisplay(worker.is_main) as display:
-            prepare_cache(config, base, display.show)
-    worker.wait()
-    cache = prepare_cache(config, base)
+    with StageDisplay(worker.is_main) as display:
+        cache = worker.first(lambda: prepare_cache(config, base, display.show))
     if not len(cache.splits["train"]):
         raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
     return cache

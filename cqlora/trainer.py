@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from cqlora.model.score import Score, sum_losses
 from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
 from cqlora.optimization import set_learning_rate
 from cqlora.progress import StepDisplay
+from cqlora.signals import hear_signals
 from cqlora.snapshot import Progress, require_same_run, restore_snapshot, write_snapshot
 from cqlora.tracking import Record
 from cqlora.worker import Worker
@@ -310,15 +310,11 @@ def watch_signals() -> Iterator[list[int]]:
     """A list that SIGTERM and SIGINT append to, read between steps; a second SIGINT interrupts at once."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int) -> None:
         if number == signal.SIGINT and received:
             raise KeyboardInterrupt
         received.append(number)
         logger.info("signal %d: finishing the step, then committing", number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with hear_signals(note):
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

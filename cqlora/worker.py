@@ -2,10 +2,10 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from accelerate import PartialState
 
 from cqlora.choices import Device
 from cqlora.config import HardwareConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,12 @@ class Worker:
         """Go on when every worker is here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` gives, called by rank 0 alone before the others call it: it builds, they open."""
+        made = make() if self.is_main else None
+        self.wait()
+        return make() if made is None else made
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every worker."""

@@ -1,6 +1,5 @@
 """Building a token cache: read, clean, choose, encode, pack."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -332,8 +331,3 @@ def summarize_source(each: Chosen, totals: SourceTotals) -> dict[str, Any]:
         "label_tokens": totals.label_tokens,
         "longest": totals.longest,
     }
-
-
-def write_json(file: Path, value: Any) -> None:
-    """The value as indented JSON."""
-    file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

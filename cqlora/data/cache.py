@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.base import Base, fingerprint_tokenizer
+from cqlora.base import Base, fingerprint_tokenizer, write_json
 from cqlora.config import RunConfig
-from cqlora.data.build import Progress, build_cache, write_json
+from cqlora.data.build import Progress, build_cache
 from cqlora.data.chat import TEMPLATE_VERSION
 from cqlora.data.digests import hash_files
 from cqlora.data.records import SPLITS
 from cqlora.data.sources.location import Location, find_sources
-from cqlora.data.store import Pack, Split, sync, sync_tree
+from cqlora.data.store import Pack, Split
 from cqlora.data.tokenizer import read_special_names
+from cqlora.disk import sync, sync_tree
 from cqlora.errors import DataError
 
 __all__ = ["Pack", "SourceInfo", "Split", "TokenCache", "prepare_cache"]

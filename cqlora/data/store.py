@@ -1,6 +1,5 @@
 """A split on disk: flat memory-mapped arrays, written as a stream, read a pack at a time."""
 
-import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,16 +182,3 @@ def read_array(file: Path, dtype: np.dtype[Any]) -> np.ndarray:
 def write_array(file: Path, array: np.ndarray) -> None:
     """The array's bytes and nothing else."""
     file.write_bytes(array.tobytes())
-
-
-def sync_tree(folder: Path) -> None:
-    """Flush every file under `folder`, and the names in it, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -9,9 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cqlora.model.attention import document_kwargs
-
-IGNORED = -100
-"""Label of a position that is not trained on, as torch's cross entropy has it."""
+from cqlora.model.loss import IGNORED
 
 
 class PackOfDocuments(Protocol):

@@ -25,17 +25,25 @@ def fuse_lora_linears(model: nn.Module) -> int:
     y = x W^T + s (x A^T) B^T: with dropout, DoRA or another variant, a bias on the adapter, an 8-bit base, or
     several adapters; and in any call with the adapter off, merged or chosen per sample.
     """
+    keep_trainable_layout(model)
     fused = 0
     for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On a processor with AVX512-BF16, bitsandbytes turns the weight at the first evaluation into a
-            # layout that has no backward pass: training on from there, gradients below the layer are zero.
-            module.support_avx512bf16_for_cpu = False
         kind = _FUSED.get(type(module))
         if kind is not None and _is_plain(module):
             module.__class__ = kind
             fused += 1
     return fused
+
+
+def keep_trainable_layout(model: nn.Module) -> None:
+    """Let 4-bit weights lie as they were quantised, whatever is evaluated.
+
+    On a processor with AVX512-BF16, bitsandbytes turns them at the first evaluation into a layout that has no
+    backward pass: training on from there, gradients below the layer are zero.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_plain(layer: Any) -> bool:

@@ -3,7 +3,6 @@
 import logging
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -14,6 +13,7 @@ from cqlora.choices import Checkpointing, Precision, Quantization, Strategy
 from cqlora.config import HardwareConfig, ModelConfig
 from cqlora.errors import ModelError
 from cqlora.model.attention import choose_attention
+from cqlora.model.linear import keep_trainable_layout
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,7 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
-    for module in loaded.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # Else bitsandbytes repacks the weights of a processor with AVX512-BF16 at the first evaluation:
-            # a step would then depend on whether one was evaluated before it.
-            module.support_avx512bf16_for_cpu = False
+    keep_trainable_layout(loaded)
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
     logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)

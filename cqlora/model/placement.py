@@ -38,7 +38,7 @@ def shard(objective: Objective, hardware: HardwareConfig, device: torch.device) 
     for block in cast(nn.ModuleList, find_decoder(objective.model).layers):
         fully_shard(block, mesh=mesh, offload_policy=offload)
     fully_shard(objective, mesh=mesh, offload_policy=offload)
-    held = sum(_local(p).numel() * p.element_size() for p in objective.parameters())
+    held = sum(local_part(p).numel() * p.element_size() for p in objective.parameters())
     # Rows that do not divide are padded on the last rank; anything beyond a tenth stayed whole.
     if held > 1.1 * whole / hardware.world_size:
         raise ModelError(
@@ -63,5 +63,6 @@ def unwrap(module: nn.Module) -> Objective:
     return inner
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """What this worker holds of a tensor: its shard of a sharded one, else all."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

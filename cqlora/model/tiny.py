@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,9 +28,10 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
     tokenizer = train_tokenizer(texts, model.vocab_size)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(staging)
+    control = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        weights = LlamaForCausalLM(tiny_config(model, tokenizer))
+        weights = LlamaForCausalLM(llama_config(model, **control))
     weights.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")],
@@ -44,8 +46,8 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
     return folder
 
 
-def tiny_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The Hugging Face configuration of a configured shape."""
+def llama_config(model: ModelConfig, **options: Any) -> LlamaConfig:
+    """The Hugging Face configuration of a configured shape; `options` are what the shape does not say."""
     return LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -55,9 +57,7 @@ def tiny_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Llama
         num_key_value_heads=model.num_key_value_heads,
         max_position_embeddings=model.max_position_embeddings,
         tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
 
 

@@ -1,11 +1,11 @@
 """A folder that appears whole or not at all: staged beside its place, fsynced, renamed."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cqlora.disk import sync, sync_tree
 from cqlora.errors import ModelError
 
 
@@ -25,15 +25,12 @@ def staged_folder(output_dir: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for file in sorted(staging.rglob("*")):
-            if file.is_file():
-                fsync(file)
-        fsync(staging)
+        sync_tree(staging)
         refuse_existing(output_dir)
         if output_dir.is_dir():
             output_dir.rmdir()
         staging.rename(output_dir)
-        fsync(output_dir.parent)
+        sync(output_dir.parent)
     except OSError as error:
         raise ModelError(f"{output_dir} could not be written ({error.strerror or error}); nothing was left.") from error
     finally:
@@ -44,12 +41,3 @@ def refuse_existing(output_dir: Path) -> None:
     """Raise ModelError where `output_dir` holds something already."""
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise ModelError(f"output_dir={output_dir} is already there; choose another folder or remove it first.")
-
-
-def fsync(path: Path) -> None:
-    """Bring a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,11 +9,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from cqlora.config import LoraConfig, ModelConfig
 from cqlora.model.attention import DOCUMENTS, document_kwargs
 from cqlora.model.fusion import fuse_blocks
+from cqlora.model.tiny import llama_config
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import block_matrices
@@ -61,17 +62,7 @@ def test_kept_bytes_of_fused_layers_are_those_that_autograd_keeps(shape: dict[st
 def build_adapted(shape: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> nn.Module:
     """The shape as a quantised, adapted model."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            attn_implementation=DOCUMENTS,
-        )
-    ).to(dtype)
+    model = LlamaForCausalLM(llama_config(shape, attn_implementation=DOCUMENTS)).to(dtype)
     model.requires_grad_(False)
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):

@@ -1,11 +1,12 @@
 """Counts against published ones, and against a model that is built."""
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from cqlora.choices import AdapterMethod
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError
+from cqlora.model.tiny import llama_config
 from cqlora.plan.shapes import adapter_parameters, base_parameters, embedding_parameters
 from tests.plan.runs import compose_run, small_model
 
@@ -32,17 +33,7 @@ def test_base_has_the_published_number_of_parameters(model: str, expected: int) 
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_are_those_of_a_model_that_is_built(tied: bool) -> None:
     shape = small_model(tie_word_embeddings=tied)
-    built = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            tie_word_embeddings=tied,
-        )
-    )
+    built = LlamaForCausalLM(llama_config(shape))
     assert base_parameters(shape) == sum(p.numel() for p in built.parameters())
     matrices = {built.model.embed_tokens.weight, built.lm_head.weight}
     assert embedding_parameters(shape) == sum(p.numel() for p in matrices)
