@@ -288,9 +288,9 @@ class Trainer:
         )
 
     def _measure_speed(self) -> None:
-        dtype = torch.float32 if self.worker.device.type == "cpu" else torch.bfloat16
-        self._matmul_limit = self.worker.world_size * measure_matmul_flops(self.worker.device, dtype)
-        self._flops = count_flops_per_token(unwrap(self.module).model)
+        objective = unwrap(self.module)
+        self._matmul_limit = self.worker.world_size * measure_matmul_flops(self.worker.device, objective.dtype)
+        self._flops = count_flops_per_token(objective.model)
 
 
 def without_labels(pack: Pack) -> Pack:
