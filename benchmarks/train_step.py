@@ -43,7 +43,7 @@ def alternate(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict
             [python, __file__, "--worker", name, "--model", options.model, "--precision", options.precision],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        for name, python in (("cqlora", sys.executable), ("trl", options.trl_python))
+        for name, python in (("trl", options.trl_python), ("cqlora", sys.executable))
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     memory, share = {}, 0.0
@@ -108,7 +108,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
 
     def step() -> float:
         nonlocal limit
-        # In our own turn, when the other side waits: while it loads it would take half of the processor.
+        # In our first turn, the second of all: the other side has loaded, stepped, and waits.
         limit = limit or measure_matmul_flops(device, dtype, seconds=1.0)
         started = time.perf_counter()
         batch = build_batch([random_pack()], device)
