@@ -43,7 +43,7 @@ class VocabConfig:
     """Pieces of the trained SentencePiece model, or pieces that merges add to a byte-level BPE."""
     corpus: list[str] = field(default_factory=list)
     """Files or folders of text to learn from and to check on; empty is the text bundled with cqlora."""
-    max_characters: int = 40_000_000
+    max_characters: int = 15_000_000
     """Chinese characters of the corpus to learn from, sampled evenly when it has more."""
     min_frequency: int = 4
     """Times that a learned piece must occur; a small corpus gives fewer than `size` pieces."""

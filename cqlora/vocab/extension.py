@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from cqlora.base import write_json
 from cqlora.errors import ConfigError
 from cqlora.vocab.config import CONTROL_TOKENS, PAD_TOKEN, VocabConfig, VocabKind
-from cqlora.vocab.corpus import Corpus, chinese_words, open_corpus
+from cqlora.vocab.corpus import Corpus, chinese_words, count_han, open_corpus
 from cqlora.vocab.files import TokenizerFiles, read_piece_model, read_tokenizer_files
 from cqlora.vocab.merge import (
     add_control_tokens,
@@ -20,6 +20,7 @@ from cqlora.vocab.merge import (
 )
 from cqlora.vocab.parity import check_parity
 from cqlora.vocab.report import VocabReport, count_vocabulary, english_part
+from cqlora.vocab.rows import NewTokens
 from cqlora.vocab.train import learn_merges, spell_characters, train_sentencepiece
 
 REPORT = "vocab_report.json"
@@ -33,8 +34,7 @@ class Extension:
 
     first_row: int
     """Row of the first new token; the rows before it belong to the base's tokens."""
-    subpieces: list[list[int]]
-    """For each new token, the base's ids of its text."""
+    new: NewTokens
     matrix_rows: int
     """Rows of the extended matrices, padding included."""
     pad_token_id: int | None
@@ -44,7 +44,7 @@ class Extension:
     @property
     def padding_rows(self) -> int:
         """Rows behind the last token that no token uses."""
-        return self.matrix_rows - self.first_row - len(self.subpieces)
+        return self.matrix_rows - self.first_row - len(self.new)
 
 
 def extend_tokenizer(base: Path, output: Path, vocab: VocabConfig, matrix_rows: int) -> Extension:
@@ -64,6 +64,7 @@ def extend_tokenizer(base: Path, output: Path, vocab: VocabConfig, matrix_rows: 
     after = read_tokenizer_files(output).build()
     subpieces = [piece_ids(before, piece) for piece in pieces]
     subpieces += [before.encode(token, add_special_tokens=False).ids for token in control]
+    new = NewTokens(subpieces, len(pieces), chinese_tokens(before, first_row))
     rows = max(matrix_rows, -(-files.size // vocab.pad_to_multiple_of) * vocab.pad_to_multiple_of)
     held_out, bundled = take_texts(corpus.split(held_out=True)), list(open_corpus([], 0.0).documents())
     checked = take_texts(corpus.documents()) + (bundled if vocab.corpus else [])
@@ -81,7 +82,7 @@ def extend_tokenizer(base: Path, output: Path, vocab: VocabConfig, matrix_rows: 
     )
     write_json(output / REPORT, report.as_json())
     end, pad = (after.token_to_id(token) for token in ("<|im_end|>", files.settings.get("pad_token") or ""))
-    return Extension(first_row, subpieces, rows, pad, end, report)
+    return Extension(first_row, new, rows, pad, end, report)
 
 
 def resolve_kind(files: TokenizerFiles, vocab: VocabConfig) -> VocabKind:
@@ -123,6 +124,13 @@ def take_texts(documents: Iterable[str]) -> list[str]:
         if characters > MAX_CHECKED_CHARACTERS:
             break
     return texts
+
+
+def chinese_tokens(before: Tokenizer, size: int) -> list[int]:
+    """The base's tokens that hold a whole Chinese character."""
+    return [
+        token_id for token_id, text in enumerate(before.decode_batch([[i] for i in range(size)])) if count_han(text)
+    ]
 
 
 def piece_ids(before: Tokenizer, piece: str) -> list[int]:

@@ -2,33 +2,53 @@
 
 `subpiece_mean`: the mean of the rows of the pieces that the base would have used. `mean`: that of all rows.
 `sampled`: drawn with the old rows' mean and covariance (Hewitt, "Initializing New Word Embeddings for Pretrained
-Language Models", 2021). `weighted`: docs/vocabulary.md.
+Language Models", 2021). `weighted`: the sub-pieces' mean in which a piece counts the less the more new tokens share
+it, drawn towards the base's own Chinese rows; docs/vocabulary.md has the formula and the measurements.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from cqlora.vocab.config import RowInit
 
 _BLOCK_ROWS = 1024
+_COMMON_SHARE = 0.01
+"""Share of all sub-pieces at which a piece counts half as much as a rare one (`weighted`)."""
+_ANCHOR_SHARE = 0.3
+"""Share of the base's mean Chinese row in a new piece's row (`weighted`)."""
 
 
-def initial_rows(
-    base: torch.Tensor, used: int, subpieces: list[list[int]], init: RowInit, seed: int, output: bool
-) -> Iterator[torch.Tensor]:
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """New tokens as the base spells them."""
+
+    subpieces: list[list[int]]
+    """For each new token, the base's ids of its text; never empty."""
+    pieces: int
+    """How many of them, the first, are pieces of text; the others are control tokens."""
+    chinese_ids: list[int]
+    """The base's own tokens that hold a Chinese character."""
+
+    def __len__(self) -> int:
+        return len(self.subpieces)
+
+
+def initial_rows(base: torch.Tensor, used: int, new: NewTokens, init: RowInit, seed: int) -> Iterator[torch.Tensor]:
     """Rows for new tokens, float32 blocks of [n, hidden].
 
     Args:
         base: the embedding matrix, [rows, hidden], of any float type; it may be memory-mapped.
         used: how many of its rows the base's tokens use.
-        subpieces: for each new token, the base's ids of its pieces; never empty.
+        new: the new tokens.
         init: what the rows start from.
         seed: of `sampled`.
-        output: whether the matrix gives logits (the only one or the second of two) rather than inputs alone.
     """
-    for start in range(0, len(subpieces), _BLOCK_ROWS):
-        block = subpieces[start : start + _BLOCK_ROWS]
+    shares = subpiece_shares(new.subpieces) if init is RowInit.weighted else {}
+    for start in range(0, len(new), _BLOCK_ROWS):
+        block = new.subpieces[start : start + _BLOCK_ROWS]
         match init:
             case RowInit.mean:
                 yield mean_row(base, used).expand(len(block), -1)
@@ -37,11 +57,24 @@ def initial_rows(
             case RowInit.subpiece_mean:
                 yield weighted_rows(base, [[1.0] * len(ids) for ids in block], block)
             case RowInit.weighted:
-                yield weighted_rows(base, [position_weights(len(ids), output) for ids in block], block)
+                weights = [[_COMMON_SHARE / (_COMMON_SHARE + shares[i]) for i in ids] for ids in block]
+                rows = weighted_rows(base, weights, block)
+                yield draw_towards(rows, base, new.chinese_ids, max(0, new.pieces - start))
 
 
-def position_weights(count: int, output: bool) -> list[float]:
-    return [1.0] * count
+def subpiece_shares(subpieces: list[list[int]]) -> dict[int, float]:
+    """For each sub-piece, its share among all the sub-pieces of the new tokens."""
+    counts = Counter(token_id for ids in subpieces for token_id in ids)
+    total = counts.total()
+    return {token_id: count / total for token_id, count in counts.items()}
+
+
+def draw_towards(rows: torch.Tensor, base: torch.Tensor, anchors: list[int], count: int) -> torch.Tensor:
+    """The first `count` rows moved towards the mean of the base's `anchors`, float32 [n, hidden]."""
+    if anchors and count:
+        anchor = weighted_rows(base, [[1.0] * len(anchors)], [anchors])
+        rows[:count] = (1 - _ANCHOR_SHARE) * rows[:count] + _ANCHOR_SHARE * anchor
+    return rows
 
 
 def weighted_rows(base: torch.Tensor, weights: list[list[float]], subpieces: list[list[int]]) -> torch.Tensor:

@@ -70,9 +70,7 @@ class ExtendedSource:
             filled += len(block)
         used = extension.first_row
         yield base[:used]
-        gives_logits = name == OUTPUT or OUTPUT not in self.base.specs
-        new = initial_rows(base, used, extension.subpieces, self.vocab.init, self.vocab.seed, output=gives_logits)
-        for rows in new:
+        for rows in initial_rows(base, used, extension.new, self.vocab.init, self.vocab.seed):
             yield narrow_rows(rows, dtype)
         # The mean row makes the logits of rows that no token uses unremarkable; zeros might stand out.
         yield narrow_rows(mean_row(base, used).repeat(extension.padding_rows, 1), dtype)
@@ -163,7 +161,7 @@ def write_descriptions(
     write_json(staging / "generation_config.json", generation)
     card |= {
         "first_added_row": extension.first_row,
-        "added_rows": len(extension.subpieces),
+        "added_rows": len(extension.new),
         "padding_rows": extension.padding_rows,
         "vocab": extension.report.kind,
         "vocab_init": vocab.init.name,

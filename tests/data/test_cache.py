@@ -294,15 +294,15 @@ def test_a_damaged_cache_is_not_trusted(byte_base: Base, make_config: MakeConfig
 
 
 PROGRAM = """
-import json, sys
+import json, os, signal, sys
 from pathlib import Path
 from cqlora.base import Base
 from cqlora.choices import SourceKind
 from cqlora.config import *
-from cqlora.data import build, collect
+from cqlora.data import build, cache as caches, collect
 from cqlora.data.cache import prepare_cache
 collect._BATCH_BYTES = build._TASK_BYTES = 20_000
-file, folder, cache_dir = sys.argv[1:]
+file, folder, cache_dir, kill_at = sys.argv[1:]
 shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 8)
 model = ModelConfig(name="t", path="", num_attention_heads=1, num_key_value_heads=1,
                     max_position_embeddings=4096, **shape)
@@ -314,17 +314,23 @@ base = Base(path=Path(folder), config={"vocab_size": 8}, tokenizer_file=Path(fol
             first_added_row=None, added_rows=0)
 print("ready", flush=True)
 built = []
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
 def progress(what, done, total):
     built.append(what)
     print(what, done, flush=True)
+    if str(len(built)) == kill_at:
+        die()
+if kill_at == "rename":
+    caches.sync_tree = die
 cache = prepare_cache(config, base, progress)
 print("built" if built else "opened", cache.folder, flush=True)
 """
 
 
-def start(file: Path, base: Base, cache_dir: Path) -> subprocess.Popen[str]:
+def start(file: Path, base: Base, cache_dir: Path, kill_at: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(file), str(base.path), str(cache_dir)],
+        [sys.executable, "-c", PROGRAM, str(file), str(base.path), str(cache_dir), kill_at],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -349,15 +355,13 @@ def test_two_starts_at_once_build_it_once(tmp_path: Path, byte_base: Base, corpu
 def test_a_kill_at_any_moment_leaves_nothing_that_a_later_run_trusts(tmp_path: Path, byte_base: Base, corpus: Path):
     whole = start(corpus, byte_base, tmp_path / "whole").communicate(timeout=120)[0].splitlines()
     expected = digest(Path(whole[-1].split()[1]))
+    steps = len(whole) - 2
     rng = random.Random(11)
-    for _ in range(3):
-        program = start(corpus, byte_base, tmp_path / "killed")
-        assert program.stdout is not None
-        for _ in range(rng.randrange(1, len(whole) - 1)):
-            program.stdout.readline()
-        program.send_signal(signal.SIGKILL)
-        program.communicate()
-        assert not list((tmp_path / "killed").glob("*/cache.json"))
+    for moment in (*map(str, rng.sample(range(1, steps + 1), 3)), "rename"):
+        program = start(corpus, byte_base, tmp_path / "killed", moment)
+        program.communicate(timeout=120)
+        assert program.returncode == -signal.SIGKILL
+        assert [file.parent.suffix for file in (tmp_path / "killed").glob("*/cache.json")] in ([], [".partial"])
     after = start(corpus, byte_base, tmp_path / "killed").communicate(timeout=120)[0].splitlines()[-1]
     assert after.startswith("built")
     assert digest(Path(after.split()[1])) == expected

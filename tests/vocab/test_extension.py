@@ -139,7 +139,7 @@ def test_control_tokens_and_padding(pieces_base: Path, corpus: Path, tmp_path: P
     assert fast.pad_token_id not in (0, fast.eos_token_id)
     assert extension.matrix_rows % 64 == 0
     assert extension.padding_rows == extension.matrix_rows - len(fast)
-    assert extension.first_row + len(extension.subpieces) == len(fast)
+    assert extension.first_row + len(extension.new) == len(fast)
 
 
 def test_control_tokens_are_not_added_twice(ranks_base: Path, corpus: Path, tmp_path: Path) -> None:

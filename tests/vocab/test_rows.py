@@ -4,20 +4,40 @@ import pytest
 import torch
 
 from cqlora.vocab.config import RowInit
-from cqlora.vocab.rows import initial_rows, mean_row, weighted_rows
+from cqlora.vocab.rows import NewTokens, initial_rows, mean_row, weighted_rows
 
 BASE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 SUBPIECES = [[3], [4, 5], [6, 7, 8, 6]]
 
 
+CHINESE_IDS = [10, 11]
+
+
 def rows(init: RowInit, base: torch.Tensor = BASE, used: int = 50, subpieces: list[list[int]] = SUBPIECES):
-    """All the new rows of one way."""
-    return torch.cat(list(initial_rows(base, used, subpieces, init, seed=1, output=True)))
+    """All the new rows of one way; the last token is a control token."""
+    new = NewTokens(subpieces, len(subpieces) - 1, CHINESE_IDS)
+    return torch.cat(list(initial_rows(base, used, new, init, seed=1)))
 
 
 def test_subpiece_mean_is_the_mean_of_the_pieces_rows() -> None:
     expected = torch.stack([BASE[ids].double().mean(0) for ids in SUBPIECES])
     torch.testing.assert_close(rows(RowInit.subpiece_mean).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_weighted_rows_count_shared_pieces_less_and_lean_on_the_chinese_rows() -> None:
+    subpieces = [[3, 4], [3, 5, 5], [3, 6]]
+    share = {3: 3 / 7, 4: 1 / 7, 5: 2 / 7, 6: 1 / 7}
+    chinese = BASE[CHINESE_IDS].double().mean(0)
+    for row, ids, lean in zip(rows(RowInit.weighted, subpieces=subpieces), subpieces, (0.3, 0.3, 0.0), strict=True):
+        weights = torch.tensor([0.01 / (0.01 + share[i]) for i in ids], dtype=torch.float64)
+        mean = (weights[:, None] * BASE[ids].double()).sum(0) / weights.sum()
+        torch.testing.assert_close(row.double(), (1 - lean) * mean + lean * chinese, rtol=1e-5, atol=1e-6)
+
+
+def test_weighted_rows_of_a_base_without_chinese_are_the_weighted_mean_alone() -> None:
+    new = NewTokens([[3], [4]], 2, [])
+    found = torch.cat(list(initial_rows(BASE, 50, new, RowInit.weighted, seed=1)))
+    torch.testing.assert_close(found, BASE[[3, 4]])
 
 
 def test_mean_leaves_unused_rows_out() -> None:
