@@ -1,5 +1,6 @@
 """The script a text is written in, which stands for its language where a source names none."""
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,13 @@ ZH_SHARE = 0.2
 EN_SHARE = 0.02
 """Han letters below which a text counts as English (any Latin script)."""
 
-_HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
-_LATIN = ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F))
-_OTHER = ((0x370, 0x1FFF), (0x3040, 0x30FF), (0xAC00, 0xD7AF))
+_RANGES = (
+    ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
+    ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x24F)),
+    ((0x370, 0x1FFF), (0x3040, 0x30FF), (0xAC00, 0xD7AF)),
+)
+"""Inclusive ranges of Han, Latin and other letters."""
+_HAN = 1
 
 
 class Letters(NamedTuple):
@@ -27,8 +32,8 @@ class Letters(NamedTuple):
 
 def count_letters(text: str) -> Letters:
     """Letters of each script in the first SAMPLE_CHARACTERS of `text`."""
-    points = code_points(text[:SAMPLE_CHARACTERS])
-    return Letters(*(int(in_ranges(points, ranges).sum()) for ranges in (_HAN, _LATIN, _OTHER)))
+    counts = np.bincount(script_table()[code_points(text[:SAMPLE_CHARACTERS])], minlength=len(_RANGES) + 1)
+    return Letters(*counts[1:].tolist())
 
 
 def detect_language(text: str) -> str:
@@ -52,7 +57,7 @@ def own_share(text: str, language: str) -> float:
 
 def han_characters(text: str) -> np.ndarray:
     """bool (characters,): which characters of `text` are Han."""
-    return in_ranges(code_points(text), _HAN)
+    return script_table()[code_points(text)] == _HAN
 
 
 def code_points(text: str) -> np.ndarray:
@@ -60,9 +65,11 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-def in_ranges(points: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """bool, as `points`: which lie in one of the inclusive ranges."""
-    found = np.zeros(points.shape, dtype=bool)
-    for low, high in ranges:
-        found |= (points >= low) & (points <= high)
-    return found
+@cache
+def script_table() -> np.ndarray:
+    """uint8 (code points,): 0 for what is no letter, else 1, 2 or 3 for Han, Latin or another script."""
+    table = np.zeros(0x110000, dtype=np.uint8)
+    for script, ranges in enumerate(_RANGES, start=1):
+        for low, high in ranges:
+            table[low : high + 1] = script
+    return table

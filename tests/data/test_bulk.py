@@ -1,6 +1,7 @@
 """The faster encoder: the same ids, pieces and characters, or none at all."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from cqlora.base import Base
-from cqlora.data import bulk
-from cqlora.data.bulk import byte_letters, open_bulk_encoder, rank_merges, splitting_pattern
+from cqlora.data import bulk_bytes, bulk_pieces
+from cqlora.data.bulk import open_bulk_encoder
+from cqlora.data.bulk_bytes import byte_letters, rank_merges, splitting_pattern
+from cqlora.data.bulk_pieces import cutting_pattern, rank_pieces
 from cqlora.data.encode import EncodeSettings, RecordEncoder
 from cqlora.data.records import Conversation, Document, Turn
 from tests.data.conftest import sample_texts
+from tests.vocab.bases import write_base
 
 pytest.importorskip("tiktoken")
 
@@ -100,7 +104,7 @@ def test_disagreement_is_noticed(byte_base: Base, monkeypatch: pytest.MonkeyPatc
     tokenizer = Tokenizer.from_file(str(byte_base.tokenizer_file))
     tokenizer.encode_special_tokens = True
     assert open_bulk_encoder(describe(tokenizer), tokenizer) is not None
-    monkeypatch.setattr(bulk, "_GPT2", r"\S+|\s+")
+    monkeypatch.setattr(bulk_bytes, "_GPT2", r"\S+|\s+")
     assert open_bulk_encoder(describe(tokenizer), tokenizer) is None
 
 
@@ -114,3 +118,58 @@ def test_merges_that_tiktoken_would_add_are_noticed():
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert open_bulk_encoder(describe(tokenizer), tokenizer) is None
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A converted SentencePiece BPE with byte fallback."""
+    folder = write_base(tmp_path_factory.mktemp("pieces") / "base", "pieces")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def test_pieces_and_their_ends_are_those_of_tokenizers(pieces: Tokenizer):
+    encoder = open_bulk_encoder(describe(pieces), pieces)
+    assert encoder is not None
+    texts = [*sample_texts()[::7], "  12 34\n\n  x１２ <|im_end|> I'll\t\n", "𠮷a\x00😀 é", " ", "", "a▁b ▁", "▁"]
+    for text in texts:
+        ids, ends = encoder.encode(text)
+        expected = pieces.encode(text, add_special_tokens=False)
+        assert ids.tolist() == expected.ids, text
+        assert not len(ends) or ends[-1] == len(text.encode())
+        for end, (_, character) in zip(ends.tolist(), expected.offsets, strict=True):
+            # A token inside a character ends where its own byte does, `tokenizers` says where the character does.
+            assert len(text.encode()[:end].decode(errors="ignore")) in (character, character - 1)
+
+
+def test_a_long_stretch_without_spaces_is_encoded_alike(pieces: Tokenizer):
+    encoder = open_bulk_encoder(describe(pieces), pieces)
+    assert encoder is not None
+    for text in ("人工智能" * 3000, "aaaa" * 3000, " " * 5000, "\n" * 3000):
+        assert encoder.encode(text)[0].tolist() == pieces.encode(text, add_special_tokens=False).ids
+
+
+def test_pieces_that_cross_a_space_or_have_two_ranks_have_no_faster_encoder(pieces: Tokenizer):
+    assert rank_pieces([["a", "b"], ["c", "d"], ["a", "b"]]) is None
+    assert rank_pieces([["a", "bc"], ["ab", "c"], ["c", "d"]]) == ["abc", "cd"]
+    document = describe(pieces)
+    document["model"]["vocab"]["a▁"] = len(document["model"]["vocab"])
+    document["model"]["merges"].append(["a", "▁"])
+    assert open_bulk_encoder(document, Tokenizer.from_str(json.dumps(document))) is None
+
+
+def test_text_is_cut_where_no_piece_reaches_across():
+    pattern = cutting_pattern(["▁中国", "ab", "▁▁"])
+    assert re.findall(pattern, "▁中国中x，ab▁▁a▁") == ["▁中国中", "x", "，", "ab", "▁▁a", "▁"]
+
+
+def test_disagreement_on_pieces_is_noticed(pieces: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bulk_pieces, "rank_bytes", lambda letters, ranked: bulk_pieces_reversed(ranked))
+    assert open_bulk_encoder(describe(pieces), pieces) is None
+
+
+def bulk_pieces_reversed(ranked: list[str]) -> dict[bytes, int]:
+    """Ranks with the pieces in the wrong order."""
+    words = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in reversed(ranked)]
+    return {word: rank for rank, word in enumerate(dict.fromkeys(words))}
