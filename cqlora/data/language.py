@@ -57,7 +57,8 @@ def own_share(text: str, language: str) -> float:
 
 def han_characters(text: str) -> np.ndarray:
     """bool (characters,): which characters of `text` are Han."""
-    return script_table()[code_points(text)] == _HAN
+    is_han: np.ndarray = script_table()[code_points(text)] == _HAN
+    return is_han
 
 
 def code_points(text: str) -> np.ndarray:
