@@ -135,3 +135,22 @@ class TrackingMode(Enum):
     auto = "auto"
     online = "online"
     offline = "offline"
+
+
+MergeOnto = Enum("MergeOnto", {"16bit": "16bit", "nf4": "nf4"})
+"""Weights that an adapter is added to: the base's own, or what its NF4 form stands for."""
+
+
+class ModelFormat(Enum):
+    """Files of a merged model: Hugging Face safetensors in 16 bits, a GGUF file, safetensors in NF4."""
+
+    safetensors = "safetensors"
+    gguf = "gguf"
+    nf4 = "nf4"
+
+
+class GgufType(Enum):
+    """How a GGUF file holds its matrices."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"

@@ -17,6 +17,7 @@ VERBS = {
     "fetch": "bring the small real base model",
     "convert": "raw Meta weights to a Hugging Face folder",
     "extend": "add a Chinese vocabulary to a base",
+    "merge": "put adapters into their base: safetensors, GGUF or NF4",
     "prepare": "build a run's token cache and say what is in it",
 }
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights
-from cqlora.choices import AdapterMethod, Embeddings
+from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, write_json
+from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model.load import find_decoder
@@ -141,7 +141,7 @@ def save_adapter(
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     config.save_pretrained(staging)
     save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_card(staging, base)
+    write_card(staging, base, describe_training(model, rank_factor))
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)
@@ -173,11 +173,26 @@ def gather_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def write_card(folder: Path, base: Base) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to."""
+def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
+    """How the base was held while the adapter trained, which decides what a merge would have to add it to."""
+    held: Any = getattr(model.config, "quantization_config", None)
+    quantization = Quantization.none if held is None else Quantization.nf4 if held.load_in_4bit else Quantization.int8
+    nf4 = quantization is Quantization.nf4
+    return {
+        "quantization": quantization.name,
+        "double_quantization": nf4 and bool(held.bnb_4bit_use_double_quant),
+        "dtype": str(held.bnb_4bit_compute_dtype if nf4 else model.dtype).removeprefix("torch."),
+        "method": "pissa" if rank_factor > 1 else "lora",
+    }
+
+
+def write_card(folder: Path, base: Base, trained_on: dict[str, Any]) -> None:
+    """Say beside an adapter which base and tokenizer it belongs to, and how that base was held."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
+        "trained_on": trained_on,
     }
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    merged = read_card(base.path).get("merged")
+    write_json(folder / CARD, card | ({"base_merged": merged} if merged else {}))

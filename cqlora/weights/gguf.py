@@ -16,7 +16,7 @@ from cqlora.errors import ModelError
 from cqlora.weights.rotary import interleaved_to_halves
 from cqlora.weights.shards import BLOCK_BYTES, DTYPES, TensorSpec
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -27,12 +27,12 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NAMES = {
+NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufModel:
@@ -57,7 +57,7 @@ class GgufModel:
         if architecture != "llama":
             raise ModelError(f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA.")
         for tensor in reader.tensors:
-            if tensor.name == _ROPE_FACTORS:
+            if tensor.name == ROPE_FACTORS:
                 self._rope_factors = tensor.data
                 continue
             self._tensors[_rename(file, tensor.name)] = tensor
@@ -172,12 +172,12 @@ def _open(file: Path) -> Any:
 
 
 def _rename(file: Path, name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
+    if name in NAMES:
+        return NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match is None or match[2] not in _LAYER_NAMES:
+    if match is None or match[2] not in LAYER_NAMES:
         raise ModelError(f"{file} holds the tensor {name}, which a LLaMA does not have; use another file.")
-    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
+    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
 
 
 def _widen(tensor: Any, rows: slice) -> torch.Tensor:

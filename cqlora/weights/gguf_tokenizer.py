@@ -28,7 +28,7 @@ def write_gguf_tokenizer(model: GgufModel, folder: Path) -> None:
         write_piece_tokenizer(piece_model(model), folder, int(model.field("llama.context_length")))
         return
     kind, rule = model.field("tokenizer.ggml.model"), model.field("tokenizer.ggml.pre", "default")
-    rules = _split_rules()
+    rules = split_rules()
     if kind != "gpt2" or rule not in rules:
         raise ModelError(
             f"{model.file} has a tokenizer of kind {kind!r}, rule {rule!r}; use a GGUF file of kind 'llama', "
@@ -63,7 +63,8 @@ def piece_model(model: GgufModel) -> Any:
     return proto
 
 
-def _split_rules() -> dict[str, Any]:
+def split_rules() -> dict[str, Any]:
+    """The known rules of splitting text before it is merged, by the names that llama.cpp gives them."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     split_llama3 = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

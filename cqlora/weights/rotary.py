@@ -11,3 +11,9 @@ def interleaved_to_halves(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of whole heads, [heads·head_dim, …], from neighbours to halves."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def halves_to_interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """The inverse of interleaved_to_halves."""
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)

@@ -1,0 +1,171 @@
+"""A model written as one GGUF file that llama.cpp runs, a matrix at a time.
+
+Names and layout as llama.cpp's convert_hf_to_gguf.py gives them: vectors in float32, matrices in float16 or
+Q8_0, the query and key rows in the order of neighbours.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cqlora.choices import GgufType
+from cqlora.errors import ModelError
+from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
+from cqlora.weights.gguf_vocabulary import add_vocabulary
+from cqlora.weights.rotary import halves_to_interleaved
+from cqlora.weights.shards import TensorSource, TensorSpec
+
+_GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+_GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+_DERIVED = "rotary_emb.inv_freq"
+"""Frequencies that old LLaMA folders store though the configuration gives them."""
+
+
+def write_gguf(file: Path, source: TensorSource, config: dict[str, Any], tokenizer: Path, kind: GgufType) -> None:
+    """Write `source` with the shape that `config` (config.json) says and the tokenizer of a model folder.
+
+    Raises:
+        ModelError: a tensor, a tokenizer or a rotary scaling that llama.cpp's LLaMA does not have, or numbers
+            that float16 cannot hold.
+    """
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise ModelError("format=gguf needs the package gguf; pip install 'cqlora[gguf]'.") from error
+    writer = GGUFWriter(None, "llama")
+    writer.add_name(file.name.partition(".")[0])
+    add_shape(writer, config, kind)
+    add_vocabulary(writer, tokenizer, config)
+    tensors = {gguf_name(name): spec for name, spec in source.specs.items() if not name.endswith(_DERIVED)}
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name, spec in tensors.items():
+        stored = storage_shape(spec, kind)
+        dtype, raw = storage_type(spec, kind)
+        writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=raw)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for spec in tensors.values():
+        writer.write_tensor_data(gather(source, spec, config, kind))
+    writer.close()
+
+
+def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
+    """The model's shape under GGUF's names."""
+    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
+
+    heads = config["num_attention_heads"]
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind is GgufType.f16 else LlamaFileType.MOSTLY_Q8_0)
+    if kind is not GgufType.f16:
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(head_dim(config))
+    rope = rope_parameters(config)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's kind, base and scaling, as transformers 5 or its predecessors write them.
+
+    Raises:
+        ModelError: a scaling that a GGUF file cannot say.
+    """
+    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
+    rope = {"rope_type": "default"} | old | (config.get("rope_parameters") or {})
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ModelError(f"format=gguf cannot hold rotary scaling {rope['rope_type']}; use format=safetensors.")
+    return rope
+
+
+def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
+    """Llama 3.1's scaling, which a GGUF file holds as a tensor; None for a model without it."""
+    rope = rope_parameters(config)
+    return llama3_rope_factors(rope, head_dim(config)).astype(np.float32) if rope["rope_type"] == "llama3" else None
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    """Dimensions of one attention head."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def gguf_name(name: str) -> str:
+    """A tensor's name in a GGUF file."""
+    if name in _GGUF_NAMES:
+        return _GGUF_NAMES[name]
+    parts = name.split(".")
+    module = ".".join(parts[3:-1])
+    if parts[:2] != ["model", "layers"] or parts[-1] != "weight" or module not in _GGUF_LAYER_NAMES:
+        raise ModelError(f"format=gguf has no place for {name}; use format=safetensors.")
+    return f"blk.{parts[2]}.{_GGUF_LAYER_NAMES[module]}.weight"
+
+
+def storage_type(spec: TensorSpec, kind: GgufType) -> tuple[np.dtype[Any], Any]:
+    """numpy's and ggml's type of a tensor in the file."""
+    from gguf import GGMLQuantizationType
+
+    if len(spec.shape) < 2:
+        return np.dtype(np.float32), GGMLQuantizationType.F32
+    if kind is GgufType.f16:
+        return np.dtype(np.float16), GGMLQuantizationType.F16
+    return np.dtype(np.uint8), GGMLQuantizationType.Q8_0
+
+
+def storage_shape(spec: TensorSpec, kind: GgufType) -> tuple[int, ...]:
+    """A tensor's shape in the file, of Q8_0 in bytes: 34 for 32 numbers."""
+    if len(spec.shape) < 2 or kind is GgufType.f16:
+        return spec.shape
+    if spec.shape[1] % 32:
+        raise ModelError(f"gguf_type=q8_0 needs rows of a multiple of 32 and {spec.name} has {spec.shape[1]}; use f16.")
+    return (spec.shape[0], spec.shape[1] // 32 * 34)
+
+
+def gather(source: TensorSource, spec: TensorSpec, config: dict[str, Any], kind: GgufType) -> np.ndarray:
+    """A tensor as it stands in the file."""
+    dtype, _ = storage_type(spec, kind)
+    stored = np.empty(storage_shape(spec, kind), dtype)
+    first = 0
+    for rows in encode_rows(source, spec, kind):
+        stored[first : first + len(rows)] = rows
+        first += len(rows)
+    if spec.name.endswith(("q_proj.weight", "k_proj.weight")):
+        # Each row is stored by itself, so they may be put into llama.cpp's order afterwards.
+        return halves_to_interleaved(torch.from_numpy(stored), head_dim(config)).numpy()
+    return stored
+
+
+def encode_rows(source: TensorSource, spec: TensorSpec, kind: GgufType) -> Iterator[np.ndarray]:
+    """A tensor's rows in the file's type."""
+    from gguf.quants import quantize
+
+    dtype, raw = storage_type(spec, kind)
+    for block in source.blocks(spec.name):
+        rows = block.float().numpy()
+        yield quantize(rows, raw) if dtype == np.uint8 else narrow(rows, dtype, spec.name)
+
+
+def narrow(rows: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """float32 rows in the file's type; ModelError where a number does not fit."""
+    with np.errstate(over="ignore"):
+        narrowed: np.ndarray = rows.astype(dtype)
+    if not np.isfinite(narrowed).all():
+        raise ModelError(f"{name} does not fit in float16; use gguf_type=q8_0 or format=safetensors.")
+    return narrowed

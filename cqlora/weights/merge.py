@@ -1,0 +1,145 @@
+"""Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cqlora.base import CARD, Base, fingerprint_weights, read_base, write_json
+from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.errors import ConfigError, ModelError
+from cqlora.weights.extend import INPUT, OUTPUT
+from cqlora.weights.merge_adapter import Adapter, open_adapter
+from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
+from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
+from cqlora.weights.nf4 import Nf4Format
+from cqlora.weights.shards import INDEX, ShardReader, write_shards
+from cqlora.weights.sizes import parse_size
+from cqlora.weights.staging import staged_folder
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+_REWRITTEN = (CARD, INDEX, "config.json")
+
+
+class OutputOptions(Protocol):
+    """What `cqlora merge` lets a user choose of the files; see its schema."""
+
+    format: ModelFormat
+    gguf_type: GgufType
+    double_quantization: bool
+    precision: Precision
+    max_shard_size: str
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A base with its adapters, checked, nothing written yet."""
+
+    base: Base
+    adapters: list[Adapter]
+    source: MergedSource
+    onto: MergeOnto
+    notes: list[str] = field(default_factory=list)
+    """What could not be checked, a sentence each."""
+
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the merged model."""
+        return self.base.config | {"tie_word_embeddings": self.source.plan.tied}
+
+    def changed(self) -> int:
+        """Matrices that an adapter changes."""
+        return sum(bool(self.source.plan.changes.get(name)) for name in self.source.specs)
+
+
+def plan_merge(
+    base_folder: Path, folders: list[Path], onto: MergeOnto, double_quantization: bool, precision: Precision
+) -> Merge:
+    """Read headers and cards, and find each adapter weight its place.
+
+    Raises:
+        ConfigError: onto=nf4 for an adapter that was not trained so.
+        ModelError: a folder without a model or an adapter, or ones that do not belong together.
+    """
+    base, adapters = read_base(base_folder), [open_adapter(folder) for folder in folders]
+    if "quantization_config" in base.config:
+        raise ModelError(f"base={base_folder} is quantised already; give the 16-bit model that it was made from.")
+    reader = ShardReader(base_folder)
+    if INPUT not in reader.specs:
+        raise ModelError(f"{base_folder} has no {INPUT}, so it is no LLaMA model; give another base.")
+    notes = check_lineage(base, adapters)
+    plan = MergePlan(tied=is_tied(base, reader))
+    for adapter in adapters:
+        plan.add(adapter, base_folder, reader.specs)
+    form = choose_format(adapters, onto, double_quantization, precision)
+    return Merge(base, adapters, MergedSource(reader, plan, form), onto, notes)
+
+
+def is_tied(base: Base, reader: ShardReader) -> bool:
+    """Whether one matrix stands for both embeddings, by the configuration and, as transformers 5 does, the files."""
+    if not base.tied and OUTPUT not in reader.specs:
+        raise ModelError(f"{base.path} has no {OUTPUT} and is not tied; its weights are not whole, fetch it again.")
+    return base.tied and (OUTPUT not in reader.specs or holds_same(reader, INPUT, OUTPUT))
+
+
+def choose_format(
+    adapters: list[Adapter], onto: MergeOnto, double_quantization: bool, precision: Precision
+) -> Nf4Format | None:
+    """The NF4 form that the adapter was trained on, where the merge is onto that."""
+    if onto is MergeOnto["16bit"]:
+        return None
+    if len(adapters) != 1:
+        raise ConfigError(
+            f"onto=nf4 takes one adapter and adapter= has {len(adapters)}; merge them one after the other, each into "
+            "what the merge before it wrote."
+        )
+    trained_on, form = read_training(adapters[0], double_quantization, precision)
+    if trained_on is not Quantization.nf4:
+        raise ConfigError(
+            f"onto=nf4, but {adapters[0].folder} was trained with model.quantization={trained_on.name}; use onto=16bit."
+        )
+    return form
+
+
+def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
+    """Write the merged model in one of the formats; the folder appears whole or not at all.
+
+    Raises:
+        ModelError: `output_dir` is already there, the disk is full, or the format has no place for the model.
+    """
+    with staged_folder(output_dir) as staging:
+        card = merged_card(merge.base, merge.adapters, merge.onto)
+        if options.format is ModelFormat.gguf:
+            from cqlora.weights.gguf_write import write_gguf
+
+            file = staging / f"{output_dir.name}.{options.gguf_type.value}.gguf"
+            write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type)
+        else:
+            config = write_folder(merge, staging, options)
+            carry_over(merge.base.path, staging)
+            card["weights_sha256"] = fingerprint_weights(staging)
+            write_json(staging / "config.json", config)
+        write_json(staging / CARD, card)
+
+
+def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> dict[str, Any]:
+    """Write the weights as safetensors in 16 bits or NF4; return the config.json that belongs to them."""
+    source, max_shard_size = merge.source, parse_size("max_shard_size", options.max_shard_size)
+    if options.format is ModelFormat.safetensors:
+        write_shards(staging, source.specs.values(), lambda spec: source.blocks(spec.name), max_shard_size)
+        return merge.config()
+    from cqlora.model.load import choose_compute_dtype
+    from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    form = Nf4Format(options.double_quantization, choose_compute_dtype(device, options.precision))
+    write_snapshot(staging, source, form, max_shard_size)
+    return snapshot_config(merge.config(), form)
+
+
+def carry_over(base: Path, staging: Path) -> None:
+    """Copy what the base has beside its weights: tokenizer, chat template, generation settings, licence."""
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.name not in _REWRITTEN and file.suffix not in _WEIGHT_SUFFIXES:
+            shutil.copyfile(file, staging / file.name)

@@ -1,0 +1,112 @@
+"""Which matrices change and how, over all adapters in a row; and the merged model as a source of tensors."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cqlora.errors import ModelError
+from cqlora.weights.extend import INPUT, OUTPUT
+from cqlora.weights.merge_adapter import Adapter, find_changes
+from cqlora.weights.merge_changes import Change, RowStream, TokenRows
+from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
+from cqlora.weights.shards import DTYPES, ShardReader, TensorSpec
+
+
+@dataclass(slots=True)
+class MergePlan:
+    """The changes of each tensor, in order, and whether the embedding matrices are still one."""
+
+    tied: bool
+    changes: dict[str, list[Change]] = field(default_factory=dict)
+
+    def add(self, adapter: Adapter, base: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Put an adapter's changes behind those of the adapters before it.
+
+        Raises:
+            ModelError: see find_changes.
+        """
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        found = find_changes(adapter, base, shapes | ({OUTPUT: shapes[INPUT]} if self.tied else {}))
+        if self.tied and not changes_alike(found.get(INPUT, []), found.get(OUTPUT), adapter):
+            self.tied = False
+            self.changes[OUTPUT] = list(self.changes.get(INPUT, []))
+        for name, changes in found.items():
+            if not (self.tied and name == OUTPUT):
+                self.changes.setdefault(name, []).extend(changes)
+
+
+def changes_alike(of_input: list[Change], of_output: list[Change] | None, adapter: Adapter) -> bool:
+    """Whether an adapter leaves tied embedding matrices one.
+
+    PEFT lets trained rows of a tied input embedding stand for the output too, and whatever else the adapter was
+    told to keep tied (`ensure_weight_tying`); other changes are of the one module that they name.
+    """
+    if of_output is None:
+        follows = all(isinstance(change, TokenRows) for change in of_input)
+        return follows or bool(adapter.config.get("ensure_weight_tying"))
+    pairs = zip(of_input, of_output, strict=False)
+    return len(of_input) == len(of_output) and all(mine.equals(its) for mine, its in pairs)
+
+
+def holds_same(reader: ShardReader, name: str, other: str) -> bool:
+    """Whether two tensors of a model are equal."""
+    if reader.specs[name].shape != reader.specs[other].shape:
+        return False
+    return all(torch.equal(*blocks) for blocks in zip(reader.blocks(name), reader.blocks(other), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class MergedSource:
+    """A TensorSource: the base's tensors with the plan's changes, in the base's types."""
+
+    base: ShardReader
+    plan: MergePlan
+    onto: Nf4Format | None
+    """How the blocks' matrices were quantised while the adapter was trained; None takes them as they are."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The base's tensors; an output matrix behind them where it no longer is the input's."""
+        specs = dict(self.base.specs)
+        if self.plan.tied:
+            specs.pop(OUTPUT, None)
+        elif OUTPUT not in specs:
+            specs[OUTPUT] = TensorSpec(OUTPUT, specs[INPUT].dtype, specs[INPUT].shape)
+        return specs
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The merged tensor's rows; those of a tensor that nothing changes as the base has them.
+
+        Raises:
+            ModelError: a merged number that the base's type cannot hold.
+        """
+        spec = self.specs[name]
+        stored = name if name in self.base.specs else INPUT
+        quantised = self.onto is not None and is_block_matrix(spec)
+        if not quantised and not self.plan.changes.get(name):
+            return self.base.blocks(stored)
+        return self._narrow(spec, self._merged(spec, stored))
+
+    def _merged(self, spec: TensorSpec, stored: str) -> RowStream:
+        def base_rows() -> Iterator[torch.Tensor]:
+            return (block.float() for block in self.base.blocks(stored))
+
+        rows: RowStream = base_rows
+        if self.onto is not None and is_block_matrix(spec):
+            rows = through_nf4(rows, spec.shape, self.onto)
+        for change in self.plan.changes.get(spec.name, []):
+            rows = change.apply(rows)
+        return rows
+
+    def _narrow(self, spec: TensorSpec, rows: RowStream) -> Iterator[torch.Tensor]:
+        for block in rows():
+            narrow = block.to(DTYPES[spec.dtype])
+            # The sum is finite only if all are, and needs no mask of the block's size.
+            if not torch.isfinite(narrow.sum(dtype=torch.float32)):
+                raise ModelError(
+                    f"{spec.name} does not fit in the base's {spec.dtype} once the adapter is merged; the adapter is "
+                    "not of this base, or its training diverged."
+                )
+            yield narrow
