@@ -117,8 +117,9 @@ class TokenRows:
 
     def equals(self, other: Change) -> bool:
         """See Change."""
-        same = isinstance(other, TokenRows) and self.indices == other.indices
-        return same and torch.equal(self.reader.read(self.name), other.reader.read(other.name))
+        if not isinstance(other, TokenRows) or self.indices != other.indices:
+            return False
+        return torch.equal(self.reader.read(self.name), other.reader.read(other.name))
 
     def _put(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         values, indices, first = self.reader.read(self.name).float(), torch.tensor(self.indices), 0

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cqlora.choices import MergeOnto
+from cqlora.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
 from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge import Merge
