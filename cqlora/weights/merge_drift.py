@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from cqlora.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
+from cqlora.model.linear import keep_trainable_layout
 from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource
@@ -78,6 +79,7 @@ def load_trained(merge: Merge, trained_on: Quantization, form: Nf4Format) -> Any
     base = AutoModelForCausalLM.from_pretrained(
         merge.base.path, dtype=form.dtype, quantization_config=quantization, local_files_only=True
     )
+    keep_trainable_layout(base)
     return PeftModel.from_pretrained(base, merge.adapters[0].folder)
 
 

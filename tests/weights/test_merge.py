@@ -224,9 +224,8 @@ def test_tokenizer_template_generation_settings_and_added_rows_go_along(untied, 
     assert [entry["onto"] for entry in card["merged"]["adapters"]] == ["16bit"]
     assert read_base(output).first_added_row == 300
     messages = [{"role": "user", "content": "长江"}]
-    assert (
-        AutoTokenizer.from_pretrained(output).apply_chat_template(messages, tokenize=False).startswith("<|im_start|>")
-    )
+    asked = AutoTokenizer.from_pretrained(output).apply_chat_template(messages, tokenize=False)
+    assert "<|im_start|>user\n长江<|im_end|>" in asked
 
 
 def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_merged(untied, tmp_path):
