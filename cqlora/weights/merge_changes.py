@@ -13,7 +13,7 @@ import torch
 from cqlora.weights.shards import ShardReader
 
 RowStream = Callable[[], Iterator[torch.Tensor]]
-"""Gives the rows of a matrix from the first on, in blocks; every call begins anew."""
+"""Gives the rows of a matrix from the first on, in blocks that are the taker's to change; every call begins anew."""
 
 
 class Change(Protocol):
@@ -73,14 +73,14 @@ class LowRank:
     def _add(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         (up, down), first = self.factors(), 0
         for block in blocks:
-            yield torch.addmm(block, up[first : first + len(block)], down, alpha=self.scaling)
+            yield block.addmm_(up[first : first + len(block)], down, alpha=self.scaling)
             first += len(block)
 
     def _rescale_rows(self, rows: RowStream) -> Iterator[torch.Tensor]:
         magnitude, first = self._read_magnitude(), 0
         for block in self._add(rows()):
             norms = torch.linalg.norm(block, dim=1)
-            yield block * (magnitude[first : first + len(block)] / norms)[:, None]
+            yield block.mul_((magnitude[first : first + len(block)] / norms)[:, None])
             first += len(block)
 
     def _rescale_columns(self, rows: RowStream) -> RowStream:
@@ -89,7 +89,7 @@ class LowRank:
             assert isinstance(squares, torch.Tensor)
             factors = self._read_magnitude() / squares.sqrt().float()
             for block in self._add(rows()):
-                yield block * factors
+                yield block.mul_(factors)
 
         return rescaled
 
@@ -125,7 +125,7 @@ class TokenRows:
         values, indices, first = self.reader.read(self.name).float(), torch.tensor(self.indices), 0
         for block in blocks:
             here = (indices >= first) & (indices < first + len(block))
-            yield block.index_copy(0, indices[here] - first, values[here])
+            yield block.index_copy_(0, indices[here] - first, values[here])
             first += len(block)
 
 
