@@ -18,6 +18,7 @@ from cqlora.vocab.extension import Extension, extend_tokenizer
 from cqlora.vocab.rows import initial_rows, mean_row
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
+from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.shards import (
     DTYPES,
     INDEX,
@@ -30,7 +31,6 @@ from cqlora.weights.shards import (
 )
 from cqlora.weights.staging import staged_folder
 
-INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _REWRITTEN = {CARD, INDEX, "config.json", "generation_config.json", "vocab_report.json"}
 _TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",

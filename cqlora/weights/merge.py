@@ -10,10 +10,10 @@ import torch
 from cqlora.base import CARD, Base, fingerprint_weights, read_base, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.errors import ConfigError, ModelError
-from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
+from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.shards import INDEX, ShardReader, write_shards
 from cqlora.weights.sizes import parse_size

@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 from cqlora.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
 from cqlora.model.linear import keep_trainable_layout
-from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource
+from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 
 WINDOW = 512

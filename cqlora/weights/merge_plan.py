@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from cqlora.errors import ModelError
-from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge_adapter import Adapter, find_changes
 from cqlora.weights.merge_changes import Change, RowStream, TokenRows
+from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
 from cqlora.weights.shards import DTYPES, ShardReader, TensorSpec
 

@@ -8,6 +8,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,17 +154,23 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_shard(file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]) -> None:
-    """Write one safetensors file: the header of `specs`, then each tensor's blocks as they come."""
-    with file.open("wb", buffering=0) as stream:
-        stream.write(_encode_header(specs))
+    """Write one safetensors file: the header of `specs`, then each tensor's blocks as they come.
+
+    A block is still read after the next one was asked for: `produce` gives each in memory that stays as it is.
+    """
+    with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(max_workers=1) as writer:
+        pending: Future[Any] = writer.submit(stream.write, _encode_header(specs))
         for spec in specs:
             rows = 0
             for block in produce(spec):
                 _check_block(spec, block)
-                _write_all(stream, block)
+                # One block is written while the next is made; a longer queue would only hold memory.
+                pending.result()
+                pending = writer.submit(_write_all, stream, block)
                 rows += block.shape[0] if block.dim() else 1
             expected = spec.shape[0] if spec.shape else 1
             assert rows == expected, f"{spec.name} got {rows} rows where its header promises {expected}"
+        pending.result()
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:
