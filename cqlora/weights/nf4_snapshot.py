@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cqlora.weights.nf4 import GROUP, SCALE_GROUP, Nf4Format, is_block_matrix, quantise
-from cqlora.weights.shards import TensorSource, TensorSpec, write_shards
+from cqlora.weights.shards import TensorSource, TensorSpec, dtype_name, write_shards
 
 STATE_BYTES = 256
 """Room for a matrix's quant_state, JSON whose length depends on a number in it: blanks fill it up."""
@@ -26,7 +26,7 @@ def write_snapshot(folder: Path, source: TensorSource, form: Nf4Format, max_shar
     def produce(part: TensorSpec) -> Iterator[torch.Tensor]:
         owner = owners[part.name]
         if not is_block_matrix(owner):
-            yield from source.blocks(owner.name)
+            yield from (rows.to(form.dtype) for rows in source.blocks(owner.name))
             return
         if part.name == owner.name:
             waiting.update(quantised_tensors(source, owner, form))
@@ -47,9 +47,12 @@ def quantised_tensors(source: TensorSource, spec: TensorSpec, form: Nf4Format) -
 
 
 def stored_specs(spec: TensorSpec, form: Nf4Format) -> Iterator[TensorSpec]:
-    """What the folder holds of a tensor: itself, or packed numbers with their scales."""
+    """What the folder holds of a tensor: itself in the compute type, or packed numbers with their scales.
+
+    transformers gives what is not quantised the type that it is stored in, whatever config.json says.
+    """
     if not is_block_matrix(spec):
-        yield spec
+        yield TensorSpec(spec.name, dtype_name(form.dtype), spec.shape)
         return
     numbers = spec.shape[0] * spec.shape[1]
     groups = -(-numbers // GROUP)

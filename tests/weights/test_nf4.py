@@ -31,18 +31,14 @@ def test_blocks_of_rows_give_what_the_whole_matrix_gives(double, dtype, shape, m
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-def test_an_nf4_folder_loads_plainly_and_answers_as_the_merged_one_quantised_on_loading(tied, double, tmp_path):
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_an_nf4_folder_loads_plainly_and_answers_as_the_merged_one_quantised_on_loading(tied, double, stored, tmp_path):
     base = write_tiny_base(tmp_path / "base", tied)
+    load(base).to(stored).save_pretrained(base)
     adapter = write_adapter(base, tmp_path / "adapter")
     sixteen = merge(base, [adapter], tmp_path / "sixteen")
-    folder = merge(
-        base,
-        [adapter],
-        tmp_path / "nf4",
-        format=ModelFormat.nf4,
-        double_quantization=double,
-        precision=Precision.float32,
-    )
+    form = {"format": ModelFormat.nf4, "double_quantization": double, "precision": Precision.float32}
+    folder = merge(base, [adapter], tmp_path / "nf4", **form)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
@@ -52,6 +48,7 @@ def test_an_nf4_folder_loads_plainly_and_answers_as_the_merged_one_quantised_on_
     on_loading.save_pretrained(tmp_path / "theirs")
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert plain.model.layers[1].mlp.up_proj.weight.dtype == torch.uint8
+    assert plain.model.embed_tokens.weight.dtype == plain.dtype == torch.float32
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) is tied
     assert torch.equal(logits(plain), logits(on_loading))
     ours, theirs = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "theirs"))
