@@ -1,6 +1,8 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,7 +129,8 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> dict[st
     """Write the weights as safetensors in 16 bits or NF4; return the config.json that belongs to them."""
     source, max_shard_size = merge.source, parse_size("max_shard_size", options.max_shard_size)
     if options.format is ModelFormat.safetensors:
-        write_shards(staging, source.specs.values(), lambda spec: source.blocks(spec.name), max_shard_size)
+        with one_thread():
+            write_shards(staging, source.specs.values(), lambda spec: source.blocks(spec.name), max_shard_size)
         return merge.config()
     from cqlora.model.load import choose_compute_dtype
     from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
@@ -136,6 +139,21 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> dict[st
     form = Nf4Format(options.double_quantization, choose_compute_dtype(device, options.precision))
     write_snapshot(staging, source, form, max_shard_size)
     return snapshot_config(merge.config(), form)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in this thread alone meanwhile.
+
+    A block's few operations are bound by memory, and another thread writes; several threads to an operation wait
+    for each other a thousand times, which on a machine that has other work takes two to four times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def carry_over(base: Path, staging: Path) -> None:
