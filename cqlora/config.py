@@ -373,15 +373,39 @@ class RunConfig:
                 "lora.method=pissa rewrites the base's matrices and cannot share stage.embeddings=lora; "
                 "use stage.embeddings=new_rows or lora.method=lora."
             )
-        if self.hardware.strategy is Strategy.fsdp and self.model.quantization is Quantization.int8:
-            raise ConfigError(
-                "model.quantization=int8 cannot be sharded by hardware.strategy=fsdp; use "
-                "model.quantization=nf4 or hardware.strategy=ddp."
-            )
+        if self.hardware.strategy is Strategy.fsdp:
+            self._check_sharding()
         if self.hardware.cpu_offload and self.hardware.strategy is not Strategy.fsdp:
             raise ConfigError(
                 f"hardware.cpu_offload=true needs hardware.strategy=fsdp, not {self.hardware.strategy.name}."
             )
+
+    def _check_sharding(self) -> None:
+        for refused, key, reason, instead in (
+            (
+                self.model.quantization is Quantization.int8,
+                "model.quantization=int8",
+                "keeps weights whole",
+                "model.quantization=nf4",
+            ),
+            (
+                self.lora.method in (AdapterMethod.dora, AdapterMethod.pissa),
+                f"lora.method={self.lora.method.name}",
+                "starts from whole matrices",
+                "lora.method=lora",
+            ),
+            (
+                self.hardware.precision is Precision.float16,
+                "hardware.precision=float16",
+                "scales losses on each worker",
+                "hardware.precision=bfloat16",
+            ),
+        ):
+            if refused:
+                raise ConfigError(
+                    f"{key} {reason} and cannot be sharded by hardware.strategy=fsdp; use {instead} or "
+                    "hardware.strategy=ddp."
+                )
 
 
 def require_positive(config: Any, *keys: str) -> None:

@@ -29,18 +29,19 @@ from cqlora.worker import Worker, seed_everything, start_worker
 def train(config: RunConfig, output_dir: Path) -> None:
     """Train an adapter in `output_dir`, which ends with metrics.jsonl, checkpoints/ and adapter/."""
     with start_worker(config.hardware) as worker, open_record(config, output_dir, worker.is_main) as record:
-        seed_everything(config.seed, worker.rank)
+        seed_everything(config.seed)
         base = worker.first(lambda: open_base(config.model))
         cache = open_cache(config, base, worker)
 
         dtype = choose_compute_dtype(worker.device, config.hardware.precision)
-        model = load_base(base, config.model, config.hardware, worker.device, dtype)
-        model = attach_adapter(model, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
+        frozen, fill = load_base(base, config.model, config.hardware, worker.device, dtype)
+        model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
         if config.lora.method is AdapterMethod.pissa:
-            initialise_pissa(model, base, output_dir, config.lora.pissa_iterations, config.seed)
+            iterations = config.lora.pissa_iterations
+            worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
         checkpoint_activations(model, config.hardware.activation_checkpointing)
         fused = fuse_blocks(model)
-        module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device)
+        module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
         optimizer = build_optimizer(module, config.stage, worker.device)
 
         trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)

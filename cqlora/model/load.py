@@ -14,6 +14,7 @@ from cqlora.config import HardwareConfig, ModelConfig
 from cqlora.errors import ModelError
 from cqlora.model.attention import choose_attention
 from cqlora.model.linear import keep_trainable_layout
+from cqlora.model.skeleton import Fill, lay_out_base
 
 logger = logging.getLogger(__name__)
 
@@ -41,31 +42,74 @@ def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dt
 
 def load_base(
     base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The frozen causal language model of a base folder, on `device`, checked against the configured shape.
+) -> tuple[PreTrainedModel, Fill]:
+    """The frozen causal language model of a base folder, checked against the configured shape.
+
+    It is on `device`, whole; under `layers` spread over the GPUs; under `fsdp` its blocks are empty until `place`
+    calls what is returned beside it for each.
 
     Raises:
         ModelError: the folder's shape is not the configured one, or its weights cannot be read.
     """
     check_shape(base, model)
     transformers_logging.disable_progress_bar()
-    placement = "auto" if hardware.strategy is Strategy.layers else {"": device}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            base.path,
-            dtype=dtype,
-            quantization_config=quantization_config(model, hardware, dtype),
-            attn_implementation=choose_attention(model.attention.name, device.type),
-            device_map=placement,
-            local_files_only=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
+    quantization = quantization_config(model, hardware, dtype)
+    attention = choose_attention(model.attention.name, device.type)
+    if hardware.strategy is Strategy.fsdp:
+        loaded, fill = lay_out_base(base, quantization, attention, device, dtype)
+    else:
+        loaded, fill = load_whole(base, quantization, attention, device_map(model, hardware, device), dtype), fill_nothing
     keep_trainable_layout(loaded)
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
     logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
+    return loaded, fill
+
+
+def load_whole(
+    base: Base,
+    quantization: BitsAndBytesConfig | None,
+    attention: str,
+    devices: dict[str, torch.device],
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """Every weight of a base folder, each module on its device.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.path,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation=attention,
+            device_map=devices,
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
     return loaded
+
+
+def fill_nothing(block: torch.nn.Module) -> None:
+    """Blocks that were loaded whole need no filling."""
+
+
+def device_map(model: ModelConfig, hardware: HardwareConfig, device: torch.device) -> dict[str, torch.device]:
+    """Which device each module is loaded to: `device`, or under `layers` an even share of the blocks a GPU.
+
+    The embedding is on the first GPU, the final norm on the last and the output projection beside the last
+    block, unless it is the embedding itself.
+    """
+    if hardware.strategy is not Strategy.layers:
+        return {"": device}
+    gpus = [torch.device("cuda", gpu) for gpu in range(max(1, hardware.gpus_per_node))]
+    blocks = model.num_hidden_layers
+    devices = {f"model.layers.{block}": gpus[block * len(gpus) // blocks] for block in range(blocks)}
+    last = devices[f"model.layers.{blocks - 1}"]
+    head = gpus[0] if model.tie_word_embeddings else last
+    return {"model.embed_tokens": gpus[0], **devices, "model.norm": last, "model.rotary_emb": gpus[0], "lm_head": head}
 
 
 def quantization_config(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -1,0 +1,2 @@
+"""stub"""
+STORE_SOCKET = "CQLORA_STORE_SOCKET"
