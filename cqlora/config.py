@@ -278,6 +278,8 @@ class HardwareConfig:
     """Memory of one GPU; 0 is host memory."""
     host_memory_gib: float = 0.0
     """0 reads this machine's own."""
+    allow_misfit: bool = False
+    """Start a run that the plan says the machine cannot hold."""
     peak_tflops: float = 0.0
     """Dense bf16 matrix throughput of one GPU; 0 is measured."""
     memory_gb_per_s: float = 0.0
@@ -297,6 +299,11 @@ class HardwareConfig:
             raise ConfigError(
                 f"hardware.strategy={self.strategy.name} runs one worker, but nodes × processes_per_node = "
                 f"{self.world_size}; use hardware.strategy=ddp or fsdp."
+            )
+        if self.world_size == 1 and self.strategy is Strategy.fsdp:
+            raise ConfigError(
+                "hardware.strategy=fsdp shards over several workers and nodes × processes_per_node = 1; use "
+                "hardware.strategy=single, or more workers with hardware.processes_per_node=N."
             )
 
     @property

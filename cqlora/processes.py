@@ -87,7 +87,7 @@ def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener:
     environment = {**os.environ, **worker_environment(rank, hardware, listener), FAILURE_FILE: str(failure)}
     output = log.open("wb") if log else None
     process = subprocess.Popen(
-        [sys.executable, "-m", "cqlora.train", str(run_file), str(os.getpid())],
+        worker_command(run_file),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -98,6 +98,11 @@ def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener:
     if output is not None:
         output.close()
     return WorkerProcess(rank, process, log, failure)
+
+
+def worker_command(run_file: Path) -> list[str]:
+    """What trains from a frozen configuration and ends with this process."""
+    return [sys.executable, "-m", "cqlora.train", str(run_file), str(os.getpid())]
 
 
 def worker_environment(rank: int, hardware: HardwareConfig, listener: socket.socket) -> dict[str, str]:

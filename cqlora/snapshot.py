@@ -25,6 +25,7 @@ _FREE_TO_CHANGE = {
     "hardware.name",
     "hardware.gpu_memory_gib",
     "hardware.host_memory_gib",
+    "hardware.allow_misfit",
     "hardware.peak_tflops",
     "hardware.memory_gb_per_s",
     "hardware.link_gb_per_s",
