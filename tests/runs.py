@@ -158,3 +158,21 @@ def _train(run_file: Path, plant: Callable[[], None] | None, environment: dict[s
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     return dict(json.loads((folder / "state.json").read_text()))
+
+
+def build_base(workspace: Path, folder: Path, tied: bool) -> Path:
+    """A tiny base of its own in `folder`."""
+    from cqlora.data.chat import CHAT_TEMPLATE
+    from cqlora.data.sources import SAMPLE_DIR
+    from cqlora.model.tiny import build_tiny, read_sample_texts
+
+    config = typed_run(workspace, "stage=pretrain").model
+    config.path, config.tie_word_embeddings = str(folder), tied
+    return build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+
+
+def extend_tiny(workspace: Path, folder: Path, tied: bool) -> Path:
+    """A tiny base whose card says that its rows 2,000 to 2,047 were added."""
+    built = build_base(workspace, folder / "extended", tied)
+    (built / "cqlora.json").write_text(json.dumps({"first_added_row": 2000, "added_rows": 48}))
+    return built

@@ -2,25 +2,28 @@
 
 import functools
 import os
-import shutil
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import cqlora.model.load
 import cqlora.model.placement
 from cqlora.base import read_base
 from cqlora.data.cache import prepare_cache
 from cqlora.data.order import StepOrder
 from cqlora.metrics import read_metrics
+from cqlora.model.placement import local_part
 from tests.runs import (
     adapter_sha256,
     evaluations,
     events,
+    extend_tiny,
     finish_run,
     finish_workers,
     kill,
@@ -103,3 +106,85 @@ def test_sharding_changes_nothing_whatever_is_trained(overrides, workspace, tmp_
     assert finish_workers(typed_run(workspace, *SHORT, *FSDP, *overrides), tmp_path) == [0, 0]
     tolerance = 1e-2 if overrides == ("hardware.precision=bfloat16",) else 1e-4
     assert_same_numbers(tmp_path, one_process(workspace, *SHORT, *overrides), tolerance)
+
+
+def tell_share() -> None:
+    """Print what each worker holds of the weights."""
+    original = cqlora.model.placement.check_share
+
+    def check(share: float, workers: int) -> None:
+        print(f"holds {share:.4f} of the weights", file=sys.stderr, flush=True)
+        original(share, workers)
+
+    cqlora.model.placement.check_share = check
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_killed_and_resumed_with_dropout_two_workers_give_the_same_bits(layout, workspace, tmp_path):
+    overrides = ("lora.dropout=0.1", "stage.max_steps=9", "stage.checkpoint_every_steps=3")
+    config = typed_run(workspace, *RUN, *overrides, *layout)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert finish_workers(config, whole, tell_share) == [0, 0]
+    children = start_workers(config, stopped)
+    wait_for_step(children[0], stopped, 5)
+    kill(children[1])
+    # Nobody watches these two: the connection's end alone must end the other.
+    children[0].join(timeout=30)
+    assert children[0].exitcode == 1
+    assert finish_workers(config, stopped) == [0, 0]
+    assert events(stopped)[-2:] == ["checkpoint", "checkpoint"] and "resumed" in events(stopped)
+    assert losses(stopped) == losses(whole)
+    assert adapter_sha256(stopped) == adapter_sha256(whole)
+    assert_adapter_is_whole(config.model.path, whole)
+    for told in whole.glob("stderr*.txt") if layout is FSDP else []:
+        share = float(re.search(r"holds ([\d.]+) of the weights", told.read_text())[1])
+        assert 0.49 < share < 0.51
+
+
+def assert_adapter_is_whole(base: str, folder: Path) -> None:
+    """The saved adapter is plain PEFT, of the shapes of a single process's, and the one that was evaluated last."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = PeftModel.from_pretrained(model, folder / "adapter")
+    loaded = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == len(loaded)
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, loaded[name.replace(".weight", ".default.weight")], atol=0, rtol=0)
+    assert all(float(tensor.abs().max()) > 0 for tensor in saved.values())
+
+
+def plant_nan_on_one_worker_at_step_2() -> None:
+    """One number of one worker's gradient is not finite; with replication, every worker has the same gradient."""
+    original = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def clip(parameters, *arguments, **options):
+        calls.append(1)
+        sharded = isinstance(parameters[0], DTensor)
+        if len(calls) == 2 and (os.environ["RANK"] == "1" or not sharded):
+            local_part(parameters[0].grad).view(-1)[0] = float("nan")
+        return original(parameters, *arguments, **options)
+
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
+@pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_what_is_not_finite_on_one_worker_is_skipped_by_all(layout, workspace, tmp_path):
+    config = typed_run(workspace, *SHORT, *layout)
+    assert finish_workers(config, tmp_path, plant_nan_on_one_worker_at_step_2) == [0, 0]
+    assert events(tmp_path).count("skipped_step") == 1
+    assert [step for step, _ in losses(tmp_path)] == [1, 3]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_of_an_extended_base_train_sharded_as_in_one_process(tied, workspace, tmp_path):
+    base = extend_tiny(workspace, tmp_path, tied)
+    overrides = (f"model.path={base}", f"model.tie_word_embeddings={tied}")
+    assert finish_run(typed_run(workspace, *SHORT, *overrides), tmp_path / "one") == 0
+    assert finish_workers(typed_run(workspace, *SHORT, *overrides, *FSDP), tmp_path / "two") == [0, 0]
+    assert_same_numbers(tmp_path / "two", tmp_path / "one", 1e-4)
+    # A sharded run goes on from an adapter, with its rows, as one process does.
+    more = (*overrides, f"stage.init_adapter={tmp_path / 'one' / 'adapter'}", "stage.max_steps=2")
+    assert finish_run(typed_run(workspace, *SHORT, *more), tmp_path / "one-more") == 0
+    assert finish_workers(typed_run(workspace, *SHORT, *more, *FSDP), tmp_path / "two-more") == [0, 0]
+    assert_same_numbers(tmp_path / "two-more", tmp_path / "one-more", 1e-4)

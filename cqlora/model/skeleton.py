@@ -55,7 +55,10 @@ def lay_out_base(
         if not (base.tied and place[0] == "lm_head.weight"):
             _read(reader, place, device, dtype)
     model.tie_weights()
-    model.to(device)
+    # Not model.to, which quantises every stand-in.
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
     def fill(block: nn.Module) -> None:
         for place in places.pop(id(block)):
@@ -66,8 +69,10 @@ def lay_out_base(
 
 def _stand_in(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """A parameter that looks like `parameter` on `device` and repeats a single number."""
-    data = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-    return _like(parameter, data) if isinstance(parameter, Params4bit) else nn.Parameter(data, requires_grad=False)
+    packed = isinstance(parameter, Params4bit)
+    # Bytes, as a quantised weight has elsewhere: PEFT gives an adapter the type of a base in floating point.
+    data = torch.zeros((), dtype=torch.uint8 if packed else parameter.dtype, device=device).expand(parameter.shape)
+    return _like(parameter, data) if packed else nn.Parameter(data, requires_grad=False)
 
 
 def _like(weight: Params4bit, data: torch.Tensor, **options: Any) -> Params4bit:
