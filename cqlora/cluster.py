@@ -50,9 +50,9 @@ def find_slurm_place(environment: Mapping[str, str]) -> dict[str, str] | None:
 
 def first_node(nodes: str) -> str:
     """The first host of a Slurm list such as `gpu[03-05,9],login`."""
-    match = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    assert match is not None
-    return "".join(part or "" for part in match.groups())
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    assert first is not None
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
 def take_place(place: Mapping[str, str], hardware: HardwareConfig) -> None:

@@ -41,8 +41,9 @@ def settle_memory(config: RunConfig, added_rows: int) -> None:
     if config.hardware.allow_misfit or plan_memory(config, added_rows).fit is not Fit.does_not_fit:
         return
     # Only here, since looking for what would fit takes longer than all other checks.
-    raise DoesNotFit(f"{judge(config, added_rows).refusal.rstrip('.')}, or start it all the same with "
-                     "hardware.allow_misfit=true.")
+    raise DoesNotFit(
+        f"{judge(config, added_rows).refusal.rstrip('.')}, or start it all the same with hardware.allow_misfit=true."
+    )
 
 
 def settle_device(hardware: HardwareConfig) -> None:

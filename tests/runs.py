@@ -68,9 +68,7 @@ def finish_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None
     return child.exitcode
 
 
-def start_workers(
-    config: RunConfig, folder: Path, plant: Callable[[], None] | None = None
-) -> list[ForkServerProcess]:
+def start_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> list[ForkServerProcess]:
     """Start a run of several workers as torchrun would, a child each; `plant` is run in every one."""
     run_file, port = freeze_config(config, folder), free_port()
     children = []
@@ -83,9 +81,7 @@ def start_workers(
     return children
 
 
-def finish_workers(
-    config: RunConfig, folder: Path, plant: Callable[[], None] | None = None
-) -> list[int | None]:
+def finish_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> list[int | None]:
     """Run several workers to the end; their exit codes by rank."""
     children = start_workers(config, folder, plant)
     for child in children:

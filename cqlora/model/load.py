@@ -58,7 +58,10 @@ def load_base(
     if hardware.strategy is Strategy.fsdp:
         loaded, fill = lay_out_base(base, quantization, attention, device, dtype)
     else:
-        loaded, fill = load_whole(base, quantization, attention, device_map(model, hardware, device), dtype), fill_nothing
+        loaded, fill = (
+            load_whole(base, quantization, attention, device_map(model, hardware, device), dtype),
+            fill_nothing,
+        )
     keep_trainable_layout(loaded)
     loaded.requires_grad_(False)
     loaded.config.use_cache = False
