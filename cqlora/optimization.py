@@ -22,7 +22,8 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and local_part(parameter).numel():
             own = local_leaf(parameter)
-            shards += [] if own is parameter else [(parameter, own)]
+            if own is not parameter:
+                shards.append((parameter, own))
             (rows if set(name.split(".")) & set(EMBEDDING_MODULES) else rest).append(own)
     rate = stage.learning_rate
     groups = [{"params": rest, "peak_lr": rate, "lr": rate}]
@@ -61,11 +62,11 @@ def lend_gradients(optimizer: torch.optim.Optimizer, shards: list[tuple[nn.Param
     which know no sharded tensors.
     """
 
-    def lend(*_: Any) -> None:
+    def lend(*arguments: Any) -> None:
         for parameter, own in shards:
             own.grad = None if parameter.grad is None else local_part(parameter.grad)
 
-    def take_back(*_: Any) -> None:
+    def take_back(*arguments: Any) -> None:
         for _, own in shards:
             own.grad = None
 

@@ -16,7 +16,7 @@ from cqlora.errors import CqloraError, DataError
 from cqlora.frozen import load_frozen
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fusion import fuse_blocks
-from cqlora.model.load import checkpoint_activations, choose_compute_dtype, load_base
+from cqlora.model.load import checkpoint_activations, choose_compute_dtype, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
@@ -50,7 +50,7 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
     cache = open_cache(config, base, worker)
 
     dtype = choose_compute_dtype(worker.device, config.hardware.precision)
-    frozen, fill = load_base(base, config.model, config.hardware, worker.device, dtype)
+    frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
     if config.lora.method is AdapterMethod.pissa:
         iterations = config.lora.pissa_iterations

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cqlora.choices import Device
 from cqlora.config import HardwareConfig
@@ -107,10 +108,10 @@ def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:
     return group
 
 
-def open_store() -> dist.TCPStore:
+def open_store() -> TCPStore:
     """Where workers that `cqlora.processes` started find each other: rank 0 listens on the socket that it inherits."""
     rank = int(os.environ["RANK"])
-    return dist.TCPStore(
+    return TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),

@@ -66,7 +66,8 @@ def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(wo
     monkeypatch.delenv("OMP_NUM_THREADS")
     work(
         """
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+        names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+        names += ["OMP_NUM_THREADS"]
         open(f"{folder}/told{rank}", "w").write(" ".join(os.environ[name] for name in names))
         """,
         workers=3,
@@ -78,7 +79,7 @@ def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(wo
 
 
 def test_the_error_that_came_first_is_told_and_not_those_that_followed_from_it(work):
-    with pytest.raises(ConfigError, match="^worker 1 was asked for the impossible$"):
+    with pytest.raises(ConfigError, match=r"^worker 1 was asked for the impossible$"):
         work(
             """
             if rank == 1:
@@ -132,7 +133,7 @@ def test_a_signal_is_passed_on_and_what_the_workers_make_of_it_is_told(work):
             time.sleep(100)
             """
 
-    with pytest.raises(Preempted, match="^stopped after step 7$"):
+    with pytest.raises(Preempted, match=r"^stopped after step 7$"):
         work(lines(75))
     # One that is still loading has nothing to commit.
     with pytest.raises(Preempted, match="stopped by SIGTERM before a step"):

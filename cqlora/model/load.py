@@ -42,57 +42,56 @@ def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dt
 
 def load_base(
     base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, Fill]:
-    """The frozen causal language model of a base folder, checked against the configured shape.
+) -> PreTrainedModel:
+    """The frozen causal language model of a base folder, whole, checked against the configured shape.
 
-    It is on `device`, whole; under `layers` spread over the GPUs; under `fsdp` its blocks are empty until `place`
-    calls what is returned beside it for each.
+    It is on `device`, or under `layers` spread over the GPUs.
 
     Raises:
         ModelError: the folder's shape is not the configured one, or its weights cannot be read.
     """
     check_shape(base, model)
     transformers_logging.disable_progress_bar()
-    quantization = quantization_config(model, hardware, dtype)
-    attention = choose_attention(model.attention.name, device.type)
-    if hardware.strategy is Strategy.fsdp:
-        loaded, fill = lay_out_base(base, quantization, attention, device, dtype)
-    else:
-        loaded, fill = (
-            load_whole(base, quantization, attention, device_map(model, hardware, device), dtype),
-            fill_nothing,
-        )
-    keep_trainable_layout(loaded)
-    loaded.requires_grad_(False)
-    loaded.config.use_cache = False
-    logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
-    return loaded, fill
-
-
-def load_whole(
-    base: Base,
-    quantization: BitsAndBytesConfig | None,
-    attention: str,
-    devices: dict[str, torch.device],
-    dtype: torch.dtype,
-) -> PreTrainedModel:
-    """Every weight of a base folder, each module on its device.
-
-    Raises:
-        ModelError: the weights cannot be read.
-    """
     try:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
-            quantization_config=quantization,
-            attn_implementation=attention,
-            device_map=devices,
+            quantization_config=quantization_config(model, hardware, dtype),
+            attn_implementation=choose_attention(model.attention.name, device.type),
+            device_map=device_map(model, hardware, device),
             local_files_only=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
-    return loaded
+    logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
+    return freeze(loaded)
+
+
+def open_model(
+    base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Fill]:
+    """A base to train on, and what fills its blocks when `place` comes to them.
+
+    Under `fsdp` they are empty until then, elsewhere they are loaded at once.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    if hardware.strategy is not Strategy.fsdp:
+        return load_base(base, model, hardware, device, dtype), fill_nothing
+    check_shape(base, model)
+    attention = choose_attention(model.attention.name, device.type)
+    laid_out, fill = lay_out_base(base, quantization_config(model, hardware, dtype), attention, device, dtype)
+    logger.info("base %s: %s, block by block, in %s on %s", base.path, model.quantization.name, dtype, device)
+    return freeze(laid_out), fill
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with nothing to train and no cache."""
+    keep_trainable_layout(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
 
 
 def fill_nothing(block: torch.nn.Module) -> None:

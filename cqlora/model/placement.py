@@ -87,4 +87,4 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 def local_leaf(parameter: nn.Parameter) -> nn.Parameter:
     """What an optimizer updates in place of a parameter: of a sharded one a plain tensor in its shard's memory."""
-    return nn.Parameter(parameter.detach().to_local()) if isinstance(parameter, DTensor) else parameter
+    return nn.Parameter(local_part(parameter.detach())) if isinstance(parameter, DTensor) else parameter

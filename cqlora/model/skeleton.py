@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from transformers.integrations import replace_with_bnb_linear
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from cqlora.base import Base
 from cqlora.errors import ModelError
@@ -36,7 +36,7 @@ def lay_out_base(
     """
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     with init_empty_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if quantization is not None:
         replace_with_bnb_linear(model, ["lm_head"], quantization)
         # PEFT looks here for the kind of its adapters.
