@@ -7,6 +7,7 @@ from shutil import which
 
 from cqlora.base import Base, read_base, read_card
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
+from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
 
@@ -53,6 +54,9 @@ def settle_device(hardware: HardwareConfig) -> None:
         hardware.device = Device.cuda if gpus else Device.cpu
         return
     needed = max(hardware.processes_per_node, hardware.gpus_per_node)
+    if len(gpus) == 1 and find_place(os.environ) is not None:
+        # srun may show each task the one GPU that is its own.
+        needed = 1
     if hardware.device is Device.cuda and len(gpus) < needed:
         raise ConfigError(
             f"hardware={hardware.name} needs {needed} GPU{'s' * (needed > 1)} on this machine, which has "

@@ -95,15 +95,16 @@ def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:
     Tensors on the host go by gloo and those on GPUs by NCCL, whose patience is too short for what one worker
     does while the others wait.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = None if on_cpu else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device is not None:
-        torch.cuda.set_device(device)
-    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+    backend = "gloo"
+    if not on_cpu:
+        backend = "cpu:gloo,cuda:nccl"
+        # Modulo, since srun may show each task the one GPU that is its own.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if STORE_SOCKET in os.environ:
-        dist.init_process_group(backend, store=open_store(), rank=rank, world_size=world_size, device_id=device)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=open_store(), rank=rank, world_size=world_size)
     else:
-        dist.init_process_group(backend, device_id=device)
+        dist.init_process_group(backend)
     group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=PATIENCE)
     return group
 
