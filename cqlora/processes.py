@@ -166,8 +166,14 @@ def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
         raise error_of_code(first.code, first.failure.read_text(encoding="utf-8"))
     if -first.code in received:
         raise Preempted(f"stopped by {signal.Signals(-first.code).name} before a step; {again}")
-    how = f"was killed by {signal.Signals(-first.code).name}" if first.code < 0 else f"ended with code {first.code}"
-    raise TrainingError(f"worker {first.rank} of {len(workers)} {how}{tail(first.log)}; {again}")
+    raise TrainingError(f"worker {first.rank} of {len(workers)} {describe_end(first.code)}; {again}{tail(first.log)}")
+
+
+def describe_end(code: int) -> str:
+    """How a worker ended that did not say why."""
+    if code == -signal.SIGKILL:
+        return "was killed by SIGKILL (by somebody, or by the system for want of memory)"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def find_first_failure(workers: list[WorkerProcess]) -> WorkerProcess | None:
@@ -187,7 +193,7 @@ def tail(log: Path | None) -> str:
     if log is None:
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-    return "".join(f"\n  {line}" for line in lines)
+    return "".join(["\nIts last lines:", *(f"\n  {line.rstrip()}" for line in lines)]) if lines else ""
 
 
 def record_failure(text: str) -> bool:

@@ -99,7 +99,9 @@ def test_a_worker_that_is_killed_is_named_with_what_it_said_last_and_those_that_
 ):
     monkeypatch.setattr(cqlora.processes, "GRACE_SECONDS", 0.5)
     started = time.monotonic()
-    with pytest.raises(TrainingError, match=r"(?s)worker 2 of 3 was killed by SIGKILL\n  so far so good; .*hydra\.run"):
+    with pytest.raises(
+        TrainingError, match=r"(?s)worker 2 of 3 was killed by SIGKILL .*hydra\.run.*\n  so far so good$"
+    ):
         work(
             """
             if rank == 2:
@@ -158,3 +160,27 @@ def test_when_the_command_is_killed_no_worker_is_left(tmp_path):
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert_gone(*(int(file.read_text()) for file in files))
+
+
+def test_processes_that_prepare_data_end_with_the_one_that_they_work_for(tmp_path):
+    script = f"""
+    import multiprocessing, time
+    from cqlora.data.workers import Workers
+    if __name__ == "__main__":
+        with Workers(2) as workers:
+            for number, _ in enumerate(workers.map_in_order(time.sleep, [0.0] * 200 + [100.0] * 2)):
+                pids = " ".join(str(child.pid) for child in multiprocessing.active_children())
+                if number == 150:
+                    open({str(tmp_path / "pids")!r}, "w").write(pids)
+    """
+    (tmp_path / "prepare.py").write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "prepare.py")], env=environment)
+    while not (tmp_path / "pids").is_file() or not (tmp_path / "pids").read_text():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    children = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(children) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert_gone(*children)
