@@ -1,6 +1,7 @@
 """Two gloo workers on a CPU are one process with the same global batch: replicated or sharded, stopped or not."""
 
 import functools
+import gc
 import os
 import re
 import sys
@@ -104,15 +105,39 @@ def test_sharding_changes_nothing_whatever_is_trained(overrides, workspace, tmp_
     assert_same_numbers(tmp_path, one_process(workspace, *SHORT, *overrides), tolerance)
 
 
-def tell_share() -> None:
-    """Print what each worker holds of the weights."""
-    original = cqlora.model.placement.check_share
+def tell_memory() -> None:
+    """Print what each worker holds: its share of the weights, and all tensors around each block's sharding."""
+    check, fully_shard = cqlora.model.placement.check_share, cqlora.model.placement.fully_shard
 
-    def check(share: float, workers: int) -> None:
+    def tell_share(share: float, workers: int) -> None:
         print(f"holds {share:.4f} of the weights", file=sys.stderr, flush=True)
-        original(share, workers)
+        check(share, workers)
 
-    cqlora.model.placement.check_share = check
+    def tell_bytes(module: torch.nn.Module, **options) -> None:
+        before = count_live_bytes()
+        fully_shard(module, **options)
+        print(f"bytes {before} {count_live_bytes()}", file=sys.stderr, flush=True)
+
+    cqlora.model.placement.check_share, cqlora.model.placement.fully_shard = tell_share, tell_bytes
+
+
+def count_live_bytes() -> int:
+    """Memory of every tensor that this process still has."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not isinstance(each, DTensor)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def assert_half_is_held(told: str) -> None:
+    """Two workers hold half the weights each, and from block to block as little as that."""
+    assert 0.49 < float(re.search(r"holds ([\d.]+) of the weights", told)[1]) < 0.51
+    live = [(int(before), int(after)) for before, after in re.findall(r"bytes (\d+) (\d+)", told)]
+    blocks = live[:-1]
+    assert len(blocks) == 2
+    # The second block: what it brought, and what of it, and of its adapter, went to the other worker.
+    brought, left = blocks[1][0] - blocks[0][1], blocks[1][1] - blocks[0][1]
+    assert left < 0.5 * brought
 
 
 @pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
@@ -120,7 +145,7 @@ def test_killed_and_resumed_with_dropout_two_workers_give_the_same_bits(layout, 
     overrides = ("lora.dropout=0.1", "stage.max_steps=9", "stage.checkpoint_every_steps=3")
     config = typed_run(workspace, *RUN, *overrides, *layout)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert finish_workers(config, whole, tell_share) == [0, 0]
+    assert finish_workers(config, whole, tell_memory) == [0, 0]
     children = start_workers(config, stopped)
     wait_for_step(children[0], stopped, 5)
     kill(children[1])
@@ -133,8 +158,7 @@ def test_killed_and_resumed_with_dropout_two_workers_give_the_same_bits(layout, 
     assert adapter_sha256(stopped) == adapter_sha256(whole)
     assert_adapter_is_whole(config.model.path, whole)
     for told in whole.glob("stderr*.txt") if layout is FSDP else []:
-        share = float(re.search(r"holds ([\d.]+) of the weights", told.read_text())[1])
-        assert 0.49 < share < 0.51
+        assert_half_is_held(told.read_text())
 
 
 def assert_adapter_is_whole(base: str, folder: Path) -> None:
