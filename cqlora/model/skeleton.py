@@ -5,6 +5,7 @@ the blocks is read at once, for adapters start from it; a block is read, from ma
 when it is about to be sharded.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,10 @@ def lay_out_base(
             place = (f"{prefix}.{name}", module, name)
             (outside if block is None else places[id(block)]).append(place)
             setattr(module, name, _stand_in(parameter, device))
-    reader = ShardReader(base.path)
-    for place in outside:
-        if not (base.tied and place[0] == "lm_head.weight"):
-            _read(reader, place, device, dtype)
+    if base.tied:
+        outside = [place for place in outside if place[0] != "lm_head.weight"]
+    check_names(ShardReader(base.path), [*outside, *(place for block in places.values() for place in block)])
+    _read(base, outside, device, dtype)
     model.tie_weights()
     # Not model.to, which quantises every stand-in.
     for module in model.modules():
@@ -61,10 +62,16 @@ def lay_out_base(
             setattr(module, name, buffer.to(device))
 
     def fill(block: nn.Module) -> None:
-        for place in places.pop(id(block)):
-            _read(reader, place, device, dtype)
+        _read(base, places.pop(id(block)), device, dtype)
 
     return model, fill
+
+
+def check_names(reader: ShardReader, places: list[_Place]) -> None:
+    """Raise ModelError for a tensor of the model that the files lack."""
+    for name, _, _ in places:
+        if name not in reader.specs:
+            raise ModelError(f"{reader.folder} has no tensor {name}; convert the base again.")
 
 
 def _stand_in(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
@@ -89,14 +96,25 @@ def _like(weight: Params4bit, data: torch.Tensor, **options: Any) -> Params4bit:
     )
 
 
-def _read(reader: ShardReader, place: _Place, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the real weight in the place of a stand-in."""
-    name, module, attribute = place
-    if name not in reader.specs:
-        raise ModelError(f"{reader.folder} has no tensor {name}; convert the base again.")
-    stand_in = getattr(module, attribute)
-    if isinstance(stand_in, Params4bit):
-        setattr(module, attribute, _like(stand_in, reader.read(name).to(dtype)).to(device))
-        return
-    # A copy, since a mapped tensor would be written to by nobody and freed by nobody.
-    setattr(module, attribute, nn.Parameter(reader.read(name).to(device, dtype, copy=True), requires_grad=False))
+def _read(base: Base, places: list[_Place], device: torch.device, dtype: torch.dtype) -> None:
+    """Put real weights in the places of stand-ins.
+
+    The files are mapped anew for each block, so that what was read of them before is let go.
+    """
+    reader = ShardReader(base.path)
+    for name, module, attribute in places:
+        stand_in = getattr(module, attribute)
+        weight = reader.read(name)
+        if isinstance(stand_in, Params4bit):
+            setattr(module, attribute, _like(stand_in, weight.to(dtype)).to(device))
+        else:
+            # A copy, since the mapped tensor is the file.
+            setattr(module, attribute, nn.Parameter(weight.to(device, dtype, copy=True), requires_grad=False))
+    _give_heap_back()
+
+
+def _give_heap_back() -> None:
+    """Return freed memory to the system: quantising on a host leaves glibc's heap in pieces of some matrices' size."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -73,7 +73,5 @@ def test_a_tensor_that_the_files_lack_is_named(base):
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    model, fill = lay_out_base(base, None, "sdpa", CPU, torch.float32)
-    fill(model.model.layers[0])
     with pytest.raises(ModelError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
-        fill(model.model.layers[1])
+        lay_out_base(base, None, "sdpa", CPU, torch.float32)
