@@ -24,6 +24,11 @@ def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given:
         CqloraError: the run cannot start, or its own error.
     """
     place = find_place(os.environ)
+    if place is not None and own_process:
+        raise ConfigError(
+            "workers that torchrun or srun started train one run and --multirun has several; start every job with a "
+            "torchrun or srun of its own."
+        )
     check_run(config)
     if place is not None:
         take_place(place, config.hardware)

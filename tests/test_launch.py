@@ -103,6 +103,14 @@ def test_several_nodes_are_started_on_each_and_not_from_one(workspace, monkeypat
         launch(config, tmp_path, own_process=False)
 
 
+def test_workers_of_torchrun_take_one_run_and_no_sweep(workspace, monkeypatch, tmp_path):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"start every job with a torchrun or srun of its own"):
+        launch(typed_run(workspace, "stage=pretrain", "hardware=2xcpu"), tmp_path, own_process=True)
+
+
 def test_a_sweep_skips_what_does_not_fit_runs_the_rest_and_lists_it(workspace):
     memory = "hardware.host_memory_gib=16,0.01"
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
