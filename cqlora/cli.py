@@ -9,7 +9,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from cqlora.errors import ConfigError, CqloraError
+from cqlora.errors import ConfigError, CqloraError, DoesNotFit
 
 VERBS = {
     "run": "train one run, or a sweep with --multirun",
@@ -49,13 +49,27 @@ def run_program(
         outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
         _stop(error)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, CqloraError)]
     if len(outcomes) > 1:
-        for failed in errors[:-1]:
-            print(f"error: {failed}", file=sys.stderr)
-    if errors:
-        _stop(errors[-1])
-    sys.exit(outcomes[0] if len(outcomes) == 1 and type(outcomes[0]) is int else 0)
+        sys.exit(report_sweep(outcomes))
+    (outcome,) = outcomes or [None]
+    if isinstance(outcome, CqloraError):
+        _stop(outcome)
+    sys.exit(outcome if type(outcome) is int else 0)
+
+
+def report_sweep(outcomes: list[Any]) -> int:
+    """Say at a sweep's end which jobs failed and which were skipped, each with its overrides; the exit code.
+
+    A job that does not fit its machine is skipped: the sweep has failed only where another did, or none ran.
+    """
+    errors = [outcome for outcome in outcomes if isinstance(outcome, CqloraError)]
+    failed = [error for error in errors if not isinstance(error, DoesNotFit)]
+    for error in errors:
+        kind = "skipped" if isinstance(error, DoesNotFit) else "error"
+        print(f"{kind}: {' '.join(error.__notes__)}: {error}", file=sys.stderr)
+    if failed:
+        return failed[-1].exit_code
+    return DoesNotFit.exit_code if len(errors) == len(outcomes) else 0
 
 
 def main() -> None:
@@ -127,6 +141,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
         try:
             outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
+            error.add_note(describe_job())
             outcomes.append(error)
             return None
         return outcomes[-1]
@@ -137,6 +152,16 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
     return outcomes
+
+
+def describe_job() -> str:
+    """Which job of a sweep this is, by its number and what it alone has overridden."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    job = HydraConfig.get().job
+    number = "" if OmegaConf.is_missing(job, "num") else f"job {job.num} "
+    return f"{number}({job.override_dirname.replace(',', ' ')})"
 
 
 def _stop(error: CqloraError) -> NoReturn:

@@ -278,6 +278,8 @@ class HardwareConfig:
     """Memory of one GPU; 0 is host memory."""
     host_memory_gib: float = 0.0
     """0 reads this machine's own."""
+    allow_misfit: bool = False
+    """Start a run that the plan says the machine cannot hold."""
     peak_tflops: float = 0.0
     """Dense bf16 matrix throughput of one GPU; 0 is measured."""
     memory_gb_per_s: float = 0.0
@@ -297,6 +299,11 @@ class HardwareConfig:
             raise ConfigError(
                 f"hardware.strategy={self.strategy.name} runs one worker, but nodes × processes_per_node = "
                 f"{self.world_size}; use hardware.strategy=ddp or fsdp."
+            )
+        if self.world_size == 1 and self.strategy is Strategy.fsdp:
+            raise ConfigError(
+                "hardware.strategy=fsdp shards over several workers and nodes × processes_per_node = 1; use "
+                "hardware.strategy=single, or more workers with hardware.processes_per_node=N."
             )
 
     @property
@@ -373,15 +380,39 @@ class RunConfig:
                 "lora.method=pissa rewrites the base's matrices and cannot share stage.embeddings=lora; "
                 "use stage.embeddings=new_rows or lora.method=lora."
             )
-        if self.hardware.strategy is Strategy.fsdp and self.model.quantization is Quantization.int8:
-            raise ConfigError(
-                "model.quantization=int8 cannot be sharded by hardware.strategy=fsdp; use "
-                "model.quantization=nf4 or hardware.strategy=ddp."
-            )
+        if self.hardware.strategy is Strategy.fsdp:
+            self._check_sharding()
         if self.hardware.cpu_offload and self.hardware.strategy is not Strategy.fsdp:
             raise ConfigError(
                 f"hardware.cpu_offload=true needs hardware.strategy=fsdp, not {self.hardware.strategy.name}."
             )
+
+    def _check_sharding(self) -> None:
+        for refused, key, reason, instead in (
+            (
+                self.model.quantization is Quantization.int8,
+                "model.quantization=int8",
+                "keeps weights whole",
+                "model.quantization=nf4",
+            ),
+            (
+                self.lora.method in (AdapterMethod.dora, AdapterMethod.pissa),
+                f"lora.method={self.lora.method.name}",
+                "starts from whole matrices",
+                "lora.method=lora",
+            ),
+            (
+                self.hardware.precision is Precision.float16,
+                "hardware.precision=float16",
+                "scales losses on each worker",
+                "hardware.precision=bfloat16",
+            ),
+        ):
+            if refused:
+                raise ConfigError(
+                    f"{key} {reason} and cannot be sharded by hardware.strategy=fsdp; use {instead} or "
+                    "hardware.strategy=ddp."
+                )
 
 
 def require_positive(config: Any, *keys: str) -> None:

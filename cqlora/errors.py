@@ -39,3 +39,9 @@ class Preempted(CqloraError):
     """A run that a signal stopped after it committed: started again, it goes on (sysexits' EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def error_of_code(code: int, sentence: str) -> CqloraError:
+    """The error that another process told by its exit code and a sentence."""
+    kinds = {kind.exit_code: kind for kind in (TrainingError, ConfigError, DoesNotFit, Preempted)}
+    return kinds.get(code, TrainingError)(sentence)

@@ -1,67 +1,60 @@
-"""Start a checked run: in this process, in one of its own, or in one worker per GPU under torchrun's agent."""
+"""Start a checked run: in this process, in worker processes of its own, or as one of the workers of a cluster."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from cqlora.cluster import find_place, take_place
 from cqlora.config import RunConfig
-from cqlora.errors import Preempted, TrainingError
+from cqlora.errors import ConfigError
+from cqlora.folder import hold_folder
 from cqlora.frozen import freeze_config
 from cqlora.metrics import read_metrics
 from cqlora.preflight import check_run
-from cqlora.signals import hear_signals
+from cqlora.processes import run_workers
 
 
-def launch(config: RunConfig, output_dir: Path, own_process: bool) -> float | None:
+def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given: bool = True) -> float | None:
     """Run one job in `output_dir`; return the mean held-out loss at its end (None without held-out text).
 
-    `own_process` gives the job a fresh interpreter, which a sweep needs: no state of torch, of a tracker or
-    of the memory allocator passes from one job to the next.
-    """
-    check_run(config)
-    run_file = freeze_config(config, output_dir)
-    if "LOCAL_RANK" in os.environ or (config.hardware.world_size == 1 and not own_process):
-        from cqlora.progress import show_log
-        from cqlora.train import train
-
-        show_log()
-        train(config, output_dir)
-    else:
-        supervise(worker_command(config, run_file), output_dir)
-    return read_final_loss(output_dir)
-
-
-def worker_command(config: RunConfig, run_file: Path) -> list[str]:
-    """The command that trains from a frozen configuration: plain Python for one worker, torchrun for several."""
-    train = ["-m", "cqlora.train", str(run_file)]
-    if config.hardware.world_size == 1:
-        return [sys.executable, *train]
-    workers = f"--nproc-per-node={config.hardware.processes_per_node}"
-    # --standalone lets the agent bind port 0, so two launches at once never meet.
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", workers, *train]
-
-
-def supervise(command: list[str], output_dir: Path) -> None:
-    """Run a worker command to its end in a process group of its own, passing signals on.
+    `own_process` gives a job of one worker a fresh interpreter, which a sweep needs: no state of torch, of a
+    tracker or of the memory allocator passes from one job to the next. Where the folder was not `folder_given`
+    by the user, another is taken if a run is going on in it.
 
     Raises:
-        TrainingError: the worker failed; its own error is already on the terminal.
-        Preempted: a signal stopped the run after a commit.
+        CqloraError: the run cannot start, or its own error.
     """
-    worker = subprocess.Popen(command, start_new_session=True)
-    with hear_signals(lambda number: os.killpg(worker.pid, number)):
-        code = worker.wait()
-    if was_preempted(output_dir) and code != 0:
-        raise Preempted(f"stopped by a signal; the same command with hydra.run.dir={output_dir} goes on.")
-    if code != 0:
-        raise TrainingError(f"the run in {output_dir} ended with exit code {code}; its error stands above.")
+    place = find_place(os.environ)
+    if place is not None and own_process:
+        raise ConfigError(
+            "workers that torchrun or srun started train one run and --multirun has several; start every job with a "
+            "torchrun or srun of its own."
+        )
+    check_run(config)
+    if place is not None:
+        take_place(place, config.hardware)
+    elif config.hardware.nodes > 1:
+        raise ConfigError(
+            f"hardware={config.hardware.name} has {config.hardware.nodes} nodes, and this process can start workers "
+            "on one; start the same command on every node with srun or torchrun."
+        )
+    if place is not None and place["RANK"] != "0":
+        # The first worker names the folder and holds it.
+        return train_here(config, output_dir)
+    with hold_folder(output_dir, folder_given) as folder:
+        run_file = freeze_config(config, folder)
+        if place is None and (own_process or config.hardware.world_size > 1):
+            run_workers(run_file, config.hardware)
+            return read_final_loss(folder)
+        return train_here(config, folder)
 
 
-def was_preempted(output_dir: Path) -> bool:
-    """Whether the last thing that the run recorded is that it committed and left on a signal."""
-    rows = read_metrics(output_dir)
-    return bool(rows) and rows[-1].get("event") == "preempted"
+def train_here(config: RunConfig, output_dir: Path) -> float | None:
+    """Train in this process."""
+    from cqlora.progress import show_log
+    from cqlora.train import train
+
+    show_log()
+    return read_final_loss(train(config, output_dir))
 
 
 def read_final_loss(output_dir: Path) -> float | None:

@@ -1,6 +1,8 @@
 """The optimizer, its parameter groups and the learning rate of each step."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,15 +11,20 @@ from torch import nn
 from cqlora.choices import Optimizer, Schedule
 from cqlora.config import StageConfig
 from cqlora.model.adapters import EMBEDDING_MODULES
+from cqlora.model.placement import local_leaf, local_part
 
 
 def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, embedding rows in a group of their own."""
+    """AdamW over what this worker holds of the trainable parameters, embedding rows in a group of their own."""
     rows: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
+    shards: list[tuple[nn.Parameter, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (rows if set(name.split(".")) & set(EMBEDDING_MODULES) else rest).append(parameter)
+        if parameter.requires_grad and local_part(parameter).numel():
+            own = local_leaf(parameter)
+            if own is not parameter:
+                shards.append((parameter, own))
+            (rows if set(name.split(".")) & set(EMBEDDING_MODULES) else rest).append(own)
     rate = stage.learning_rate
     groups = [{"params": rest, "peak_lr": rate, "lr": rate}]
     if rows:
@@ -28,17 +35,43 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
         "eps": stage.adam_epsilon,
         "weight_decay": stage.weight_decay,
     }
-    if stage.optimizer in (Optimizer.auto, Optimizer.adamw):
-        return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True, **options)
+    optimizer = choose_optimizer(stage.optimizer)(groups, lr=stage.learning_rate, **options)
+    if shards:
+        lend_gradients(optimizer, shards)
+    return optimizer
+
+
+def choose_optimizer(choice: Optimizer) -> Callable[..., torch.optim.Optimizer]:
+    """The constructor of an optimizer."""
+    if choice in (Optimizer.auto, Optimizer.adamw):
+        return partial(torch.optim.AdamW, fused=True)
     import bitsandbytes as bnb
 
-    kinds = {
+    kinds: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
         Optimizer.adamw_8bit: bnb.optim.AdamW8bit,
         Optimizer.paged_adamw: bnb.optim.PagedAdamW32bit,
         Optimizer.paged_adamw_8bit: bnb.optim.PagedAdamW8bit,
     }
-    optimizer: torch.optim.Optimizer = kinds[stage.optimizer](groups, lr=stage.learning_rate, **options)
-    return optimizer
+    return kinds[choice]
+
+
+def lend_gradients(optimizer: torch.optim.Optimizer, shards: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Let a step see the gradients of sharded parameters at the plain tensors that it updates.
+
+    AdamW works element by element, so each worker updates its shards alone, also by bitsandbytes' kernels,
+    which know no sharded tensors.
+    """
+
+    def lend(*arguments: Any) -> None:
+        for parameter, own in shards:
+            own.grad = None if parameter.grad is None else local_part(parameter.grad)
+
+    def take_back(*arguments: Any) -> None:
+        for _, own in shards:
+            own.grad = None
+
+    optimizer.register_step_pre_hook(lend)
+    optimizer.register_step_post_hook(take_back)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, stage: StageConfig, step: int, total_steps: int) -> float:

@@ -7,8 +7,9 @@ from shutil import which
 
 from cqlora.base import Base, read_base, read_card
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
+from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
-from cqlora.errors import ConfigError, ModelError
+from cqlora.errors import ConfigError, DoesNotFit, ModelError
 
 
 def check_run(config: RunConfig) -> None:
@@ -18,19 +19,32 @@ def check_run(config: RunConfig) -> None:
         ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
         ModelError: the base's folder or the adapter to continue from is missing or unfit.
         DataError: a source is nowhere to be found.
+        DoesNotFit: the plan says that the machine cannot hold the run.
     """
     from cqlora.data.sources import find_sources
-    from cqlora.plan import resolve_checkpointing
 
     settle_device(config.hardware)
     check_device_support(config)
     unbuilt = config.model.random_init and not Path(config.model.path).exists()
     base = None if unbuilt else read_base(config.model.path)
     settle_embeddings(config, base)
-    config.hardware.activation_checkpointing = resolve_checkpointing(config, base.added_rows if base else 0)
+    settle_memory(config, base.added_rows if base else 0)
     if config.stage.init_adapter:
         check_adapter_folder(Path(config.stage.init_adapter))
     find_sources(config.data, config.stage.name)
+
+
+def settle_memory(config: RunConfig, added_rows: int) -> None:
+    """Settle which activations are kept, and raise DoesNotFit, with what would fit, where none of it fits."""
+    from cqlora.plan import Fit, judge, plan_memory, resolve_checkpointing
+
+    config.hardware.activation_checkpointing = resolve_checkpointing(config, added_rows)
+    if config.hardware.allow_misfit or plan_memory(config, added_rows).fit is not Fit.does_not_fit:
+        return
+    # Only here, since looking for what would fit takes longer than all other checks.
+    raise DoesNotFit(
+        f"{judge(config, added_rows).refusal.rstrip('.')}, or start it all the same with hardware.allow_misfit=true."
+    )
 
 
 def settle_device(hardware: HardwareConfig) -> None:
@@ -40,6 +54,9 @@ def settle_device(hardware: HardwareConfig) -> None:
         hardware.device = Device.cuda if gpus else Device.cpu
         return
     needed = max(hardware.processes_per_node, hardware.gpus_per_node)
+    if len(gpus) == 1 and find_place(os.environ) is not None:
+        # srun may show each task the one GPU that is its own.
+        needed = 1
     if hardware.device is Device.cuda and len(gpus) < needed:
         raise ConfigError(
             f"hardware={hardware.name} needs {needed} GPU{'s' * (needed > 1)} on this machine, which has "

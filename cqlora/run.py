@@ -15,7 +15,8 @@ def run(config: RunConfig) -> float | None:
 
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
-    return launch(config, Path(hydra.runtime.output_dir), own_process=swept)
+    given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
+    return launch(config, Path(hydra.runtime.output_dir), own_process=swept, folder_given=given)
 
 
 def main() -> None:

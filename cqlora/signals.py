@@ -1,8 +1,13 @@
-"""Hearing SIGTERM and SIGINT for as long as a block runs."""
+"""Hearing SIGTERM and SIGINT for as long as a block runs, and ending with the process that started this one."""
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -15,3 +20,13 @@ def hear_signals(hear: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the process `parent`, which started this one, ends, be it by kill -9 (Linux, prctl(2))."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It ended before the kernel was asked.
+        os.kill(os.getpid(), signal.SIGKILL)

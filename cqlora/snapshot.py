@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cqlora.checkpoint import CheckpointStore
 from cqlora.choices import Schedule, Strategy
@@ -26,6 +25,7 @@ _FREE_TO_CHANGE = {
     "hardware.name",
     "hardware.gpu_memory_gib",
     "hardware.host_memory_gib",
+    "hardware.allow_misfit",
     "hardware.peak_tflops",
     "hardware.memory_gb_per_s",
     "hardware.link_gb_per_s",
@@ -116,7 +116,7 @@ def write_snapshot(
     if worker.is_main or strategy is Strategy.fsdp:
         held = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
         store.write(progress.step, _file("trainable", worker, "safetensors"), save(held))
-        states = {"optimizer": _map_tensors(optimizer.state_dict(), local_part), "scaler": scaler.state_dict()}
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         store.write(progress.step, _file("optimizer", worker, "pt"), _serialise(states))
     store.write(progress.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
     worker.wait()
@@ -145,7 +145,6 @@ def restore_snapshot(
                 local_part(parameter).copy_(stored[name])
     states = torch.load(folder / _file("optimizer", owner, "pt"), map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
-    _shard_states(optimizer)
     scaler.load_state_dict(states["scaler"])
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
     restore_generators(random, worker.device)
@@ -166,23 +165,3 @@ def _serialise(values: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(values, stream)
     return stream.getvalue()
-
-
-def _map_tensors(values: Any, change: Any) -> Any:
-    if isinstance(values, torch.Tensor):
-        return change(values)
-    if isinstance(values, dict):
-        return {key: _map_tensors(value, change) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(_map_tensors(value, change) for value in values)
-    return values
-
-
-def _shard_states(optimizer: torch.optim.Optimizer) -> None:
-    """Make states that were stored as local shards shards again, beside sharded parameters."""
-    for parameter, state in optimizer.state.items():
-        if isinstance(parameter, DTensor):
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == local_part(parameter).shape:
-                    local = value.to(local_part(parameter).device)
-                    state[key] = DTensor.from_local(local, parameter.device_mesh, parameter.placements)

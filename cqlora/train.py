@@ -1,7 +1,10 @@
 """One training run from a frozen configuration: the table of contents."""
 
+import os
 import sys
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights
@@ -13,41 +16,64 @@ from cqlora.errors import CqloraError, DataError
 from cqlora.frozen import load_frozen
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fusion import fuse_blocks
-from cqlora.model.load import checkpoint_activations, choose_compute_dtype, load_base
+from cqlora.model.load import checkpoint_activations, choose_compute_dtype, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
 from cqlora.optimization import build_optimizer
+from cqlora.processes import record_failure
 from cqlora.progress import StageDisplay, show_log
 from cqlora.random_base import open_base
+from cqlora.signals import die_with
 from cqlora.snapshot import describe_identity
-from cqlora.tracking import open_record
+from cqlora.tracking import Record, open_record
 from cqlora.trainer import Trainer
 from cqlora.worker import Worker, seed_everything, start_worker
 
 
-def train(config: RunConfig, output_dir: Path) -> None:
-    """Train an adapter in `output_dir`, which ends with metrics.jsonl, checkpoints/ and adapter/."""
-    with start_worker(config.hardware) as worker, open_record(config, output_dir, worker.is_main) as record:
-        seed_everything(config.seed, worker.rank)
-        base = worker.first(lambda: open_base(config.model))
-        cache = open_cache(config, base, worker)
+def train(config: RunConfig, output_dir: Path) -> Path:
+    """Train an adapter; return the run's folder, which ends with metrics.jsonl, checkpoints/ and adapter/.
 
-        dtype = choose_compute_dtype(worker.device, config.hardware.precision)
-        model = load_base(base, config.model, config.hardware, worker.device, dtype)
-        model = attach_adapter(model, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
-        if config.lora.method is AdapterMethod.pissa:
-            initialise_pissa(model, base, output_dir, config.lora.pissa_iterations, config.seed)
-        checkpoint_activations(model, config.hardware.activation_checkpointing)
-        fused = fuse_blocks(model)
-        module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device)
-        optimizer = build_optimizer(module, config.stage, worker.device)
+    Workers that were started each on their own may each have named another folder: rank 0's is the run's.
+    """
+    with start_worker(config.hardware) as worker:
+        folder = agree_on_folder(output_dir, worker)
+        with open_record(config, folder, worker.is_main) as record:
+            train_as(worker, config, folder, record)
+    return folder
 
-        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
-        seed_everything(config.seed, worker.rank)
-        trainer.resume(identify(config, base, cache, trainer.total_steps))
-        trainer.fit()
-        save_final(config, trainer, base, output_dir)
+
+def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record) -> None:
+    """One worker's part."""
+    seed_everything(config.seed)
+    base = worker.first(lambda: open_base(config.model))
+    cache = open_cache(config, base, worker)
+
+    dtype = choose_compute_dtype(worker.device, config.hardware.precision)
+    frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
+    model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
+    if config.lora.method is AdapterMethod.pissa:
+        iterations = config.lora.pissa_iterations
+        worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
+    checkpoint_activations(model, config.hardware.activation_checkpointing)
+    fused = fuse_blocks(model)
+    module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
+    optimizer = build_optimizer(module, config.stage, worker.device)
+
+    trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+    seed_everything(config.seed, worker.rank)
+    trainer.resume(identify(config, base, cache, trainer.total_steps))
+    trainer.fit()
+    save_final(config, trainer, base, output_dir)
+
+
+def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
+    """Rank 0's folder; another that this worker's own start has made and not used is removed."""
+    own = output_dir.resolve()
+    folder: Path = worker.broadcast(own)
+    if own != folder and own.is_dir() and not any(own.iterdir()):
+        own.rmdir()
+    return folder
 
 
 def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
@@ -87,14 +113,25 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, output_dir: Path
 
 
 def main() -> None:
-    """A worker: `python -m cqlora.train RUN_YAML`, started by `cqlora.launch` or torchrun."""
+    """A worker: `python -m cqlora.train RUN_YAML`, started by `cqlora.launch` (which adds its own id) or torchrun."""
     run_file = Path(sys.argv[1])
+    if sys.argv[2:]:
+        die_with(int(sys.argv[2]))
+    sys.excepthook = tell_failure
     show_log()
     try:
         train(load_frozen(run_file), run_file.parent)
     except CqloraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not record_failure(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def tell_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that nobody foresaw, with its traceback, to whoever started this worker."""
+    told = "".join(traceback.format_exception(kind, error, trace))
+    if not record_failure(f"worker {os.environ.get('RANK', '0')} failed.\n{told}"):
+        sys.__excepthook__(kind, error, trace)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ class Trainer:
         else:
             self._skip_step(result)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         return result
 
     def accumulate(self, stop_asked: bool) -> StepResult:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -67,6 +68,35 @@ def finish_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None
     return child.exitcode
 
 
+def start_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> list[ForkServerProcess]:
+    """Start a run of several workers as torchrun would, a child each; `plant` is run in every one."""
+    run_file, port = freeze_config(config, folder), free_port()
+    children = []
+    for rank in range(config.hardware.world_size):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.hardware.world_size}
+        place |= {"LOCAL_WORLD_SIZE": config.hardware.world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in place.items()}
+        children.append(_context.Process(target=_train, args=(run_file, plant, environment)))
+        children[-1].start()
+    return children
+
+
+def finish_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> list[int | None]:
+    """Run several workers to the end; their exit codes by rank."""
+    children = start_workers(config, folder, plant)
+    for child in children:
+        child.join(timeout=240)
+        assert child.exitcode is not None, "the run hangs"
+    return [child.exitcode for child in children]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Step and loss of every training line, which a resumed run must repeat to the last bit."""
     return [(row["step"], row["loss"]) for row in read_metrics(folder) if row["kind"] == "train"]
@@ -102,7 +132,8 @@ def kill(child: ForkServerProcess) -> None:
     child.join()
 
 
-def _train(run_file: Path, plant: Callable[[], None] | None) -> None:
+def _train(run_file: Path, plant: Callable[[], None] | None, environment: dict[str, str] | None = None) -> None:
+    os.environ.update(environment or {})
     import torch
 
     from cqlora.train import train
@@ -110,7 +141,8 @@ def _train(run_file: Path, plant: Callable[[], None] | None) -> None:
     torch.set_num_threads(1)
     if plant is not None:
         plant()
-    log = (run_file.parent / "stderr.txt").open("a")
+    rank = os.environ.get("RANK", "0")
+    log = (run_file.parent / ("stderr.txt" if rank == "0" else f"stderr-rank{rank}.txt")).open("a")
     os.dup2(log.fileno(), 2)
     try:
         train(load_frozen(run_file), run_file.parent)
@@ -122,3 +154,21 @@ def _train(run_file: Path, plant: Callable[[], None] | None) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     return dict(json.loads((folder / "state.json").read_text()))
+
+
+def build_base(workspace: Path, folder: Path, tied: bool) -> Path:
+    """A tiny base of its own in `folder`."""
+    from cqlora.data.chat import CHAT_TEMPLATE
+    from cqlora.data.sources import SAMPLE_DIR
+    from cqlora.model.tiny import build_tiny, read_sample_texts
+
+    config = typed_run(workspace, "stage=pretrain").model
+    config.path, config.tie_word_embeddings = str(folder), tied
+    return build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+
+
+def extend_tiny(workspace: Path, folder: Path, tied: bool) -> Path:
+    """A tiny base whose card says that its rows 2,000 to 2,047 were added."""
+    built = build_base(workspace, folder / "extended", tied)
+    (built / "cqlora.json").write_text(json.dumps({"first_added_row": 2000, "added_rows": 48}))
+    return built

@@ -37,7 +37,7 @@ LIGHT_MODULES = [
     "launch",
     "metrics",
 ]
-LIGHT_MODULES += ["preflight", "run"]
+LIGHT_MODULES += ["cluster", "folder", "preflight", "processes", "run", "signals"]
 LIGHT_ROOMS = ["data", "plan"]
 
 

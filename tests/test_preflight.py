@@ -7,7 +7,7 @@ import pytest
 
 from cqlora.choices import Checkpointing, Device, Embeddings
 from cqlora.config import HardwareConfig
-from cqlora.errors import ConfigError, DataError, ModelError
+from cqlora.errors import ConfigError, DataError, DoesNotFit, ModelError
 from cqlora.preflight import check_fingerprints, list_gpus, settle_device
 from tests.runs import typed_run
 
@@ -37,6 +37,31 @@ def test_gpus_that_are_missing_or_smaller_than_counted_on_are_named(monkeypatch)
         settle_device(four_a100())
     pretend_gpus(monkeypatch, 81920, 81920, 81920, 81920)
     settle_device(four_a100())
+
+
+def test_a_task_that_srun_shows_its_own_gpu_alone_may_start(monkeypatch):
+    pretend_gpus(monkeypatch, 81920)
+    with pytest.raises(ConfigError, match="has 1"):
+        settle_device(four_a100())
+    task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    settle_device(four_a100())
+
+
+def test_what_cannot_fit_is_refused_with_what_would_and_started_when_that_is_typed(workspace):
+    small = ("stage=pretrain", "hardware.host_memory_gib=0.01")
+    with pytest.raises(
+        DoesNotFit, match=r"needs [\d.]+ GiB per process, and hardware=cpu has 0\.0; .*allow_misfit=true"
+    ):
+        typed_run(workspace, *small)
+    assert typed_run(workspace, *small, "hardware.allow_misfit=true").hardware.allow_misfit
+
+
+@pytest.mark.parametrize("layout", [(), ("hardware=2xcpu", "stage.global_batch_size=2"), ("stage=sft",)])
+def test_what_the_readme_runs_on_a_processor_is_never_refused(layout, workspace):
+    """On a machine of four GiB."""
+    typed_run(workspace, "stage=pretrain", *layout, "hardware.host_memory_gib=4")
 
 
 def test_only_visible_gpus_count(monkeypatch):
@@ -98,5 +123,5 @@ def test_fingerprints_that_differ_name_the_tokenizer_or_the_base(tmp_path):
 def test_activation_checkpointing_is_as_little_as_fits(workspace):
     roomy = typed_run(workspace, "stage=pretrain")
     assert roomy.hardware.activation_checkpointing is Checkpointing.none
-    tight = typed_run(workspace, "stage=pretrain", "hardware.host_memory_gib=0.001")
+    tight = typed_run(workspace, "stage=pretrain", "hardware.host_memory_gib=0.001", "hardware.allow_misfit=true")
     assert tight.hardware.activation_checkpointing is Checkpointing.full

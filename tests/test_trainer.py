@@ -1,7 +1,6 @@
 """The step loop against independent computations: the stock model's loss, a closed form, another split of the batch."""
 
 import functools
-import json
 import math
 import operator
 import shutil
@@ -15,13 +14,10 @@ from transformers import AutoModelForCausalLM
 from cqlora.base import read_base
 from cqlora.config import PretrainConfig
 from cqlora.data.cache import prepare_cache
-from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.order import StepOrder, share_among_ranks
-from cqlora.data.sources import SAMPLE_DIR
 from cqlora.metrics import read_metrics
-from cqlora.model.tiny import build_tiny, read_sample_texts
 from cqlora.optimization import learning_rate_share
-from tests.runs import adapter_sha256, evaluations, events, finish_run, losses, typed_run
+from tests.runs import adapter_sha256, evaluations, events, extend_tiny, finish_run, losses, typed_run
 
 PLAIN = ("stage=pretrain", "lora.dropout=0", "model.quantization=none", "stage.max_steps=4")
 
@@ -173,15 +169,6 @@ def test_a_run_on_an_extended_base_trains_its_added_rows_and_resumes_exactly(tie
     assert finish_run(config, tmp_path / "resumed") == 0
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
     assert adapter_sha256(tmp_path / "resumed") == adapter_sha256(tmp_path / "whole")
-
-
-def extend_tiny(workspace, tmp_path, tied):
-    """A tiny base whose card says that its rows 2,000 to 2,047 were added."""
-    config = typed_run(workspace, "stage=pretrain").model
-    config.path, config.tie_word_embeddings = str(tmp_path / "extended"), tied
-    folder = build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
-    (folder / "cqlora.json").write_text(json.dumps({"first_added_row": 2000, "added_rows": 48}))
-    return folder
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw"])

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from cqlora.errors import DataError
+from cqlora.signals import die_with
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -70,7 +71,9 @@ class Workers:
         if self._pool is None:
             # Spawned, not forked: this process may hold threads of a tokenizer, of torch or of Arrow.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=use_one_core)
+            self._pool = ProcessPoolExecutor(
+                self.count, mp_context=context, initializer=start_process, initargs=(os.getpid(),)
+            )
         try:
             yield from in_order(self._pool, function, tasks, 2 * self.count)
         except BrokenProcessPool:
@@ -91,6 +94,12 @@ def in_order(
             yield done, future.result()
     for done, future in under_way:
         yield done, future.result()
+
+
+def start_process(parent: int) -> None:
+    """One core, for as long as the process that it works for lives."""
+    die_with(parent)
+    use_one_core()
 
 
 def use_one_core() -> None:

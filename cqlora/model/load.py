@@ -14,6 +14,7 @@ from cqlora.config import HardwareConfig, ModelConfig
 from cqlora.errors import ModelError
 from cqlora.model.attention import choose_attention
 from cqlora.model.linear import keep_trainable_layout
+from cqlora.model.skeleton import Fill, lay_out_base
 
 logger = logging.getLogger(__name__)
 
@@ -42,30 +43,75 @@ def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dt
 def load_base(
     base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The frozen causal language model of a base folder, on `device`, checked against the configured shape.
+    """The frozen causal language model of a base folder, whole, checked against the configured shape.
+
+    It is on `device`, or under `layers` spread over the GPUs.
 
     Raises:
         ModelError: the folder's shape is not the configured one, or its weights cannot be read.
     """
     check_shape(base, model)
     transformers_logging.disable_progress_bar()
-    placement = "auto" if hardware.strategy is Strategy.layers else {"": device}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             base.path,
             dtype=dtype,
             quantization_config=quantization_config(model, hardware, dtype),
             attn_implementation=choose_attention(model.attention.name, device.type),
-            device_map=placement,
+            device_map=device_map(model, hardware, device),
             local_files_only=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
-    keep_trainable_layout(loaded)
-    loaded.requires_grad_(False)
-    loaded.config.use_cache = False
     logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
-    return loaded
+    return freeze(loaded)
+
+
+def open_model(
+    base: Base, model: ModelConfig, hardware: HardwareConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Fill]:
+    """A base to train on, and what fills its blocks when `place` comes to them.
+
+    Under `fsdp` they are empty until then, elsewhere they are loaded at once.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    if hardware.strategy is not Strategy.fsdp:
+        return load_base(base, model, hardware, device, dtype), fill_nothing
+    check_shape(base, model)
+    attention = choose_attention(model.attention.name, device.type)
+    laid_out, fill = lay_out_base(base, quantization_config(model, hardware, dtype), attention, device, dtype)
+    logger.info("base %s: %s, block by block, in %s on %s", base.path, model.quantization.name, dtype, device)
+    return freeze(laid_out), fill
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with nothing to train and no cache."""
+    keep_trainable_layout(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def fill_nothing(block: torch.nn.Module) -> None:
+    """Blocks that were loaded whole need no filling."""
+
+
+def device_map(model: ModelConfig, hardware: HardwareConfig, device: torch.device) -> dict[str, torch.device]:
+    """Which device each module is loaded to: `device`, or under `layers` an even share of the blocks a GPU.
+
+    The embedding is on the first GPU, the final norm on the last and the output projection beside the last
+    block, unless it is the embedding itself.
+    """
+    if hardware.strategy is not Strategy.layers:
+        return {"": device}
+    gpus = [torch.device("cuda", gpu) for gpu in range(max(1, hardware.gpus_per_node))]
+    blocks = model.num_hidden_layers
+    devices = {f"model.layers.{block}": gpus[block * len(gpus) // blocks] for block in range(blocks)}
+    last = devices[f"model.layers.{blocks - 1}"]
+    head = gpus[0] if model.tie_word_embeddings else last
+    return {"model.embed_tokens": gpus[0], **devices, "model.norm": last, "model.rotary_emb": gpus[0], "lm_head": head}
 
 
 def quantization_config(model: ModelConfig, hardware: HardwareConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:

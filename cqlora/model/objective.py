@@ -34,4 +34,7 @@ class Objective(nn.Module):
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state
         head = OutputHead.from_module(find_head(self.model))
-        return label_cross_entropy(hidden, batch.labels, head, divisor)
+        # Under `layers` the head may be on another GPU than the last block, and both on another than the batch.
+        device = head.weight.device
+        loss, losses, positions = label_cross_entropy(hidden.to(device), batch.labels.to(device), head, divisor)
+        return loss, losses, positions.to(batch.labels.device)

@@ -15,10 +15,13 @@ from cqlora.config import HardwareConfig
 from cqlora.errors import ModelError
 from cqlora.model.load import find_decoder
 from cqlora.model.objective import Objective
+from cqlora.model.skeleton import Fill
 
 
-def place(objective: Objective, hardware: HardwareConfig, device: torch.device) -> nn.Module:
+def place(objective: Objective, hardware: HardwareConfig, device: torch.device, fill: Fill) -> nn.Module:
     """The module to call in a training step; its gradients are means over the workers.
+
+    `fill` reads a block's weights where they were left for this moment.
 
     Raises:
         ModelError: sharding left a worker with more than its share.
@@ -26,26 +29,40 @@ def place(objective: Objective, hardware: HardwareConfig, device: torch.device) 
     if hardware.strategy is Strategy.ddp and hardware.world_size > 1:
         return DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
     if hardware.strategy is Strategy.fsdp:
-        return shard(objective, hardware, device)
+        return shard(objective, hardware, device, fill)
     return objective
 
 
-def shard(objective: Objective, hardware: HardwareConfig, device: torch.device) -> nn.Module:
-    """FSDP2 over all workers, one unit per block and one for the rest."""
-    whole = sum(p.numel() * p.element_size() for p in objective.parameters())
+def shard(objective: Objective, hardware: HardwareConfig, device: torch.device, fill: Fill) -> nn.Module:
+    """FSDP2 over all workers, one unit per block and one for the rest; a block is filled and at once sharded."""
     mesh = init_device_mesh(device.type, (hardware.world_size,))
-    offload = CPUOffloadPolicy() if hardware.cpu_offload else OffloadPolicy()
-    for block in cast(nn.ModuleList, find_decoder(objective.model).layers):
+    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if hardware.cpu_offload else OffloadPolicy()
+    blocks = cast(nn.ModuleList, find_decoder(objective.model).layers)
+    whole = 0
+    for block in blocks:
+        fill(block)
+        whole += count_bytes(block)
         fully_shard(block, mesh=mesh, offload_policy=offload)
+    sharded = {id(parameter) for block in blocks for parameter in block.parameters()}
+    whole += sum(p.numel() * p.element_size() for p in objective.parameters() if id(p) not in sharded)
     fully_shard(objective, mesh=mesh, offload_policy=offload)
-    held = sum(local_part(p).numel() * p.element_size() for p in objective.parameters())
-    # Rows that do not divide are padded on the last rank; anything beyond a tenth stayed whole.
-    if held > 1.1 * whole / hardware.world_size:
+    check_share(count_bytes(objective) / whole, hardware.world_size)
+    return objective
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Bytes of parameters that this worker holds."""
+    return sum(local_part(p).numel() * p.element_size() for p in module.parameters())
+
+
+def check_share(share: float, workers: int) -> None:
+    """Raise ModelError when this worker holds much more than its part of the weights."""
+    # Rows that do not divide leave some workers a row more; anything beyond a tenth stayed whole.
+    if share > 1.1 / workers:
         raise ModelError(
-            f"hardware.strategy=fsdp left {held / whole:.0%} of the weights on one of {hardware.world_size} workers; "
+            f"hardware.strategy=fsdp left {share:.0%} of the weights on one of {workers} workers; "
             "use hardware.strategy=ddp or model.quantization=nf4."
         )
-    return objective
 
 
 def accumulate_without_sync(module: nn.Module) -> AbstractContextManager[None]:
@@ -66,3 +83,8 @@ def unwrap(module: nn.Module) -> Objective:
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
     """What this worker holds of a tensor: its shard of a sharded one, else all."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def local_leaf(parameter: nn.Parameter) -> nn.Parameter:
+    """What an optimizer updates in place of a parameter: of a sharded one a plain tensor in its shard's memory."""
+    return nn.Parameter(local_part(parameter.detach())) if isinstance(parameter, DTensor) else parameter
