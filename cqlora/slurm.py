@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import NoReturn
 
 from cqlora.errors import Preempted
@@ -20,10 +21,20 @@ def leave_job() -> NoReturn:
     A job that Slurm itself ends (preempted, requeued or cancelled) is left to it. One that still counts as running
     was warned of its time limit: it is queued again. The process leaves no result, since the job is not over.
     """
-    job, rank = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_PROCID", "0")
-    if rank == "0" and job_state(job) == "RUNNING":
+    job = own_job(os.environ)
+    if os.environ.get("SLURM_PROCID", "0") == "0" and job_state(job) == "RUNNING":
         subprocess.run(["scontrol", "requeue", job], check=True)
     sys.exit(Preempted.exit_code)
+
+
+def own_job(environment: Mapping[str, str]) -> str:
+    """How Slurm's commands name this job: one of an array by array and index.
+
+    The bare number of an array's last job stands for the whole array.
+    """
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
 
 
 def job_state(job: str) -> str:

@@ -85,13 +85,16 @@ def test_the_batch_script_starts_a_worker_for_each_task(cluster: None, workspace
 
 def disturb(folder: Path, how: Callable[[str], str]) -> None:
     """Do something to the job that runs in `folder`, as soon as it has trained some steps."""
-    until(lambda: (folder / "metrics.jsonl").is_file() and len(losses(folder)) >= 5 or hurry())
-    how(slurm("squeue", "--noheader", "--states=RUNNING", "--format=%A").split()[0])
+    until(lambda: (folder / "metrics.jsonl").is_file() and len(losses(folder)) >= 5)
+    # By array and index: the bare number of an array's last job stands for the whole array.
+    running = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%F_%K").split()
+    (job,) = [job for job in running if job.endswith(f"_{folder.name}")]
+    how(job)
 
 
 def hurry() -> bool:
     """Let jobs that were queued again start now, not two minutes later; False, so that waiting goes on."""
-    for line in slurm("squeue", "--noheader", "--states=PENDING", "--format=%A %r").splitlines():
+    for line in slurm("squeue", "--noheader", "--states=PENDING", "--format=%F_%K %r").splitlines():
         job, reason = line.split(maxsplit=1)
         if reason == "BeginTime":
             subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, capture_output=True)
