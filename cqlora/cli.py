@@ -136,12 +136,16 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     outcomes: list[Any] = []
+    home = os.getpid()
 
     def task(composed: DictConfig) -> Any:
         try:
             outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
             error.add_note(describe_job())
+            if os.getpid() != home:
+                # A launcher runs the job elsewhere, and what it raises is what comes back.
+                raise
             outcomes.append(error)
             return None
         return outcomes[-1]

@@ -60,6 +60,8 @@ def explain_composition(error: Exception, schema: type, arguments: list[str]) ->
 
 def _name_unknown_choice(missing: str, options: list[str]) -> str:
     group, _, choice = missing.rpartition("/")
+    if group == "hydra/launcher" and choice.startswith("submitit"):
+        return "hardware=slurm_… needs hydra-submitit-launcher, which is not installed; pip install 'cqlora[slurm]'."
     near = get_close_matches(choice, options, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""
     return f"{group}={choice} does not exist; {hint}Choices: {', '.join(options)}."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
+from cqlora.errors import ConfigError, Preempted
 
 
 def run(config: RunConfig) -> float | None:
@@ -12,11 +13,27 @@ def run(config: RunConfig) -> float | None:
     from hydra.types import RunMode
 
     from cqlora.launch import launch
+    from cqlora.slurm import is_submitted, leave_job
 
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
+    refuse_unsubmitted(config.hardware.name, str(hydra.launcher._target_), swept)
     given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
-    return launch(config, Path(hydra.runtime.output_dir), own_process=swept, folder_given=given)
+    try:
+        return launch(config, Path(hydra.runtime.output_dir), own_process=swept, folder_given=given or is_submitted())
+    except Preempted:
+        if is_submitted():
+            leave_job()
+        raise
+
+
+def refuse_unsubmitted(hardware: str, launcher: str, swept: bool) -> None:
+    """Raise ConfigError for a single run with a launcher that Hydra uses in sweeps alone."""
+    if "submitit" in launcher and not swept:
+        raise ConfigError(
+            f"hardware={hardware} submits the jobs of a sweep and this is a single run, which would start here; add "
+            "--multirun, or use scripts/slurm/run.sbatch."
+        )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Hearing SIGTERM and SIGINT for as long as a block runs, and ending with the process that started this one."""
+"""Hearing the signals that ask for an end for as long as a block runs; ending with the process that started this one."""
 
 import ctypes
 import os
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
+_ASKING_TO_END = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+"""SIGUSR2 is how Slurm warns a submitted job of its time limit."""
 
 
 @contextmanager
 def hear_signals(hear: Callable[[int], None]) -> Iterator[None]:
-    """Call `hear` with the number of each SIGTERM and SIGINT; afterwards they do what they did before."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, lambda received, frame: hear(received)) for number in numbers}
+    """Call `hear` with the number of each signal that asks for an end; afterwards they do what they did before."""
+    previous = {number: signal.signal(number, lambda received, frame: hear(received)) for number in _ASKING_TO_END}
     try:
         yield
     finally:

@@ -39,8 +39,9 @@ ReturnToService=2
 JobRequeue=1
 MinJobAge=600
 KillWait=60
+SlurmdParameters=config_overrides
 MpiDefault=none
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
 PartitionName=test Nodes=$host Default=YES MaxTime=60 State=UP
 CONF
     export SLURM_CONF="$folder/slurm.conf"
