@@ -19,10 +19,13 @@ def run(config: RunConfig) -> float | None:
     swept = hydra.mode == RunMode.MULTIRUN
     refuse_unsubmitted(config.hardware.name, str(hydra.launcher._target_), swept)
     given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
+    submitted = is_submitted()
     try:
-        return launch(config, Path(hydra.runtime.output_dir), own_process=swept, folder_given=given or is_submitted())
+        # A submitted job is in a process of its own already.
+        own_process = swept and not submitted
+        return launch(config, Path(hydra.runtime.output_dir), own_process, folder_given=given or submitted)
     except Preempted:
-        if is_submitted():
+        if submitted:
             leave_job()
         raise
 

@@ -1,4 +1,4 @@
-"""Hearing the signals that ask for an end for as long as a block runs; ending with the process that started this one."""
+"""Hearing the signals that ask for an end while a block runs; ending with the process that started this one."""
 
 import ctypes
 import os
