@@ -1,0 +1,183 @@
+"""LLaMA's forward pass for generation: ragged batches in one pass, keys and values kept per reply.
+
+The arithmetic is that of transformers' LlamaForCausalLM. Queries, keys and values are one matrix, as are the
+gate and the up projection, since a processor spends a token's time in reading matrices and calling operators.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cqlora.inference.architecture import Architecture, rotary_frequencies
+
+_CACHE_STEP = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one block."""
+
+    attention_norm: torch.Tensor
+    query_key_value: torch.Tensor
+    """((heads + 2 · key_value_heads) · head_dim, hidden)."""
+    attention_output: torch.Tensor
+    """(hidden, heads · head_dim)."""
+    feed_forward_norm: torch.Tensor
+    gate_up: torch.Tensor
+    """(2 · intermediate, hidden): the gate's rows, then the up projection's."""
+    down: torch.Tensor
+    """(hidden, intermediate)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All weights of a model, in one dtype."""
+
+    embedding: torch.Tensor
+    """(vocab_size, hidden)."""
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: torch.Tensor
+    """(vocab_size, hidden); the embedding itself where the two are tied."""
+
+
+class KeyValueCache:
+    """Keys and values of one sequence, for every layer; grows as the sequence does."""
+
+    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
+        self.length = 0
+        shape = (architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
+        self.store = torch.empty(shape, dtype=dtype)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions."""
+        held = self.store.shape[3]
+        if length <= held:
+            return
+        # Growing by half keeps the copies of a long reply few, and what lies unused small.
+        wanted = max(length, held + held // 2)
+        wanted = -(-wanted // _CACHE_STEP) * _CACHE_STEP
+        grown = self.store.new_empty((*self.store.shape[:3], wanted, self.store.shape[4]))
+        grown[:, :, :, : self.length] = self.store[:, :, :, : self.length]
+        self.store = grown
+
+    def clear(self) -> None:
+        """Forget the sequence and give its memory back, though somebody may still hold this object."""
+        self.length = 0
+        self.store = self.store.new_empty((*self.store.shape[:3], 0, self.store.shape[4]))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """New tokens of one sequence, which follow what its cache holds."""
+
+    cache: KeyValueCache
+    ids: Sequence[int]
+
+
+class Decoder:
+    """Runs segments of any number of sequences through the model at once."""
+
+    def __init__(self, architecture: Architecture, weights: Weights) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.dtype = weights.embedding.dtype
+        frequencies = rotary_frequencies(architecture.rope, architecture.head_dim, architecture.max_length)
+        angles = torch.arange(architecture.max_length, dtype=torch.float32)[:, None] * frequencies
+        self._cosine = angles.cos().repeat(1, 2).to(self.dtype)
+        self._sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(self.dtype)
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache for one sequence."""
+        return KeyValueCache(self.architecture, self.dtype)
+
+    @torch.inference_mode()
+    def next_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens."""
+        hidden = self._run(segments)
+        ends = torch.tensor([len(segment.ids) for segment in segments]).cumsum(0) - 1
+        return F.linear(hidden[ends], self.weights.head).float()
+
+    @torch.inference_mode()
+    def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """float32 (tokens, vocab_size): logits after every token of one sequence."""
+        return F.linear(self._run([Segment(self.new_cache(), ids)]), self.weights.head).float()
+
+    def _run(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """(tokens of all segments, hidden): after the last norm."""
+        starts = [segment.cache.length for segment in segments]
+        for start, segment in zip(starts, segments, strict=True):
+            segment.cache.reserve(start + len(segment.ids))
+        ids = torch.tensor([token for segment in segments for token in segment.ids])
+        positions = torch.tensor(
+            [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))]
+        )
+        rotation = self._cosine[positions, None], self._sine[positions, None]
+        hidden = F.embedding(ids, self.weights.embedding)
+        for number, layer in enumerate(self.weights.layers):
+            hidden = hidden + self._attend(number, layer, hidden, segments, rotation)
+            hidden = hidden + self._feed_forward(layer, hidden)
+        for segment in segments:
+            segment.cache.length += len(segment.ids)
+        return self._normalise(hidden, self.weights.norm)
+
+    def _attend(
+        self,
+        number: int,
+        layer: Layer,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        shape = self.architecture
+        projected = F.linear(self._normalise(hidden, layer.attention_norm), layer.query_key_value)
+        projected = projected.view(len(hidden), -1, shape.head_dim)
+        rotated = self._rotate(projected[:, : shape.heads + shape.key_value_heads], *rotation)
+        queries, keys = rotated.split([shape.heads, shape.key_value_heads], dim=1)
+        values = projected[:, shape.heads + shape.key_value_heads :]
+        attended, first = [], 0
+        for segment in segments:
+            last = first + len(segment.ids)
+            held = segment.cache.store[number]
+            start, end = segment.cache.length, segment.cache.length + len(segment.ids)
+            held[0, :, start:end] = keys[first:last].transpose(0, 1)
+            held[1, :, start:end] = values[first:last].transpose(0, 1)
+            attended.append(attend(queries[first:last], held[0, :, :end], held[1, :, :end]))
+            first = last
+        return F.linear(torch.cat(attended), layer.attention_output)
+
+    def _feed_forward(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(self._normalise(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=1)
+        return F.linear(F.silu(gate) * up, layer.down)
+
+    def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.architecture.epsilon)
+
+    def _rotate(self, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """Rotate halves of (tokens, heads, head_dim) by their positions' angles."""
+        return heads * cosine + heads.roll(self.architecture.head_dim // 2, dims=-1) * sine
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads · head_dim): new tokens attend to all before them and to themselves.
+
+    `queries` is (tokens, heads, head_dim); `keys` and `values` are (key_value_heads, positions, head_dim), the
+    new tokens' own among them, at the end.
+    """
+    tokens, heads, head_dim = queries.shape
+    key_value_heads, positions, _ = keys.shape
+    if tokens == 1:
+        # Heads that share keys stand where tokens stood: no copy of the keys for each of them.
+        grouped = queries.view(1, key_value_heads, heads // key_value_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(1, -1)
+    repeats = heads // key_value_heads
+    many = keys.repeat_interleave(repeats, dim=0)[None], values.repeat_interleave(repeats, dim=0)[None]
+    mask = None
+    if positions > tokens:
+        mask = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+    attended = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None], *many, attn_mask=mask, is_causal=mask is None
+    )
+    return attended[0].transpose(0, 1).reshape(tokens, -1)
