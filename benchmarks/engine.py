@@ -80,7 +80,9 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> None:
     print(f"eight together are {statistics.median(gains):.2f} times one (rounds {min(gains):.2f} to {max(gains):.2f})")
 
 
-def summarise(answer: Callable[[list[str], int], int], tokens: int, started: float, imported: float) -> dict[str, float]:
+def summarise(
+    answer: Callable[[list[str], int], int], tokens: int, started: float, imported: float
+) -> dict[str, float]:
     """Seconds to the first token from nothing and after the imports; tokens/s of one conversation and of eight.
 
     `answer` generates for some questions at once and returns how many tokens came. The prompt's share is taken

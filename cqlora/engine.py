@@ -6,17 +6,13 @@ from typing import Any
 
 import torch
 
-from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ModelError
-from cqlora.inference.architecture import read_architecture
 from cqlora.inference.batch import ContinuousBatch, Reply
-from cqlora.inference.decoder import Decoder
+from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.requests import Sampling, read_messages
 from cqlora.inference.text import ReplyText, TokenBytes
-from cqlora.inference.weights import assemble, read_folder
-from cqlora.preflight import check_adapter_folder, check_fingerprints
 
 Messages = Sequence[Mapping[str, object]]
 
@@ -31,22 +27,33 @@ class LlamaEngine:
         ModelError: a folder that is missing, damaged, of another architecture, or an adapter of another base.
     """
 
-    def __init__(self, model_dir: str | Path, base_dir: str | Path = "", use_lora: bool = True) -> None:
-        folder = Path(model_dir)
-        weights = Path(base_dir) if use_lora else folder
-        base = read_base(weights)
-        if use_lora:
-            check_adapter_folder(folder)
-            check_fingerprints(folder, fingerprint_tokenizer(weights), fingerprint_weights(weights))
-            raise ModelError("adapters are not joined yet")
-        self.name = folder.name
-        self._tokenizer = PlainTokenizer(weights)
-        self._token_bytes = TokenBytes(weights)
-        self._end_ids = find_end_ids(weights, self._tokenizer)
-        architecture = read_architecture(base.config, weights)
-        self._decoder = Decoder(architecture, assemble(architecture, read_folder(weights, torch.float32)))
-        self.max_length = architecture.max_length
+    def __init__(
+        self,
+        model_dir: str | Path,
+        base_dir: str | Path = "",
+        use_lora: bool = True,
+        *,
+        quantization: str = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        cache: bool = False,
+    ) -> None:
+        """Load the model.
+
+        `quantization` is `auto` (the base as the adapter was trained on it, a merged model as it is), `nf4` or
+        `none`; `dtype` is `auto` (what computes fastest here), `float32` or `bfloat16`; `cache` keeps a snapshot
+        that the next load maps.
+        """
+        request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
+        self._decoder, form = open_decoder(request)
+        self.name = request.model_dir.resolve().name
+        self.form = str(form)
+        """How the matrices are held and computed."""
+        self.max_length = self._decoder.architecture.max_length
         """Positions that prompt and reply share."""
+        self._tokenizer = PlainTokenizer(request.folder)
+        self._token_bytes = TokenBytes(request.folder)
+        self._end_ids = find_end_ids(request.folder, self._tokenizer)
 
     def generate(self, messages: Messages, **sampling: Any) -> str:
         """The assistant's reply; keywords are the fields of Sampling."""
@@ -88,6 +95,29 @@ class LlamaEngine:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
         ids: list[int] = self._tokenizer.text.encode(prompt, add_special_tokens=False).ids
         return [self._tokenizer.special.document_start, *ids]
+
+
+def find_request(
+    model_dir: str | Path, base_dir: str | Path, use_lora: bool, quantization: str, dtype: str, device: str, cache: bool
+) -> Request:
+    """The folders to open, told apart by what lies in them.
+
+    Raises:
+        ModelError: an adapter where a merged model was promised, or the other way round.
+    """
+    folder = Path(model_dir)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if use_lora and not is_adapter:
+        what = "holds no adapter (adapter_config.json)" if folder.is_dir() else "does not exist"
+        raise ModelError(f"{folder} {what}; give an adapter folder, or a merged model with use_lora=False.")
+    if use_lora and not str(base_dir):
+        raise ModelError(f"{folder} is an adapter and needs its base; give the base's folder as base_dir.")
+    if not use_lora and is_adapter and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter and no whole model; give its base too, with use_lora=True.")
+    if not use_lora and str(base_dir):
+        raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, chosen)
 
 
 def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:

@@ -29,6 +29,12 @@ class Architecture:
     rope: dict[str, Any]
     """`rope_type`, `rope_theta` and what the type needs."""
 
+    @property
+    def block_numbers(self) -> int:
+        """Numbers in the matrices of all blocks."""
+        attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
+        return self.layers * self.hidden * (attention + 3 * self.intermediate)
+
 
 def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     """The architecture that a config.json describes, in transformers' older or newer names.
@@ -62,7 +68,7 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
 def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> torch.Tensor:
     """float32 (head_dim / 2,): radians per position; Llama 3's scaling follows transformers' modeling_rope_utils."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] != "llama3":

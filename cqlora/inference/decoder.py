@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cqlora.inference.architecture import Architecture, rotary_frequencies
+from cqlora.inference.linear import Dense, Linear
 
 _CACHE_STEP = 256
 
@@ -20,36 +21,33 @@ class Layer:
     """The weights of one block."""
 
     attention_norm: torch.Tensor
-    query_key_value: torch.Tensor
-    """((heads + 2 · key_value_heads) · head_dim, hidden)."""
-    attention_output: torch.Tensor
-    """(hidden, heads · head_dim)."""
+    query_key_value: Linear
+    """hidden to (heads + 2 · key_value_heads) · head_dim."""
+    attention_output: Linear
     feed_forward_norm: torch.Tensor
-    gate_up: torch.Tensor
-    """(2 · intermediate, hidden): the gate's rows, then the up projection's."""
-    down: torch.Tensor
-    """(hidden, intermediate)."""
+    gate_up: Linear
+    """hidden to 2 · intermediate: the gate's outputs, then the up projection's."""
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a model, in one dtype."""
+    """All weights of a model; what is not quantised has the embedding's dtype and device."""
 
     embedding: torch.Tensor
     """(vocab_size, hidden)."""
     layers: list[Layer]
     norm: torch.Tensor
-    head: torch.Tensor
-    """(vocab_size, hidden); the embedding itself where the two are tied."""
+    head: Dense
+    """hidden to vocab_size; it holds the embedding itself where the two are tied."""
 
 
 class KeyValueCache:
     """Keys and values of one sequence, for every layer; grows as the sequence does."""
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
+    def __init__(self, architecture: Architecture, like: torch.Tensor) -> None:
         self.length = 0
-        shape = (architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
-        self.store = torch.empty(shape, dtype=dtype)
+        self.store = like.new_empty(architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions."""
@@ -83,36 +81,37 @@ class Decoder:
     def __init__(self, architecture: Architecture, weights: Weights) -> None:
         self.architecture = architecture
         self.weights = weights
-        self.dtype = weights.embedding.dtype
+        self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         frequencies = rotary_frequencies(architecture.rope, architecture.head_dim, architecture.max_length)
         angles = torch.arange(architecture.max_length, dtype=torch.float32)[:, None] * frequencies
-        self._cosine = angles.cos().repeat(1, 2).to(self.dtype)
-        self._sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(self.dtype)
+        self._cosine = angles.cos().repeat(1, 2).to(self.device, self.dtype)
+        self._sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(self.device, self.dtype)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for one sequence."""
-        return KeyValueCache(self.architecture, self.dtype)
+        return KeyValueCache(self.architecture, self.weights.embedding)
 
     @torch.inference_mode()
     def next_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
         """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens."""
         hidden = self._run(segments)
-        ends = torch.tensor([len(segment.ids) for segment in segments]).cumsum(0) - 1
-        return F.linear(hidden[ends], self.weights.head).float()
+        ends = torch.tensor([len(segment.ids) for segment in segments], device=self.device).cumsum(0) - 1
+        return self.weights.head(hidden[ends]).float().cpu()
 
     @torch.inference_mode()
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """float32 (tokens, vocab_size): logits after every token of one sequence."""
-        return F.linear(self._run([Segment(self.new_cache(), ids)]), self.weights.head).float()
+        return self.weights.head(self._run([Segment(self.new_cache(), ids)])).float()
 
     def _run(self, segments: Sequence[Segment]) -> torch.Tensor:
         """(tokens of all segments, hidden): after the last norm."""
         starts = [segment.cache.length for segment in segments]
         for start, segment in zip(starts, segments, strict=True):
             segment.cache.reserve(start + len(segment.ids))
-        ids = torch.tensor([token for segment in segments for token in segment.ids])
+        ids = torch.tensor([token for segment in segments for token in segment.ids], device=self.device)
         positions = torch.tensor(
-            [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))]
+            [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))],
+            device=self.device,
         )
         rotation = self._cosine[positions, None], self._sine[positions, None]
         hidden = F.embedding(ids, self.weights.embedding)
@@ -132,7 +131,7 @@ class Decoder:
         rotation: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         shape = self.architecture
-        projected = F.linear(self._normalise(hidden, layer.attention_norm), layer.query_key_value)
+        projected = layer.query_key_value(self._normalise(hidden, layer.attention_norm))
         projected = projected.view(len(hidden), -1, shape.head_dim)
         rotated = self._rotate(projected[:, : shape.heads + shape.key_value_heads], *rotation)
         queries, keys = rotated.split([shape.heads, shape.key_value_heads], dim=1)
@@ -146,11 +145,11 @@ class Decoder:
             held[1, :, start:end] = values[first:last].transpose(0, 1)
             attended.append(attend(queries[first:last], held[0, :, :end], held[1, :, :end]))
             first = last
-        return F.linear(torch.cat(attended), layer.attention_output)
+        return layer.attention_output(torch.cat(attended))
 
     def _feed_forward(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(self._normalise(hidden, layer.feed_forward_norm), layer.gate_up).chunk(2, dim=1)
-        return F.linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(self._normalise(hidden, layer.feed_forward_norm)).chunk(2, dim=1)
+        return layer.down(F.silu(gate) * up)
 
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden, weight.shape, weight, self.architecture.epsilon)
@@ -176,7 +175,7 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
     many = keys.repeat_interleave(repeats, dim=0)[None], values.repeat_interleave(repeats, dim=0)[None]
     mask = None
     if positions > tokens:
-        mask = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+        mask = torch.ones(tokens, positions, dtype=torch.bool, device=queries.device).tril(positions - tokens)
     attended = F.scaled_dot_product_attention(
         queries.transpose(0, 1)[None], *many, attn_mask=mask, is_causal=mask is None
     )
