@@ -113,7 +113,7 @@ def run_cqlora(options: argparse.Namespace) -> dict[str, float]:
 
     def answer(questions: list[str], limit: int) -> int:
         batch = engine.open_batch(len(questions))
-        sampling = Sampling(max_new_tokens=limit, temperature=0)
+        sampling = Sampling(max_new_tokens=limit, temperature=0, ignore_end=True)
         chats = [[{"role": "user", "text": question}] for question in questions]
         replies = [batch.admit(engine.encode_messages(chat), sampling) for chat in chats]
         while batch.free_slots < len(replies):
@@ -149,8 +149,8 @@ def run_peft(options: argparse.Namespace) -> dict[str, float]:
         inputs = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
         )
-        made = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        return int((made != tokenizer.pad_token_id).sum())
+        made = model.generate(**inputs, max_new_tokens=limit, min_new_tokens=limit, do_sample=False)
+        return int(made[:, inputs["input_ids"].shape[1] :].numel())
 
     return summarise(answer, options.tokens, started, imported)
 

@@ -70,7 +70,7 @@ def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> 
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
+        frequencies = frequencies / rope["factor"]
     if rope["rope_type"] != "llama3":
         return frequencies
     original = rope.get("original_max_position_embeddings") or max_length
@@ -78,8 +78,9 @@ def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> 
     wavelengths = 2 * math.pi / frequencies
     smooth = (original / wavelengths - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    scaled = torch.where(wavelengths > original / low, frequencies / factor, between)
-    return torch.where(wavelengths < original / high, frequencies, scaled)
+    scaled: torch.Tensor = torch.where(wavelengths > original / low, frequencies / factor, between)
+    scaled = torch.where(wavelengths < original / high, frequencies, scaled)
+    return scaled
 
 
 def _read_rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:

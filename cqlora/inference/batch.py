@@ -25,6 +25,7 @@ class Reply:
         self.finish_reason: Literal["stop", "length"] | None = None
         """None while the reply goes on; `stop` at an end token or stop string, `length` where there is no more room."""
         self.text = text
+        self.ignore_end = sampling.ignore_end
         room = decoder.architecture.max_length - len(prompt_ids)
         self.max_tokens = min(sampling.max_new_tokens, room)
         self.chooser = TokenChooser(sampling, prompt_ids, decoder.architecture.vocab_size)
@@ -107,7 +108,7 @@ class ContinuousBatch:
         token = reply.chooser.choose(logits)
         reply.completion_tokens += 1
         reply.pending = [token]
-        if token in self._end_ids:
+        if token in self._end_ids and not reply.ignore_end:
             reply.finish_reason = "stop"
             return reply.text.finish()
         text = reply.text.add(token)

@@ -58,7 +58,7 @@ def choose_form(architecture: Architecture, quantised: bool, dtype: str, device:
         layout = Layout.bitsandbytes_nf4 if quantised else Layout.dense
         return Form(layout, _named(dtype) or torch.bfloat16, device)
     free = psutil.virtual_memory().available
-    forms = [form for form in _candidates(architecture, quantised, dtype, device)]
+    forms = _candidates(architecture, quantised, dtype, device)
     fitting = [form for form in forms if needed_bytes(architecture, form) < free]
     if not fitting:
         needed = min(needed_bytes(architecture, form) for form in forms) / _GIB

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_base
-from cqlora.choices import MergeOnto, Precision, Quantization
-from cqlora.errors import ConfigError, ModelError
+from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
+from cqlora.errors import ConfigError
 from cqlora.inference.architecture import read_architecture
 from cqlora.inference.decoder import Decoder, Weights
 from cqlora.inference.form import Form, Layout, choose_form
@@ -16,7 +16,7 @@ from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights
 from cqlora.weights.merge import is_tied, plan_merge
-from cqlora.weights.merge_adapter import Adapter, open_adapter
+from cqlora.weights.merge_adapter import open_adapter
 from cqlora.weights.merge_lineage import read_training
 from cqlora.weights.merge_plan import MergedSource, MergePlan
 from cqlora.weights.nf4 import Nf4Format
@@ -88,19 +88,12 @@ def find_quantisation(request: Request) -> Nf4Format | None:
     if request.base_dir is None:
         return Nf4Format(True, torch.float32) if request.quantization == "nf4" else None
     adapter = open_adapter(request.model_dir)
-    if adapter.card.get("trained_on", {}).get("method") == "pissa":
-        return refuse_or_none(request, adapter)
+    # PiSSA trains beside what it leaves of the base: NF4 of the whole base is not what it was trained on.
+    by_pissa = adapter.card.get("trained_on", {}).get("method") == AdapterMethod.pissa.value
+    if by_pissa and request.quantization == "auto":
+        return None
     trained_on, form = read_training(adapter, double_quantization=True, precision=Precision.float32)
     return form if request.quantization == "nf4" or trained_on is Quantization.nf4 else None
-
-
-def refuse_or_none(request: Request, adapter: Adapter) -> None:
-    """PiSSA trains beside what it leaves of the base: NF4 of the whole base is not what it was trained on."""
-    if request.quantization == "nf4":
-        raise ModelError(
-            f"{adapter.folder} was trained by PiSSA, beside a part of the base that is kept nowhere; use "
-            "quantization=none."
-        )
 
 
 def open_model(request: Request, base: Base, is_nf4: bool, onto: Nf4Format | None) -> Model:

@@ -25,6 +25,8 @@ class Sampling:
     """Strings that end a reply and are not part of it."""
     seed: int | None = None
     """The same seed, prompt and model give the same reply, whatever else is in the batch."""
+    ignore_end: bool = False
+    """Go on past end tokens, for measuring."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")

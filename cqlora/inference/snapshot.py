@@ -67,17 +67,16 @@ def map_snapshot(file: Path) -> Weights:
     for name, tensor in tensors.items():
         owner, _, part = name.partition("/")
         groups.setdefault(owner, {})[part] = tensor
-    count = sum(owner.endswith(".down") for owner in groups)
-    layers = [
-        Layer(
-            **{norm: groups[f"{n}.{norm}"]["weight"] for norm in _NORMS},
-            **{linear: restore_linear(groups[f"{n}.{linear}"]) for linear in _LINEARS},
-        )
-        for n in range(count)
-    ]
+    layers = [_restore_layer(groups, n) for n in range(sum(owner.endswith(".down") for owner in groups))]
     embedding = groups["embedding"]["weight"]
     head = groups["head"]["weight"] if "head" in groups else embedding
     return Weights(embedding, layers, groups["norm"]["weight"], Dense(head))
+
+
+def _restore_layer(groups: dict[str, dict[str, torch.Tensor]], number: int) -> Layer:
+    linears = {name: restore_linear(groups[f"{number}.{name}"]) for name in _LINEARS}
+    norms = {name: groups[f"{number}.{name}"]["weight"] for name in _NORMS}
+    return Layer(**norms, **linears)  # type: ignore[arg-type]
 
 
 def _flatten(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:

@@ -140,7 +140,8 @@ def dora_scale(model: Model, name: str, change: LowRank) -> torch.Tensor | None:
     magnitude = change.reader.read(change.magnitude).float()
     up, down = change.factors()
     merged = torch.addmm(model.parts(name).dense(), up, down, alpha=change.scaling)
-    return magnitude / torch.linalg.norm(merged, dim=1)
+    scale: torch.Tensor = magnitude / torch.linalg.norm(merged, dim=1)
+    return scale
 
 
 def bitsandbytes_linear(
