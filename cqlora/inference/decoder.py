@@ -2,6 +2,8 @@
 
 The arithmetic is that of transformers' LlamaForCausalLM. Queries, keys and values are one matrix, as are the
 gate and the up projection, since a processor spends a token's time in reading matrices and calling operators.
+On a processor everything between two matrices is float32 whatever the matrices are: small operators take a
+fifth of bfloat16's time there, stay on one thread, and lose nothing.
 """
 
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """All weights of a model; what is not quantised has the embedding's dtype and device."""
+    """All weights of a model, on one device; norms are in the type of the activations."""
 
     embedding: torch.Tensor
     """(vocab_size, hidden)."""
@@ -81,7 +83,8 @@ class Decoder:
     def __init__(self, architecture: Architecture, weights: Weights) -> None:
         self.architecture = architecture
         self.weights = weights
-        self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
+        self.dtype, self.device = weights.norm.dtype, weights.norm.device
+        self._epsilon = torch.tensor(architecture.epsilon, device=self.device)
         frequencies = rotary_frequencies(architecture.rope, architecture.head_dim, architecture.max_length)
         angles = torch.arange(architecture.max_length, dtype=torch.float32)[:, None] * frequencies
         self._cosine = angles.cos().repeat(1, 2).to(self.device, self.dtype)
@@ -89,7 +92,7 @@ class Decoder:
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for one sequence."""
-        return KeyValueCache(self.architecture, self.weights.embedding)
+        return KeyValueCache(self.architecture, self.weights.norm)
 
     @torch.inference_mode()
     def next_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
@@ -114,7 +117,7 @@ class Decoder:
             device=self.device,
         )
         rotation = self._cosine[positions, None], self._sine[positions, None]
-        hidden = F.embedding(ids, self.weights.embedding)
+        hidden = F.embedding(ids, self.weights.embedding).to(self.dtype)
         for number, layer in enumerate(self.weights.layers):
             hidden = hidden + self._attend(number, layer, hidden, segments, rotation)
             hidden = hidden + self._feed_forward(layer, hidden)
@@ -133,26 +136,30 @@ class Decoder:
         shape = self.architecture
         projected = layer.query_key_value(self._normalise(hidden, layer.attention_norm))
         projected = projected.view(len(hidden), -1, shape.head_dim)
-        rotated = self._rotate(projected[:, : shape.heads + shape.key_value_heads], *rotation)
-        queries, keys = rotated.split([shape.heads, shape.key_value_heads], dim=1)
-        values = projected[:, shape.heads + shape.key_value_heads :]
+        rotated = projected[:, : shape.heads + shape.key_value_heads]
+        rotated.copy_(self._rotate(rotated, *rotation))
+        queries = projected[:, : shape.heads]
+        kept = projected[:, shape.heads :].view(len(hidden), 2, shape.key_value_heads, shape.head_dim)
+        kept = kept.permute(1, 2, 0, 3)
         attended, first = [], 0
         for segment in segments:
             last = first + len(segment.ids)
-            held = segment.cache.store[number]
-            start, end = segment.cache.length, segment.cache.length + len(segment.ids)
-            held[0, :, start:end] = keys[first:last].transpose(0, 1)
-            held[1, :, start:end] = values[first:last].transpose(0, 1)
-            attended.append(attend(queries[first:last], held[0, :, :end], held[1, :, :end]))
+            end = segment.cache.length + len(segment.ids)
+            held = segment.cache.store[number, :, :, :end]
+            held[:, :, segment.cache.length :] = kept[:, :, first:last]
+            attended.append(attend(queries[first:last], held[0], held[1]))
             first = last
-        return layer.attention_output(torch.cat(attended))
+        return layer.attention_output(torch.cat(attended) if len(attended) > 1 else attended[0])
 
     def _feed_forward(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
         gate, up = layer.gate_up(self._normalise(hidden, layer.feed_forward_norm)).chunk(2, dim=1)
         return layer.down(F.silu(gate) * up)
 
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.architecture.epsilon)
+        """RMSNorm in five operators, of which the stock one has nine."""
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, norm, norm, value=1 / self.architecture.hidden).rsqrt_()
+        return (hidden * weight).mul_(scale)
 
     def _rotate(self, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """Rotate halves of (tokens, heads, head_dim) by their positions' angles."""

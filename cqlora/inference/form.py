@@ -33,6 +33,11 @@ class Form:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def activations(self) -> torch.dtype:
+        """The type of everything between two matrices; see decoder.py."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         held = {

@@ -26,12 +26,12 @@ class Dense:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See Linear."""
-        return F.linear(inputs, self.weight)
+        return F.linear(inputs.to(self.weight.dtype), self.weight).to(inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankPart:
-    """What an adapter adds to a quantised matrix, which cannot be merged into it exactly."""
+    """What an adapter adds to a quantised matrix, which cannot be merged into it exactly; in the activations' type."""
 
     down: torch.Tensor
     """(r, in): the A of every matrix that was joined, one below the other."""
@@ -42,7 +42,7 @@ class LowRankPart:
 
     def add_to(self, outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """The adapted layer's outputs from the quantised matrix' own."""
-        added = torch.addmm(outputs, F.linear(inputs, self.down), self.up)
+        added = outputs.addmm_(F.linear(inputs, self.down), self.up)
         return added if self.row_scale is None else added * self.row_scale
 
 
@@ -57,8 +57,8 @@ class FusedNf4:
     low_rank: LowRankPart | None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """See Linear; bfloat16 only."""
-        outputs = fused_nf4_product(inputs, self.packed, self.scales)
+        """See Linear; the product is of bfloat16 numbers."""
+        outputs = fused_nf4_product(inputs.to(torch.bfloat16), self.packed, self.scales).to(inputs.dtype)
         return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
 
 

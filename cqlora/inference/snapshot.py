@@ -20,7 +20,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
 
-_VERSION = 1
+_VERSION = 2
 _NORMS = ("attention_norm", "feed_forward_norm")
 _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 

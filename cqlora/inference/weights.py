@@ -64,15 +64,15 @@ class Model:
 def build_weights(model: Model, architecture: Architecture, form: Form) -> Weights:
     """All weights in `form`, with the matrices joined that are multiplied by the same input."""
 
-    def vector(name: str) -> torch.Tensor:
+    def matrix(name: str) -> torch.Tensor:
         return model.dense(name).to(form.device, form.dtype)
 
-    embedding = vector(INPUT)
+    embedding = matrix(INPUT)
     return Weights(
         embedding=embedding,
         layers=[build_layer(model, f"model.layers.{n}.", form) for n in range(architecture.layers)],
-        norm=vector(NORM),
-        head=Dense(embedding if model.source.plan.tied else vector(OUTPUT)),
+        norm=model.dense(NORM).to(form.device, form.activations),
+        head=Dense(embedding if model.source.plan.tied else matrix(OUTPUT)),
     )
 
 
@@ -83,7 +83,7 @@ def build_layer(model: Model, prefix: str, form: Form) -> Layer:
         return build_linear(model, [f"{prefix}{name}.weight" for name in names], form)
 
     def norm(name: str) -> torch.Tensor:
-        return model.dense(f"{prefix}{name}.weight").to(form.device, form.dtype)
+        return model.dense(f"{prefix}{name}.weight").to(form.device, form.activations)
 
     return Layer(
         attention_norm=norm("input_layernorm"),
@@ -125,10 +125,10 @@ def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: F
     row_scale = None
     if any(scale is not None for scale in scales):
         filled = [torch.ones(n) if scale is None else scale for scale, n in zip(scales, rows, strict=True)]
-        row_scale = torch.cat(filled).to(form.device, form.dtype)
+        row_scale = torch.cat(filled).to(form.device, form.activations)
     return LowRankPart(
-        down=torch.cat(downs).to(form.device, form.dtype),
-        up=torch.block_diag(*ups).T.contiguous().to(form.device, form.dtype),
+        down=torch.cat(downs).to(form.device, form.activations),
+        up=torch.block_diag(*ups).T.contiguous().to(form.device, form.activations),
         row_scale=row_scale,
     )
 
