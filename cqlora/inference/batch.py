@@ -26,6 +26,7 @@ class Reply:
         """None while the reply goes on; `stop` at an end token or stop string, `length` where there is no more room."""
         self.text = text
         self.ignore_end = sampling.ignore_end
+        self.seeded = sampling.seed is not None
         room = decoder.architecture.max_length - len(prompt_ids)
         self.max_tokens = min(sampling.max_new_tokens, room)
         self.chooser = TokenChooser(sampling, prompt_ids, decoder.architecture.vocab_size)
@@ -82,7 +83,8 @@ class ContinuousBatch:
         going = [reply for reply in self._replies if reply.completion_tokens > 0]
         logits = {id(reply): self._read_prompt(reply) for reply in fresh}
         if going:
-            rows = self._decoder.next_logits([Segment(reply.cache, reply.pending) for reply in going])
+            segments = [Segment(reply.cache, reply.pending) for reply in going]
+            rows = self._decoder.next_logits(segments, steady=any(reply.seeded for reply in going))
             logits |= {id(reply): row for reply, row in zip(going, rows, strict=True)}
         produced = [(reply, self._advance(reply, logits[id(reply)])) for reply in self._replies]
         for reply in [reply for reply in self._replies if reply.finish_reason]:

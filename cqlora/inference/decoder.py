@@ -16,6 +16,8 @@ from cqlora.inference.architecture import Architecture, rotary_frequencies
 from cqlora.inference.linear import Dense, Linear
 
 _CACHE_STEP = 256
+_STEADY_ROWS = 4
+"""Matrix products give a row the same bits in any batch whose rows are a multiple of this, and not in others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,14 @@ class Decoder:
         return KeyValueCache(self.architecture, self.weights.norm)
 
     @torch.inference_mode()
-    def next_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens."""
+    def next_logits(self, segments: Sequence[Segment], steady: bool = False) -> torch.Tensor:
+        """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens.
+
+        `steady` is for segments of one token: their logits are the same to the last bit whatever other segments
+        there are, at the price of a few empty rows.
+        """
+        if steady:
+            return self.weights.head(self._run(segments, -len(segments) % _STEADY_ROWS))[: len(segments)].float().cpu()
         hidden = self._run(segments)
         ends = torch.tensor([len(segment.ids) for segment in segments], device=self.device).cumsum(0) - 1
         return self.weights.head(hidden[ends]).float().cpu()
@@ -106,16 +114,14 @@ class Decoder:
         """float32 (tokens, vocab_size): logits after every token of one sequence."""
         return self.weights.head(self._run([Segment(self.new_cache(), ids)])).float()
 
-    def _run(self, segments: Sequence[Segment]) -> torch.Tensor:
-        """(tokens of all segments, hidden): after the last norm."""
+    def _run(self, segments: Sequence[Segment], empty_rows: int = 0) -> torch.Tensor:
+        """(tokens of all segments and empty rows, hidden): after the last norm."""
         starts = [segment.cache.length for segment in segments]
         for start, segment in zip(starts, segments, strict=True):
             segment.cache.reserve(start + len(segment.ids))
-        ids = torch.tensor([token for segment in segments for token in segment.ids], device=self.device)
-        positions = torch.tensor(
-            [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))],
-            device=self.device,
-        )
+        tokens = [token for segment in segments for token in segment.ids]
+        places = [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))]
+        ids, positions = (torch.tensor(row + [0] * empty_rows, device=self.device) for row in (tokens, places))
         rotation = self._cosine[positions, None], self._sine[positions, None]
         hidden = F.embedding(ids, self.weights.embedding).to(self.dtype)
         for number, layer in enumerate(self.weights.layers):
@@ -149,6 +155,8 @@ class Decoder:
             held[:, :, segment.cache.length :] = kept[:, :, first:last]
             attended.append(attend(queries[first:last], held[0], held[1]))
             first = last
+        if first < len(hidden):
+            attended.append(hidden.new_zeros(len(hidden) - first, shape.heads * shape.head_dim))
         return layer.attention_output(torch.cat(attended) if len(attended) > 1 else attended[0])
 
     def _feed_forward(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
