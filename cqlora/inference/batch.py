@@ -119,6 +119,4 @@ class ContinuousBatch:
         elif reply.completion_tokens >= reply.max_tokens:
             reply.finish_reason = "length"
             text += reply.text.finish()
-            if reply.text.stopped:
-                reply.finish_reason = "stop"
         return text

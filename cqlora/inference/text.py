@@ -65,11 +65,10 @@ class ReplyText:
         return self._release(self._characters.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
-        """What was still held back when the reply ended; bytes that never became a character are U+FFFD."""
-        text = self._release(self._characters.decode(b"", final=True))
+        """What was still held back as the beginning of a stop string; bytes of half a character are left out."""
         if self.stopped:
-            return text
-        text, self._held = text + self._held, ""
+            return ""
+        text, self._held = self._held, ""
         return text
 
     def _release(self, text: str) -> str:
