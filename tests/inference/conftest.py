@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from cqlora.base import read_base
 from cqlora.config import ModelConfig
@@ -26,29 +26,36 @@ def build_base(folder: Path, tied: bool = False, seed: int = 0) -> Path:
     return build_tiny(shape, TEXTS, CHAT_TEMPLATE, seed)
 
 
-def build_adapter(base: Path, folder: Path, trained_on: str = "none", **options) -> Path:
-    """A random adapter of a base, with a card."""
+def build_adapter(base: Path, folder: Path, quantized: bool = False, **options) -> Path:
+    """A random adapter of a base, with the card that a run writes."""
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=TARGETS, **options)
-    adapted: PeftModel = get_peft_model(model, config)
+    adapted = get_peft_model(
+        load_stock(base, quantized),
+        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **{"target_modules": TARGETS, **options}),
+    )
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name or "trainable_tokens_delta" in name:
-                parameter.normal_(std=0.2)
-    save_adapter(adapted, folder, read_base(base), adapter_state(adapted), describe(trained_on))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(adapted, folder, read_base(base), adapter_state(adapted))
     return folder
 
 
-def describe(quantization: str) -> dict:
-    """How a run would say that it trained."""
-    return {"quantization": quantization, "double_quantization": True, "dtype": "float32", "method": "lora"}
+def load_stock(folder: Path, quantized: bool = False):
+    """transformers' model, its blocks in NF4 where asked for."""
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    options = {"quantization_config": how} if quantized else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map={"": "cpu"}, **options)
 
 
-def peft_model(base: Path, adapter: Path, **options) -> PeftModel:
-    """transformers and PEFT on the same folders."""
-    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
-    return PeftModel.from_pretrained(loaded, adapter).eval()
+def peft_model(base: Path, adapter: Path, quantized: bool = False) -> PeftModel:
+    """transformers and PEFT on the same folders, in the mode in which NF4 is computed in float32."""
+    model = PeftModel.from_pretrained(load_stock(base, quantized), adapter)
+    # In eval mode bitsandbytes computes in bfloat16 on processors that have it, whatever was asked for.
+    return model.train() if quantized else model.eval()
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +70,7 @@ def adapter(base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def nf4_adapter(base, tmp_path_factory) -> Path:
-    return build_adapter(base, tmp_path_factory.mktemp("inference") / "nf4_adapter", trained_on="nf4")
+    return build_adapter(base, tmp_path_factory.mktemp("inference") / "nf4_adapter", quantized=True)
 
 
 @pytest.fixture(scope="session")
