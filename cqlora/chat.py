@@ -1,5 +1,6 @@
 """`python -m cqlora.chat`: a conversation in the terminal, streamed, which Ctrl-C interrupts and does not end."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def load_engine(config: ChatConfig):  # type: ignore[no-untyped-def]  # its type
     """The engine of the configured folders."""
     from cqlora.engine import LlamaEngine
 
+    # It warns of a kernel package that it would fetch from the net; the one that it has is the one in use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     folders = (config.adapter, config.base) if config.adapter else (config.base, "")
     return LlamaEngine(
         *folders,
