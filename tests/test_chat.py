@@ -16,7 +16,6 @@ from cqlora.inference.terminal import HELP, Conversation, printable, talk
 from tests.conftest import ROOT, run_verb
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 
-
 BEGIN, END = "\x1b[?2004h", "\x1b[?2004l"
 """What the line editor sends when it begins and when it ends to read a line."""
 
