@@ -12,9 +12,9 @@ from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Linear, LowRankPart, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
-from cqlora.weights.extend import INPUT, OUTPUT
 from cqlora.weights.merge_changes import LowRank
 from cqlora.weights.merge_plan import MergedSource
+from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import GROUP
 
 NORM = "model.norm.weight"
