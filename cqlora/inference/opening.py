@@ -1,12 +1,13 @@
 """What the engine is given: the folders of an adapter and its base, or of a merged model, checked and read."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_base
+from cqlora.base import CARD, Base, fingerprint_weights, read_base
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ConfigError
 from cqlora.inference.architecture import read_architecture
@@ -108,15 +109,13 @@ def open_model(request: Request, base: Base, is_nf4: bool, onto: Nf4Format | Non
 
 
 def identify(request: Request, onto: Nf4Format | None, form: Form) -> dict[str, str]:
-    """Everything that the decoder's weights depend on."""
-    adapter = "" if request.base_dir is None else fingerprint_weights(request.model_dir)
-    settings = (request.model_dir / "adapter_config.json").read_text(encoding="utf-8") if adapter else ""
-    return {
-        "weights": fingerprint_weights(request.folder),
-        "config": (request.folder / "config.json").read_text(encoding="utf-8"),
-        "tokenizer": fingerprint_tokenizer(request.folder),
-        "adapter": adapter,
-        "adapter_config": settings,
-        "onto": str(onto),
-        "form": str(form),
-    }
+    """Everything that the decoder's weights, and the checks before they were made, depend on."""
+    identity = {"weights": fingerprint_weights(request.folder), "onto": str(onto), "form": str(form)}
+    files = [request.folder / "config.json", request.folder / "tokenizer.json"]
+    if request.base_dir is not None:
+        identity["adapter"] = fingerprint_weights(request.model_dir)
+        files += [request.model_dir / "adapter_config.json", request.model_dir / CARD]
+    for file in files:
+        if file.is_file():
+            identity[str(len(identity))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return identity

@@ -49,6 +49,15 @@ def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter,
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)
 
 
+def test_a_snapshot_lets_no_other_tokenizer_through(base, nf4_adapter, tmp_path):
+    open_cached(nf4_adapter, base)
+    changed = Path(shutil.copytree(base, tmp_path / "changed"))
+    tokenizer = (changed / "tokenizer.json").read_text(encoding="utf-8")
+    (changed / "tokenizer.json").write_text(tokenizer.replace("<pad>", "<filler>"), encoding="utf-8")
+    with pytest.raises(ModelError, match="another tokenizer"):
+        open_cached(nf4_adapter, changed)
+
+
 def test_a_damaged_snapshot_is_told_and_a_full_disk_leaves_nothing(base, nf4_adapter, tmp_path, monkeypatch):
     open_cached(nf4_adapter, base)
     (file,) = files(tmp_path)
