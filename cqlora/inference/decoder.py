@@ -183,9 +183,11 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
     tokens, heads, head_dim = queries.shape
     key_value_heads, positions, _ = keys.shape
     if tokens == 1:
-        # Heads that share keys stand where tokens stood: no copy of the keys for each of them.
-        grouped = queries.view(1, key_value_heads, heads // key_value_heads, head_dim)
-        return F.scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(1, -1)
+        # Heads that share keys stand where tokens stood: no copy of the keys for each of them. The fused operator
+        # takes longer to hand one token's work to its threads than these take to do it.
+        grouped = queries.reshape(key_value_heads, heads // key_value_heads, head_dim)
+        scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(head_dim**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), values).view(1, -1)
     repeats = heads // key_value_heads
     many = keys.repeat_interleave(repeats, dim=0)[None], values.repeat_interleave(repeats, dim=0)[None]
     mask = None
