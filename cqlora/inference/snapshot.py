@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from cqlora.disk import sync
 from cqlora.errors import ModelError
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
+from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
 
-_VERSION = 2
+_VERSION = 3
 _NORMS = ("attention_norm", "feed_forward_norm")
 _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 
@@ -41,10 +41,12 @@ def write_snapshot(weights: Weights, file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in _flatten(weights)}, partial)
+        tensors = dict(_flatten(weights))
+        specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_shard(partial, specs, lambda spec: [tensors[spec.name]])
         sync(partial)
         partial.rename(file)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ModelError(
             f"the snapshot {file} cannot be written ({error}); free some space or use cache=false."
         ) from error

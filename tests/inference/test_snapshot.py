@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.inference.linear import tensors_of
 from cqlora.inference.opening import Request, open_decoder
 from tests.inference.conftest import build_adapter
 
@@ -37,6 +38,13 @@ def test_the_second_load_quantises_and_merges_nothing(options, dtype, base, tmp_
         monkeypatch.setattr(f"cqlora.inference.weights.{name}", forbidden)
     monkeypatch.setattr("cqlora.inference.opening.open_model", forbidden)
     assert torch.equal(open_cached(adapter, base, dtype), first)
+
+
+def test_every_matrix_begins_at_a_cache_lines_edge(base, nf4_adapter, tmp_path):
+    open_cached(nf4_adapter, base)
+    decoder, _ = open_decoder(Request(nf4_adapter, base, "auto", "auto", cache=True, device=torch.device("cpu")))
+    tensors = [tensor for layer in decoder.weights.layers for tensor in tensors_of(layer.gate_up).values()]
+    assert tensors and all(tensor.data_ptr() % 64 == 0 for tensor in [*tensors, decoder.weights.embedding])
 
 
 def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter, tmp_path):
@@ -69,7 +77,7 @@ def test_a_damaged_snapshot_is_told_and_a_full_disk_leaves_nothing(base, nf4_ada
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cqlora.inference.snapshot.save_file", refuse)
+    monkeypatch.setattr("cqlora.inference.snapshot.write_shard", refuse)
     with pytest.raises(ModelError, match="No space left"):
         open_cached(nf4_adapter, base)
     assert files(tmp_path) == []
