@@ -1,7 +1,7 @@
 """What a request must get past before it is read: the Host rule, the key, the size limit."""
 
 import hmac
-from urllib.parse import urlsplit
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +12,7 @@ from cqlora.serve.failure import Failure
 MAX_BODY_BYTES = 4 << 20
 _OPEN = ("/health", "/")
 _OPEN_FOLDER = "/page/"
+_HOST = re.compile(r"(?P<name>\[[^\]]*\]|[^:]*)(:\d*)?$")
 
 
 class Guard:
@@ -44,14 +45,15 @@ class Guard:
 
     def _check(self, path: str, headers: Headers) -> None:
         if not self._key:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-            if not is_loopback(host):
+            host = headers.get("host", "")
+            parts = _HOST.match(host)
+            if parts is None or not is_loopback(parts["name"]):
                 raise Failure(421, f"Host {host!r} is not this server's; ask for localhost.", "wrong_host")
             return
         if path in _OPEN or path.startswith(_OPEN_FOLDER):
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
         if scheme.lower() != "bearer" or not right:
             raise Failure(401, "the API key is missing or wrong; send Authorization: Bearer KEY.", "invalid_api_key")
 
