@@ -20,6 +20,7 @@ FORBIDDEN = {
     "cqlora.evaluate": ("cqlora.trainer", "cqlora.train"),
     "cqlora.inference": ("cqlora.trainer", "cqlora.train", "cqlora.model", "cqlora.engine", "cqlora.chat"),
     "cqlora.engine": ("cqlora.trainer", "cqlora.train", "cqlora.model"),
+    "cqlora.serve": ("cqlora.trainer", "cqlora.train", "cqlora.model"),
     "cqlora.plan": ("cqlora.trainer", "cqlora.train", "cqlora.model", "cqlora.data"),
     "cqlora.config": ("cqlora.model", "cqlora.data", "cqlora.train", "cqlora.base"),
     "cqlora.errors": ("cqlora",),

@@ -3,18 +3,21 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import MISSING
+
 from cqlora.errors import ConfigError
+
+_KINDS = {"base": "a Hugging Face model", "adapter": "a trained adapter"}
 
 
 @dataclass(kw_only=True, slots=True)
 class ServeConfig:
     """What is served, where, and to how many at once. The API key stands in the environment only."""
 
-    model: str = ""
-    """Folder of a merged model, or of a base that needs no adapter."""
-    base: str = ""
-    """Folder of the base that `adapter` was trained on."""
+    base: str = MISSING
+    """Folder of a merged model, or of the base that `adapter` was trained on."""
     adapter: str = ""
+    """Folder of an adapter; empty serves the base as it is."""
     name: str = ""
     """The name by which clients ask for the model; empty takes the folder's."""
     host: str = "127.0.0.1"
@@ -33,22 +36,14 @@ class ServeConfig:
     """Seconds that replies have to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
-        self._check_model()
+        for key in ("base", "adapter"):
+            folder = getattr(self, key)
+            if folder and not Path(folder).is_dir():
+                raise ConfigError(f"{key}={folder} is no folder; give {key}=FOLDER of {_KINDS[key]}.")
         for key, least in (("port", 0), ("slots", 1), ("queue", 0), ("max_tokens", 1), ("grace", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"{key}={getattr(self, key)} cannot be served with; give {least} or more.")
         if self.port > 65535:
             raise ConfigError(f"port={self.port} is no port; give one from 0 to 65535.")
         if self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout} leaves no time to reply in; give seconds above 0.")
-
-    def _check_model(self) -> None:
-        given = [key for key in ("model", "base", "adapter") if getattr(self, key)]
-        if given not in (["model"], ["base", "adapter"]):
-            had = f"only {' and '.join(f'{key}=' for key in given)}" if given else "no model"
-            raise ConfigError(
-                f"there is {had} to serve; give model=FOLDER of a merged model, or base=FOLDER and adapter=FOLDER."
-            )
-        for key in given:
-            if not Path(getattr(self, key)).is_dir():
-                raise ConfigError(f"{key}={getattr(self, key)} is no folder; give one of a Hugging Face model.")
+            raise ConfigError(f"timeout={self.timeout:g} leaves no time to reply in; give seconds above 0.")

@@ -37,9 +37,9 @@ def load_engine(config: ServeConfig) -> "LlamaEngine":
     """
     from cqlora.engine import LlamaEngine
 
-    if config.model:
-        return LlamaEngine(config.model, "", use_lora=False)
-    return LlamaEngine(config.adapter, config.base, use_lora=True)
+    if config.adapter:
+        return LlamaEngine(config.adapter, config.base, use_lora=True)
+    return LlamaEngine(config.base, "", use_lora=False)
 
 
 class Server(uvicorn.Server):

@@ -104,7 +104,7 @@ class FakeEngine:
 
 def fake_config(**fields: object) -> ServeConfig:
     """A configuration for a server that has its engine already."""
-    return ServeConfig(**{"model": ".", "port": 0, "slots": 2, "queue": 2, "grace": 5, **fields})
+    return ServeConfig(**{"base": ".", "port": 0, "slots": 2, "queue": 2, "grace": 5, **fields})
 
 
 class Running:
