@@ -4,9 +4,10 @@
         [--clients 16] [--seconds 60] [--hang-up 0.42] [--max-tokens 64]
 
 The server is a process of its own, started with the key=value arguments. Each client asks again as soon as
-it is answered: prompts of several lengths, two thirds of the replies streamed; a share of the requests is to be
-cut off by the client, and about a third is (some replies end sooner). Exit code 0 where no request failed, every slot and place came back,
-and the server's memory did not grow from the load's second quarter to its last by more than 5%.
+it is answered: prompts of several lengths, two thirds of the replies streamed; a share of the requests is
+to be cut off by the client, and about a third is (some replies end sooner). Exit code 0 where no request
+failed, every slot and place came back, and the server's memory did not grow from the load's second quarter
+to its last by more than 5%.
 """
 
 import argparse
@@ -32,6 +33,7 @@ class Load:
 
     max_tokens: int
     hang_up: float
+    most_words: int = 60
     answered: int = 0
     hung_up: int = 0
     tokens: int = 0
@@ -57,7 +59,7 @@ async def put_under_load(url: str, load: Load, clients: int, seconds: float, pro
 async def ask_again(client: httpx.AsyncClient, load: Load, dice: random.Random, until: float) -> None:
     """One client, until the time is over."""
     while time.monotonic() < until:
-        words = " ".join(dice.choices(WORDS, k=dice.randint(1, 60)))
+        words = " ".join(dice.choices(WORDS, k=dice.randint(1, load.most_words)))
         asked = {
             "messages": [{"role": "user", "content": words}],
             "max_tokens": dice.randint(4, load.max_tokens),

@@ -44,33 +44,43 @@ class Job:
         """Where it stands in the batch; None while it waits."""
         self.abandoned = False
         self.ended = False
-        """Whether its last news was read."""
-        self._news: asyncio.Queue[Progress | Failure] = asyncio.Queue()
+        """Whether its last news was read, good or bad."""
+        self._arrived = asyncio.Event()
+        self._unread: Progress | None = None
+        self._failure: Failure | None = None
 
-    def tell(self, news: Progress | Failure) -> None:
-        """On the event loop: hand over what came."""
-        self._news.put_nowait(news)
+    def tell(self, news: "Progress | Failure") -> None:
+        """On the event loop: hand over what came; steps that nobody has read yet become one."""
+        if isinstance(news, Failure):
+            self._failure = news
+        else:
+            before = self._unread.text if self._unread else ""
+            self._unread = Progress(before + news.text, news.completion_tokens, news.finish_reason)
+        self._arrived.set()
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """Every step's news, the last with its finish_reason.
+        """The news of one or more steps at a time, the last with its finish_reason.
 
         Raises:
             Failure: the reply will not come to its end, or not in time.
         """
         while not self.ended:
-            news = await self._next_news()
-            self.ended = isinstance(news, Failure) or news.finish_reason is not None
-            if isinstance(news, Failure):
-                raise news
-            yield news
+            await self._wait_for_news()
+            unread, self._unread = self._unread, None
+            self.ended = self._failure is not None or (unread is not None and unread.finish_reason is not None)
+            if unread is not None:
+                yield unread
+            if self._failure is not None:
+                raise self._failure.with_traceback(None)
 
-    async def _next_news(self) -> Progress | Failure:
+    async def _wait_for_news(self) -> None:
         # Here and not in the batch's thread, so that a step that hangs ends no request's time limit.
         try:
             async with asyncio.timeout_at(self.deadline):
-                return await self._news.get()
+                await self._arrived.wait()
         except TimeoutError:
-            return Failure(504, f"the reply was not done within this server's {self.timeout:g} s.", "timeout")
+            self._failure = Failure(504, f"the reply was not done within this server's {self.timeout:g} s.", "timeout")
+        self._arrived.clear()
 
 
 class Scheduler:
@@ -114,7 +124,7 @@ class Scheduler:
             Failure: 429 where all places are taken, 503 where the server stops or its engine has died.
         """
         if self._failure:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         if self._stop_at is not None:
             raise Failure(503, "the server is stopping; try another, or later.", "stopping")
         if len(self._jobs) >= self._places:
@@ -130,7 +140,7 @@ class Scheduler:
         if since is not None and time.monotonic() - since > self._timeout:
             raise Failure(503, f"the engine has been at one step for over {self._timeout:.0f} s.", "stalled")
         if self._failure:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         if self._stop_at is not None:
             raise Failure(503, "the server is stopping.", "stopping")
 

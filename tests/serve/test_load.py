@@ -1,4 +1,4 @@
-"""Sixteen clients at once, a third of them hanging up: no error, no leaked slot. The long run is benchmarks/serve_load.py."""
+"""Sixteen clients, a third of them hanging up: no error, no leaked slot. benchmarks/serve_load.py runs longer."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from tests.serve.fake import fake_config, running
 
 def test_sixteen_clients_of_which_a_third_hangs_up_leave_nothing_behind(tiny):
     with running(LlamaEngine(tiny, "", use_lora=False), fake_config(slots=8, queue=32)) as run:
-        load = Load(max_tokens=32, hang_up=0.42)
+        load = Load(max_tokens=32, hang_up=0.42, most_words=12)
         asyncio.run(put_under_load(run.url, load, clients=16, seconds=3, process=None))
         assert load.errors == []
         assert load.answered > 16 and load.hung_up > 8
