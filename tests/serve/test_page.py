@@ -7,7 +7,6 @@ import httpx
 import pytest
 
 from cqlora.serve.app import PAGE_FOLDER
-from tests.conftest import ROOT
 from tests.serve.fake import FakeEngine, fake_config, running
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -233,8 +232,3 @@ def test_both_languages_have_every_label():
     assert english == chinese and len(english) > 20
     used = re.findall(r'data-(?:label|placeholder|aria)="(\w+)"', (PAGE_FOLDER / "index.html").read_text())
     assert set(used) <= set(english)
-
-
-def test_the_screenshots_are_small():
-    for name in ("chat-en.png", "chat-zh.png"):
-        assert (ROOT / "docs" / "images" / name).stat().st_size < 200_000
