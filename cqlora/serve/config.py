@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from cqlora.errors import ConfigError
 
+_CHOICES = {"quantization": ("auto", "nf4", "none"), "dtype": ("auto", "float32", "bfloat16")}
 _KINDS = {"base": "a Hugging Face model", "adapter": "a trained adapter"}
 
 
@@ -18,6 +19,14 @@ class ServeConfig:
     """Folder of a merged model, or of the base that `adapter` was trained on."""
     adapter: str = ""
     """Folder of an adapter; empty serves the base as it is."""
+    quantization: str = "auto"
+    """auto takes the base as the adapter was trained on it, and a merged model as it is; nf4; none."""
+    dtype: str = "auto"
+    """What is computed in: auto (the fastest here), float32, bfloat16."""
+    device: str = "auto"
+    """auto takes a GPU where there is one; cpu; cuda:0."""
+    cache: bool = False
+    """Keep a snapshot of the quantised weights that the next start maps."""
     name: str = ""
     """The name by which clients ask for the model; empty takes the folder's."""
     host: str = "127.0.0.1"
@@ -40,6 +49,9 @@ class ServeConfig:
             folder = getattr(self, key)
             if folder and not Path(folder).is_dir():
                 raise ConfigError(f"{key}={folder} is no folder; give {key}=FOLDER of {_KINDS[key]}.")
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"{key}={getattr(self, key)} is unknown; use {', '.join(choices)}.")
         for key, least in (("port", 0), ("slots", 1), ("queue", 0), ("max_tokens", 1), ("grace", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"{key}={getattr(self, key)} cannot be served with; give {least} or more.")

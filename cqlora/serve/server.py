@@ -37,9 +37,15 @@ def load_engine(config: ServeConfig) -> "LlamaEngine":
     """
     from cqlora.engine import LlamaEngine
 
-    if config.adapter:
-        return LlamaEngine(config.adapter, config.base, use_lora=True)
-    return LlamaEngine(config.base, "", use_lora=False)
+    folders = (config.adapter, config.base) if config.adapter else (config.base, "")
+    return LlamaEngine(
+        *folders,
+        use_lora=bool(config.adapter),
+        quantization=config.quantization,
+        dtype=config.dtype,
+        device=config.device,
+        cache=config.cache,
+    )
 
 
 class Server(uvicorn.Server):

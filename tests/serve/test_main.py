@@ -21,6 +21,7 @@ KEY = "correct-horse-battery-staple"
         ((), "base has no value; add base=VALUE."),
         (("base=nowhere",), "base=nowhere is no folder; give base=FOLDER of a Hugging Face model."),
         (("base=.", "adapter=nowhere"), "adapter=nowhere is no folder; give adapter=FOLDER of a trained adapter."),
+        (("base=.", "quantization=int3"), "quantization=int3 is unknown; use auto, nf4, none."),
         (("base=.", "slots=0"), "slots=0 cannot be served with; give 1 or more."),
         (("base=.", "port=70000"), "port=70000 is no port"),
         (("base=.", "timeout=0"), "timeout=0 leaves no time"),

@@ -145,7 +145,7 @@ def test_the_sampling_controls_reach_the_server(driver):
         page.ask("hello")
         page.wait_until_quiet()
         assert (asked[0].max_new_tokens, asked[0].top_k, asked[0].seed, asked[0].temperature) == (3, 40, 7, 2.0)
-        assert page.find("#notice").text.startswith("Cut at the most tokens.")
+        assert page.find("#notice").text.startswith("Reached max tokens.")
 
 
 @in_browser
