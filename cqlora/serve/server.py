@@ -26,6 +26,7 @@ _SECONDS_TO_TELL_CLIENTS = 5
 def run_server(config: ServeConfig, key: str, door: socket.socket) -> None:
     """Load the model and serve it at `door` until a signal; replies under way may finish first."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("cqlora").setLevel(logging.INFO)
     Server(load_engine(config), config, key).run(sockets=[door])
 
 

@@ -1,6 +1,7 @@
 """From a request that parsed to its reply: encode, queue, follow, and let go whatever happens."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from cqlora.errors import DataError
+from cqlora.errors import CqloraError
 from cqlora.serve.config import ServeConfig
 from cqlora.serve.failure import Failure
 from cqlora.serve.metrics import Metrics
@@ -21,7 +22,8 @@ from cqlora.serve.scheduler import Job, Progress, Scheduler
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
 
-_SECONDS_TO_READ_THE_END = 30.0
+SECONDS_TO_READ_THE_END = 30.0
+_LOG = logging.getLogger(__name__)
 
 
 class Service:
@@ -71,7 +73,7 @@ class Service:
                 ids = self.engine.encode_messages([message.turn() for message in asked.messages])
             else:
                 ids = self.engine.encode_text(asked.text())
-        except DataError as error:
+        except CqloraError as error:
             raise Failure(400, str(error), "invalid_value") from error
         if len(ids) >= self.engine.max_length:
             raise Failure(
@@ -161,8 +163,11 @@ class ExchangeStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream."""
         try:
-            async with asyncio.timeout_at(self._exchange.job.deadline + _SECONDS_TO_READ_THE_END):
+            async with asyncio.timeout_at(self._exchange.job.deadline + SECONDS_TO_READ_THE_END):
                 await super().__call__(scope, receive, send)
+        except TimeoutError:
+            # Its reply has long ended: the connection is cut, since the response stays unfinished.
+            _LOG.warning("a client stopped reading its stream")
         finally:
             self._exchange.let_go()
 

@@ -57,7 +57,7 @@ class FakeBatch:
         self.engine.steps.append(sum(reply.prompt_tokens for reply in self.replies if not reply.completion_tokens))
         produced = []
         for reply in list(self.replies):
-            text = f"w{reply.completion_tokens} "
+            text = self.engine.word or f"w{reply.completion_tokens} "
             reply.completion_tokens += 1
             if reply.completion_tokens >= self.engine.words:
                 reply.finish_reason = "stop"
@@ -78,11 +78,14 @@ class FakeEngine:
 
     name = "fake"
 
-    def __init__(self, words: int = 5, seconds_per_step: float = 0.0, max_length: int = 4096, refuses: str = ""):
+    def __init__(
+        self, words: int = 5, seconds_per_step: float = 0.0, max_length: int = 4096, refuses: str = "", word: str = ""
+    ):
         self.words = words
         self.seconds_per_step = seconds_per_step
         self.max_length = max_length
         self.refuses = refuses
+        self.word = word
         self.open = threading.Event()
         self.open.set()
         self.breaks = False

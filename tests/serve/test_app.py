@@ -1,6 +1,7 @@
 """The API over real connections: what is answered, what is refused and how, and what a client that goes leaves."""
 
 import json
+import socket
 import threading
 import time
 
@@ -213,8 +214,6 @@ def test_a_client_that_goes_away_frees_its_place(stream, stage):
 
 def hang_up(client: httpx.Client) -> None:
     """Close the socket under a request that another thread waits on."""
-    import socket
-
     for connection in client._transport._pool.connections:
         connection._connection._network_stream._sock.shutdown(socket.SHUT_RDWR)
 
@@ -227,6 +226,20 @@ def test_the_time_limit_ends_a_reply_and_frees_its_place():
         *chunks, last = events(post(run, CHAT | {"stream": True}))
         assert len(chunks) > 1 and json.loads(last)["error"]["code"] == "timeout"
         run.wait_until_idle()
+
+
+def test_a_client_that_stops_reading_is_cut_off_and_holds_no_place(monkeypatch):
+    monkeypatch.setattr("cqlora.serve.service.SECONDS_TO_READ_THE_END", 0.1)
+    engine = FakeEngine(words=40, word="x" * 1_000_000)
+    body = json.dumps(CHAT | {"stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with running(engine, fake_config(timeout=0.5)) as run:
+        with socket.create_connection(("127.0.0.1", int(run.url.rsplit(":", 1)[1]))) as silent:
+            silent.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            run.wait_until(lambda: engine.admitted)
+            run.wait_until_idle()
+            run.wait_until(lambda: not run.server.server_state.tasks, "the stalled connection is kept")
+        assert post(run, CHAT | {"max_tokens": 1}).status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -10,7 +10,11 @@ import threading
 import openai
 import pytest
 
+from cqlora.engine import LlamaEngine
+from cqlora.serve.server import load_engine
 from tests.conftest import ROOT, run_verb
+from tests.serve.fake import fake_config, running
+from tests.weights.adapters import write_adapter
 
 KEY = "correct-horse-battery-staple"
 
@@ -71,3 +75,15 @@ def test_a_served_model_ends_on_a_signal_with_its_reply_finished(tiny, tmp_path,
     finally:
         server.kill()
         server.wait()
+
+
+def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
+    adapter = write_adapter(tiny, tmp_path / "polite")
+    config = fake_config(base=str(tiny), adapter=str(adapter), max_tokens=64)
+    messages = [{"role": "user", "content": "模型 answers"}]
+    with running(load_engine(config), config) as run:
+        client = openai.OpenAI(base_url=run.url + "/v1", api_key="none", max_retries=0)
+        reply = client.chat.completions.create(model="polite", messages=messages, max_tokens=12, temperature=0)
+    alone = LlamaEngine(tiny, "", use_lora=False).generate(messages, max_new_tokens=12, temperature=0.0)
+    joined = LlamaEngine(adapter, tiny).generate(messages, max_new_tokens=12, temperature=0.0)
+    assert reply.choices[0].message.content == joined != alone
