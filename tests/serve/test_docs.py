@@ -18,7 +18,7 @@ def test_both_languages_give_the_same_commands_and_values():
         assert english == chinese and english, pattern
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^    cqlora (serve .+)", TEXTS[0], re.M))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^    cqlora ((?:serve|merge) .+)", TEXTS[0], re.M))))
 def test_every_command_composes_as_it_is_printed(command, workspace):
     verb, *arguments = shlex.split(command)
     assert run_verb(workspace, verb, *arguments, "--cfg", "job").stdout
