@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from cqlora.engine import LlamaEngine
+from cqlora.errors import ConfigError
 from cqlora.serve.server import load_engine
 from tests.conftest import ROOT, run_verb
 from tests.serve.fake import fake_config, running
@@ -87,3 +88,13 @@ def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
     alone = LlamaEngine(tiny, "", use_lora=False).generate(messages, max_new_tokens=12, temperature=0.0)
     joined = LlamaEngine(adapter, tiny).generate(messages, max_new_tokens=12, temperature=0.0)
     assert reply.choices[0].message.content == joined != alone
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path):
+    for module in [name for name in sys.modules if name.startswith("cqlora.serve.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    from cqlora.serve.__main__ import serve
+
+    with pytest.raises(ConfigError, match=r"needs fastapi, .* pip install 'cqlora\[serve\]'"):
+        serve(fake_config(base=str(tmp_path)))
