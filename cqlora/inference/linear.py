@@ -9,6 +9,10 @@ import torch.nn.functional as F
 
 from cqlora.inference.kernel import fused_nf4_product
 
+ROW_STEP = 16
+"""oneDNN makes and keeps a bfloat16 kernel of over half a megabyte for each number of rows that a matrix meets: prompts
+of every length would make a server grow by hundreds of megabytes, so they are met in steps of this."""
+
 
 class Linear(Protocol):
     """A linear layer without bias."""
@@ -26,7 +30,11 @@ class Dense:
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See Linear."""
-        return F.linear(inputs.to(self.weight.dtype), self.weight).to(inputs.dtype)
+        rows = len(inputs)
+        typed = inputs.to(self.weight.dtype)
+        if rows > ROW_STEP and self.weight.device.type == "cpu":
+            typed = F.pad(typed, (0, 0, 0, -rows % ROW_STEP))
+        return F.linear(typed, self.weight)[:rows].to(inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
