@@ -11,6 +11,7 @@ from cqlora.serve.door import bind, read_key
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT."""
     key = read_key(config.host)
+    config.check_folders()
     with bind(config.host, config.port) as door:
         try:
             from cqlora.serve.server import run_server

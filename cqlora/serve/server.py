@@ -27,26 +27,7 @@ def run_server(config: ServeConfig, key: str, door: socket.socket) -> None:
     """Load the model and serve it at `door` until a signal; replies under way may finish first."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cqlora").setLevel(logging.INFO)
-    Server(load_engine(config), config, key).run(sockets=[door])
-
-
-def load_engine(config: ServeConfig) -> "LlamaEngine":
-    """The model that the configuration names.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    from cqlora.engine import LlamaEngine
-
-    folders = (config.adapter, config.base) if config.adapter else (config.base, "")
-    return LlamaEngine(
-        *folders,
-        use_lora=bool(config.adapter),
-        quantization=config.quantization,
-        dtype=config.dtype,
-        device=config.device,
-        cache=config.cache,
-    )
+    Server(config.load_engine(), config, key).run(sockets=[door])
 
 
 class Server(uvicorn.Server):

@@ -12,7 +12,6 @@ import pytest
 
 from cqlora.engine import LlamaEngine
 from cqlora.errors import ConfigError
-from cqlora.serve.server import load_engine
 from tests.conftest import ROOT, run_verb
 from tests.serve.fake import fake_config, running
 from tests.weights.adapters import write_adapter
@@ -24,8 +23,6 @@ KEY = "correct-horse-battery-staple"
     ("arguments", "sentence"),
     [
         ((), "base has no value; add base=VALUE."),
-        (("base=nowhere",), "base=nowhere is no folder; give base=FOLDER of a Hugging Face model."),
-        (("base=.", "adapter=nowhere"), "adapter=nowhere is no folder; give adapter=FOLDER of a trained adapter."),
         (("base=.", "quantization=int3"), "quantization=int3 is unknown; use auto, nf4, none."),
         (("base=.", "slots=0"), "slots=0 cannot be served with; give 1 or more."),
         (("base=.", "port=70000"), "port=70000 is no port"),
@@ -38,6 +35,15 @@ KEY = "correct-horse-battery-staple"
 def test_what_cannot_be_served_is_told_before_anything_is_loaded(workspace, arguments, sentence):
     done = run_verb(workspace, "serve", *arguments, expect=2, CQLORA_API_KEY="")
     assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_folders_are_checked_before_anything_is_loaded(tiny, workspace):
+    for arguments, code, sentence in (
+        (("base=nowhere",), 1, "model folder nowhere does not exist"),
+        ((f"base={tiny}", "adapter=nowhere"), 2, "adapter=nowhere has no adapter_config.json"),
+    ):
+        done = run_verb(workspace, "serve", *arguments, expect=code, CQLORA_API_KEY="")
+        assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_the_key_is_refused_on_the_command_line(workspace):
@@ -82,7 +88,7 @@ def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
     adapter = write_adapter(tiny, tmp_path / "polite")
     config = fake_config(base=str(tiny), adapter=str(adapter), max_tokens=64)
     messages = [{"role": "user", "content": "模型 answers"}]
-    with running(load_engine(config), config) as run:
+    with running(config.load_engine(), config) as run:
         client = openai.OpenAI(base_url=run.url + "/v1", api_key="none", max_retries=0)
         reply = client.chat.completions.create(model="polite", messages=messages, max_tokens=12, temperature=0)
     alone = LlamaEngine(tiny, "", use_lora=False).generate(messages, max_new_tokens=12, temperature=0.0)
@@ -90,11 +96,11 @@ def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
     assert reply.choices[0].message.content == joined != alone
 
 
-def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path):
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tiny):
     for module in [name for name in sys.modules if name.startswith("cqlora.serve.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     from cqlora.serve.__main__ import serve
 
     with pytest.raises(ConfigError, match=r"needs fastapi, .* pip install 'cqlora\[serve\]'"):
-        serve(fake_config(base=str(tmp_path)))
+        serve(fake_config(base=str(tiny)))

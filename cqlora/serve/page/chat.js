@@ -60,7 +60,8 @@ async function listen(answer) {
   const began = performance.now();
   setSpeaking(controller);
   try {
-    const request = { model, messages: turns, ...samplingRequest() };
+    // Before the model's name is known the server takes its only one.
+    const request = { ...(model && { model }), messages: turns, ...samplingRequest() };
     const { finishReason, tokens } = await streamReply(request, key, controller.signal, answer.add);
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
     say((finishReason === "length" ? `${label("cut")} ` : "") + label("speed")(tokens, seconds));
