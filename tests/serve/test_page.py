@@ -209,7 +209,7 @@ def test_a_phone_sees_everything_without_scrolling_sideways(driver):
 @in_browser
 def test_every_control_has_a_name_for_those_who_cannot_see_it(driver):
     with running(FakeEngine(), fake_config()) as run:
-        page = Page(driver, run)
+        Page(driver, run)
         for element in driver.find_elements("css selector", "button, input, textarea, aside, section"):
             if element.is_displayed():
                 assert element.accessible_name, element.get_attribute("outerHTML")
