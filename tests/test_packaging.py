@@ -38,10 +38,12 @@ def test_a_checkout_finds_the_groups_at_its_root(tmp_path):
     assert where_configs_are_found(ROOT, tmp_path) == ROOT / "configs"
 
 
-def test_a_wheel_holds_every_group_file_and_the_sample(wheel):
+def test_a_wheel_holds_every_group_file_the_sample_and_the_page(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"cqlora/{name}" for name in EXPECTED} <= names
     assert {f"cqlora/data/sample/sample_zh/{split}.jsonl" for split in ("train", "val", "test")} <= names
+    page = (ROOT / "cqlora" / "serve" / "page").iterdir()
+    assert {f"cqlora/serve/page/{file.name}" for file in page} <= names
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 

@@ -89,6 +89,10 @@ class MergedSource:
             return self.base.blocks(stored)
         return self._narrow(spec, self._merged(spec, stored))
 
+    def rows(self, name: str) -> RowStream:
+        """The merged tensor's rows in float32, as nothing has rounded them yet."""
+        return self._merged(self.specs[name], name if name in self.base.specs else INPUT)
+
     def _merged(self, spec: TensorSpec, stored: str) -> RowStream:
         def base_rows() -> Iterator[torch.Tensor]:
             return (block.float() for block in self.base.blocks(stored))

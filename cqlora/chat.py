@@ -1,0 +1,59 @@
+"""`python -m cqlora.chat`: a conversation in the terminal, streamed, which Ctrl-C interrupts and does not end."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+
+from cqlora.cli import run_program
+from cqlora.engine_config import EngineConfig
+from cqlora.inference.requests import Sampling
+from cqlora.inference.terminal import Conversation, open_terminal, talk
+
+
+@dataclass(kw_only=True, slots=True)
+class ChatConfig(EngineConfig):
+    """Whom to talk to, and how replies are sampled."""
+
+    system: str = ""
+    """What stands before the conversation, in the role of the system."""
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    """0 takes the likeliest token each time."""
+    top_p: float = 0.9
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """The fields that say how a reply is sampled, checked."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+def chat(config: ChatConfig) -> None:
+    """Check the folders, then load the model while the first message is being typed."""
+    config.check_folders()
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        engine = loader.submit(config.load_engine)
+        talk(Conversation(config.system), engine.result, config.sampling(), open_terminal())
+
+
+def main() -> None:
+    """The verb `chat`."""
+    ConfigStore.instance().store(name="chat_schema", node=ChatConfig)
+    run_program("chat", ChatConfig, chat)
+
+
+if __name__ == "__main__":
+    main()

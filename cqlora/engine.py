@@ -1,0 +1,137 @@
+"""`LlamaEngine`: a base with its adapter, or a merged model, to talk to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cqlora.data.chat import ChatEncoder
+from cqlora.data.tokenizer import PlainTokenizer, read_json
+from cqlora.errors import ModelError
+from cqlora.inference.batch import ContinuousBatch, Reply
+from cqlora.inference.opening import Request, open_decoder
+from cqlora.inference.requests import Sampling, read_messages
+from cqlora.inference.text import ReplyText, TokenBytes
+
+Messages = Sequence[Mapping[str, object]]
+
+
+class LlamaEngine:
+    """Generates replies from a model on this machine.
+
+        LlamaEngine(adapter_dir, base_dir, use_lora=True)
+        LlamaEngine(merged_dir, "", use_lora=False)
+
+    Raises:
+        ModelError: a folder that is missing, damaged, of another architecture, or an adapter of another base.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        base_dir: str | Path = "",
+        use_lora: bool = True,
+        *,
+        quantization: str = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        cache: bool = False,
+    ) -> None:
+        """Load the model.
+
+        `quantization` is `auto` (the base as the adapter was trained on it, a merged model as it is), `nf4` or
+        `none`; `dtype` is `auto` (what computes fastest here), `float32` or `bfloat16`; `cache` keeps a snapshot
+        that the next load maps.
+        """
+        request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
+        self._decoder, form = open_decoder(request)
+        self.name = request.model_dir.resolve().name
+        self.form = str(form)
+        """How the matrices are held and computed."""
+        self.max_length = self._decoder.architecture.max_length
+        """Positions that prompt and reply share."""
+        self._tokenizer = PlainTokenizer(request.folder)
+        self._token_bytes = TokenBytes(request.folder)
+        self._end_ids = find_end_ids(request.folder, self._tokenizer)
+
+    def generate(self, messages: Messages, **sampling: Any) -> str:
+        """The assistant's reply; keywords are the fields of Sampling."""
+        return "".join(self.stream(messages, **sampling))
+
+    def stream(self, messages: Messages, **sampling: Any) -> Iterator[str]:
+        """The reply as it comes, in whole characters."""
+        batch = self.open_batch(1)
+        reply = batch.admit(self.encode_messages(messages), Sampling(**sampling))
+        return _drain(batch, reply)
+
+    def generate_batch(self, conversations: Sequence[Messages], **sampling: Any) -> list[str]:
+        """A reply to each conversation, generated together."""
+        batch = self.open_batch(len(conversations))
+        asked = Sampling(**sampling)
+        replies = [batch.admit(self.encode_messages(messages), asked) for messages in conversations]
+        texts = {id(reply): "" for reply in replies}
+        while batch.free_slots < len(replies):
+            for reply, text in batch.step():
+                texts[id(reply)] += text
+        return [texts[id(reply)] for reply in replies]
+
+    def open_batch(self, slots: int) -> ContinuousBatch:
+        """A batch of up to `slots` replies that come and go."""
+        return ContinuousBatch(self._decoder, self._end_ids, lambda stop: ReplyText(self._token_bytes, stop), slots)
+
+    def encode_messages(self, messages: Messages) -> list[int]:
+        """Ids of a conversation in the training template, up to where the assistant's words come.
+
+        Control tokens in a message stay text.
+
+        Raises:
+            DataError: an unknown role, a message without a body, or no message.
+            ModelError: the tokenizer has no chat tokens.
+        """
+        return ChatEncoder(self._tokenizer).encode_prompt(read_messages(messages))
+
+    def encode_text(self, prompt: str) -> list[int]:
+        """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
+        ids: list[int] = self._tokenizer.text.encode(prompt, add_special_tokens=False).ids
+        return [self._tokenizer.special.document_start, *ids]
+
+
+def find_request(
+    model_dir: str | Path, base_dir: str | Path, use_lora: bool, quantization: str, dtype: str, device: str, cache: bool
+) -> Request:
+    """The folders to open, told apart by what lies in them.
+
+    Raises:
+        ModelError: an adapter where a merged model was promised, or the other way round.
+    """
+    folder = Path(model_dir)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if use_lora and not is_adapter:
+        what = "holds no adapter (adapter_config.json)" if folder.is_dir() else "does not exist"
+        raise ModelError(f"{folder} {what}; give an adapter folder, or a merged model with use_lora=False.")
+    if use_lora and not str(base_dir):
+        raise ModelError(f"{folder} is an adapter and needs its base; give the base's folder as base_dir.")
+    if not use_lora and is_adapter and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter and no whole model; give its base too, with use_lora=True.")
+    if not use_lora and str(base_dir):
+        raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, chosen)
+
+
+def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:
+    """Tokens that end a reply: the template's, the document's, and those that the base's own files name."""
+    special = tokenizer.special
+    found = {special.document_end, special.turn_end}
+    for name in ("config.json", "generation_config.json"):
+        named = read_json(folder / name).get("eos_token_id")
+        found |= set(named) if isinstance(named, list) else {named}
+    return frozenset(token for token in found if token is not None)
+
+
+def _drain(batch: ContinuousBatch, reply: Reply) -> Iterator[str]:
+    while reply.finish_reason is None:
+        for _, text in batch.step():
+            if text:
+                yield text

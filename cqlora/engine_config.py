@@ -1,0 +1,70 @@
+"""Which model to generate with and how it is held: the keys that `chat` and `serve` share."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
+from cqlora.errors import ConfigError
+from cqlora.preflight import check_fingerprints
+
+if TYPE_CHECKING:
+    from cqlora.engine import LlamaEngine
+
+_CHOICES = {"quantization": ("auto", "nf4", "none"), "dtype": ("auto", "float32", "bfloat16")}
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """A model's folders and form."""
+
+    base: str = MISSING
+    """A merged model's folder, or the base's with `adapter`."""
+    adapter: str = ""
+    quantization: str = "auto"
+    """auto: an adapter's base as it was trained on, a merged model as it is; nf4; none."""
+    dtype: str = "auto"
+    """auto (what computes fastest here), float32, bfloat16."""
+    device: str = "auto"
+    cache: bool = True
+    """Keep a snapshot, in the user's cache folder, that the next start maps."""
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"{key}={getattr(self, key)} is unknown; use {', '.join(choices)}.")
+
+    def check_folders(self) -> None:
+        """Raise for what can be known to be wrong without torch: missing folders, another base's adapter."""
+        base = read_base(self.base)
+        if not self.adapter:
+            return
+        adapter = Path(self.adapter)
+        if not (adapter / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"adapter={adapter} has no adapter_config.json; give the adapter/ folder of a finished run."
+            )
+        check_fingerprints(adapter, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+
+    def load_engine(self) -> "LlamaEngine":
+        """The engine of these folders.
+
+        Raises:
+            ModelError: they cannot be read or do not belong together.
+        """
+        from cqlora.engine import LlamaEngine
+
+        # It warns of a kernel package that it would fetch from the net; the one that it has is the one in use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        folders = (self.adapter, self.base) if self.adapter else (self.base, "")
+        return LlamaEngine(
+            *folders,
+            use_lora=bool(self.adapter),
+            quantization=self.quantization,
+            dtype=self.dtype,
+            device=self.device,
+            cache=self.cache,
+        )

@@ -1,0 +1,1 @@
+"""Generation: a LLaMA decoder of our own, loaded by mapping, with replies that share a batch."""

@@ -1,0 +1,94 @@
+"""The shape of a LLaMA model, read from config.json, and the rotary frequencies that follow from it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cqlora.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What the decoder needs to know beside the weights."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    epsilon: float
+    """Of RMSNorm."""
+    max_length: int
+    """Positions that the model was made for."""
+    rope: dict[str, Any]
+    """`rope_type`, `rope_theta` and what the type needs."""
+
+    @property
+    def block_numbers(self) -> int:
+        """Numbers in the matrices of all blocks."""
+        attention = 2 * (self.heads + self.key_value_heads) * self.head_dim
+        return self.layers * self.hidden * (attention + 3 * self.intermediate)
+
+
+def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
+    """The architecture that a config.json describes, in transformers' older or newer names.
+
+    Raises:
+        ModelError: another architecture, or a part of one that the decoder does not have.
+    """
+    if config.get("model_type") != "llama":
+        raise ModelError(f"{folder} holds a {config.get('model_type')} model; the engine runs LLaMA models only.")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ModelError(f"{folder} has {key}=true, which LLaMA's layers do not have; give another model.")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{folder} has hidden_act={config['hidden_act']}; the engine runs LLaMA's silu only.")
+    heads = config["num_attention_heads"]
+    return Architecture(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        epsilon=config.get("rms_norm_eps", 1e-6),
+        max_length=config["max_position_embeddings"],
+        rope=_read_rope(config, folder),
+    )
+
+
+def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> torch.Tensor:
+    """float32 (head_dim / 2,): radians per position; Llama 3's scaling follows transformers' modeling_rope_utils."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    if rope["rope_type"] != "llama3":
+        return frequencies
+    original = rope.get("original_max_position_embeddings") or max_length
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled: torch.Tensor = torch.where(wavelengths > original / low, frequencies / factor, between)
+    scaled = torch.where(wavelengths < original / high, frequencies, scaled)
+    return scaled
+
+
+def _read_rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ModelError(
+            f"{folder} scales positions by rope_type={rope['rope_type']}; the engine runs default, linear and llama3."
+        )
+    return rope

@@ -1,0 +1,122 @@
+"""Replies that are generated together: each may come and go at any step."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from cqlora.errors import DataError
+from cqlora.inference.choice import TokenChooser
+from cqlora.inference.decoder import Decoder, Segment
+from cqlora.inference.requests import Sampling
+from cqlora.inference.text import ReplyText
+
+PREFILL_TOKENS = 512
+"""Prompt tokens in one forward pass, which bounds the memory that a long prompt takes."""
+
+
+class Reply:
+    """One reply on its way: how many tokens it has and why it ended."""
+
+    def __init__(self, prompt_ids: list[int], sampling: Sampling, decoder: Decoder, text: ReplyText) -> None:
+        self.prompt_tokens = len(prompt_ids)
+        self.completion_tokens = 0
+        """Tokens generated, the end token among them."""
+        self.finish_reason: Literal["stop", "length"] | None = None
+        """None while the reply goes on; `stop` at an end token or stop string, `length` where there is no more room."""
+        self.text = text
+        self.ignore_end = sampling.ignore_end
+        self.seeded = sampling.seed is not None
+        room = decoder.architecture.max_length - len(prompt_ids)
+        self.max_tokens = min(sampling.max_new_tokens, room)
+        self.chooser = TokenChooser(sampling, prompt_ids, decoder.architecture.vocab_size)
+        self.cache = decoder.new_cache()
+        self.pending = list(prompt_ids)
+        """Tokens that the model has not seen yet."""
+
+
+class ContinuousBatch:
+    """Up to `slots` replies; every step gives each of them one token."""
+
+    def __init__(
+        self, decoder: Decoder, end_ids: frozenset[int], new_text: Callable[[tuple[str, ...]], ReplyText], slots: int
+    ) -> None:
+        self._decoder = decoder
+        self._end_ids = end_ids
+        self._new_text = new_text
+        self._slots = slots
+        self._replies: list[Reply] = []
+
+    @property
+    def free_slots(self) -> int:
+        """Replies that can still be admitted."""
+        return self._slots - len(self._replies)
+
+    def admit(self, prompt_ids: list[int], sampling: Sampling) -> Reply:
+        """Take a slot for a reply to this prompt; its first token comes with the next step.
+
+        Raises:
+            DataError: the prompt is empty, or leaves no position for a reply.
+            RuntimeError: no slot is free.
+        """
+        if self.free_slots == 0:
+            raise RuntimeError(f"all {self._slots} slots of the batch are taken")
+        longest = self._decoder.architecture.max_length
+        if not prompt_ids:
+            raise DataError("the prompt is empty; give at least one character.")
+        if len(prompt_ids) + 1 > longest:
+            raise DataError(
+                f"the prompt has {len(prompt_ids)} tokens and the model holds {longest} with the reply; shorten it, "
+                "or drop the earliest messages."
+            )
+        reply = Reply(prompt_ids, sampling, self._decoder, self._new_text(sampling.stop))
+        self._replies.append(reply)
+        return reply
+
+    def step(self) -> list[tuple[Reply, str]]:
+        """One token for every reply: the reply and its new whole characters, "" where none is complete.
+
+        A reply that ends in this step has its `finish_reason` and leaves the batch.
+        """
+        # A prompt runs alone, so that its numbers do not depend on what else is in the batch.
+        fresh = [reply for reply in self._replies if reply.completion_tokens == 0]
+        going = [reply for reply in self._replies if reply.completion_tokens > 0]
+        logits = {id(reply): self._read_prompt(reply) for reply in fresh}
+        if going:
+            segments = [Segment(reply.cache, reply.pending) for reply in going]
+            rows = self._decoder.next_logits(segments, steady=any(reply.seeded for reply in going))
+            logits |= {id(reply): row for reply, row in zip(going, rows, strict=True)}
+        produced = [(reply, self._advance(reply, logits[id(reply)])) for reply in self._replies]
+        for reply in [reply for reply in self._replies if reply.finish_reason]:
+            self.release(reply)
+        return produced
+
+    def release(self, reply: Reply) -> None:
+        """Drop a reply that nobody waits for any more: its slot and its memory are free at once.
+
+        Nothing happens where it has left already.
+        """
+        self._replies = [other for other in self._replies if other is not reply]
+        reply.cache.clear()
+
+    def _read_prompt(self, reply: Reply) -> torch.Tensor:
+        pending = reply.pending
+        for first in range(0, len(pending), PREFILL_TOKENS):
+            logits = self._decoder.next_logits([Segment(reply.cache, pending[first : first + PREFILL_TOKENS])])
+        return logits[0]
+
+    def _advance(self, reply: Reply, logits: torch.Tensor) -> str:
+        """Choose a reply's next token; return the text that it completes."""
+        token = reply.chooser.choose(logits)
+        reply.completion_tokens += 1
+        reply.pending = [token]
+        if token in self._end_ids and not reply.ignore_end:
+            reply.finish_reason = "stop"
+            return reply.text.finish()
+        text = reply.text.add(token)
+        if reply.text.stopped:
+            reply.finish_reason = "stop"
+        elif reply.completion_tokens >= reply.max_tokens:
+            reply.finish_reason = "length"
+            text += reply.text.finish()
+        return text

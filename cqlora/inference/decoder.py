@@ -1,0 +1,199 @@
+"""LLaMA's forward pass for generation: ragged batches in one pass, keys and values kept per reply.
+
+The arithmetic is that of transformers' LlamaForCausalLM. Queries, keys and values are one matrix, as are the
+gate and the up projection, since a processor spends a token's time in reading matrices and calling operators.
+On a processor everything between two matrices is float32 whatever the matrices are: small operators take a
+fifth of bfloat16's time there, stay on one thread, and lose nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cqlora.inference.architecture import Architecture, rotary_frequencies
+from cqlora.inference.linear import Dense, Linear
+
+_CACHE_STEP = 256
+_STEADY_ROWS = 4
+"""Matrix products give a row the same bits in any batch whose rows are a multiple of this, and not in others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one block."""
+
+    attention_norm: torch.Tensor
+    query_key_value: Linear
+    """hidden to (heads + 2 · key_value_heads) · head_dim."""
+    attention_output: Linear
+    feed_forward_norm: torch.Tensor
+    gate_up: Linear
+    """hidden to 2 · intermediate: the gate's outputs, then the up projection's."""
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """All weights of a model, on one device; norms are in the type of the activations."""
+
+    embedding: torch.Tensor
+    """(vocab_size, hidden)."""
+    layers: list[Layer]
+    norm: torch.Tensor
+    head: Dense
+    """hidden to vocab_size; it holds the embedding itself where the two are tied."""
+
+
+class KeyValueCache:
+    """Keys and values of one sequence, for every layer; grows as the sequence does."""
+
+    def __init__(self, architecture: Architecture, like: torch.Tensor) -> None:
+        self.length = 0
+        self.store = like.new_empty(architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions."""
+        held = self.store.shape[3]
+        if length <= held:
+            return
+        # Growing by half keeps the copies of a long reply few, and what lies unused small.
+        wanted = max(length, held + held // 2)
+        wanted = -(-wanted // _CACHE_STEP) * _CACHE_STEP
+        grown = self.store.new_empty((*self.store.shape[:3], wanted, self.store.shape[4]))
+        grown[:, :, :, : self.length] = self.store[:, :, :, : self.length]
+        self.store = grown
+
+    def clear(self) -> None:
+        """Forget the sequence and give its memory back, though somebody may still hold this object."""
+        self.length = 0
+        self.store = self.store.new_empty((*self.store.shape[:3], 0, self.store.shape[4]))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """New tokens of one sequence, which follow what its cache holds."""
+
+    cache: KeyValueCache
+    ids: Sequence[int]
+
+
+class Decoder:
+    """Runs segments of any number of sequences through the model at once."""
+
+    def __init__(self, architecture: Architecture, weights: Weights) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self.dtype, self.device = weights.norm.dtype, weights.norm.device
+        self._epsilon = torch.tensor(architecture.epsilon, device=self.device)
+        frequencies = rotary_frequencies(architecture.rope, architecture.head_dim, architecture.max_length)
+        angles = torch.arange(architecture.max_length, dtype=torch.float32)[:, None] * frequencies
+        self._cosine = angles.cos().repeat(1, 2).to(self.device, self.dtype)
+        self._sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(self.device, self.dtype)
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache for one sequence."""
+        return KeyValueCache(self.architecture, self.weights.norm)
+
+    @torch.inference_mode()
+    def next_logits(self, segments: Sequence[Segment], steady: bool = False) -> torch.Tensor:
+        """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens.
+
+        `steady` is for segments of one token: their logits are the same to the last bit whatever other segments
+        there are, at the price of a few empty rows.
+        """
+        if steady:
+            return self.weights.head(self._run(segments, -len(segments) % _STEADY_ROWS))[: len(segments)].float().cpu()
+        hidden = self._run(segments)
+        ends = torch.tensor([len(segment.ids) for segment in segments], device=self.device).cumsum(0) - 1
+        return self.weights.head(hidden[ends]).float().cpu()
+
+    @torch.inference_mode()
+    def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """float32 (tokens, vocab_size): logits after every token of one sequence."""
+        return self.weights.head(self._run([Segment(self.new_cache(), ids)])).float()
+
+    def _run(self, segments: Sequence[Segment], empty_rows: int = 0) -> torch.Tensor:
+        """(tokens of all segments and empty rows, hidden): after the last norm."""
+        starts = [segment.cache.length for segment in segments]
+        for start, segment in zip(starts, segments, strict=True):
+            segment.cache.reserve(start + len(segment.ids))
+        tokens = [token for segment in segments for token in segment.ids]
+        places = [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))]
+        ids, positions = (torch.tensor(row + [0] * empty_rows, device=self.device) for row in (tokens, places))
+        rotation = self._cosine[positions, None], self._sine[positions, None]
+        hidden = F.embedding(ids, self.weights.embedding).to(self.dtype)
+        for number, layer in enumerate(self.weights.layers):
+            hidden = hidden + self._attend(number, layer, hidden, segments, rotation)
+            hidden = hidden + self._feed_forward(layer, hidden)
+        for segment in segments:
+            segment.cache.length += len(segment.ids)
+        return self._normalise(hidden, self.weights.norm)
+
+    def _attend(
+        self,
+        number: int,
+        layer: Layer,
+        hidden: torch.Tensor,
+        segments: Sequence[Segment],
+        rotation: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        shape = self.architecture
+        projected = layer.query_key_value(self._normalise(hidden, layer.attention_norm))
+        projected = projected.view(len(hidden), -1, shape.head_dim)
+        rotated = projected[:, : shape.heads + shape.key_value_heads]
+        rotated.copy_(self._rotate(rotated, *rotation))
+        queries = projected[:, : shape.heads]
+        kept = projected[:, shape.heads :].view(len(hidden), 2, shape.key_value_heads, shape.head_dim)
+        kept = kept.permute(1, 2, 0, 3)
+        attended, first = [], 0
+        for segment in segments:
+            last = first + len(segment.ids)
+            end = segment.cache.length + len(segment.ids)
+            held = segment.cache.store[number, :, :, :end]
+            held[:, :, segment.cache.length :] = kept[:, :, first:last]
+            attended.append(attend(queries[first:last], held[0], held[1]))
+            first = last
+        if first < len(hidden):
+            attended.append(hidden.new_zeros(len(hidden) - first, shape.heads * shape.head_dim))
+        return layer.attention_output(torch.cat(attended) if len(attended) > 1 else attended[0])
+
+    def _feed_forward(self, layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = layer.gate_up(self._normalise(hidden, layer.feed_forward_norm)).chunk(2, dim=1)
+        return layer.down(F.silu(gate) * up)
+
+    def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm in five operators, of which the stock one has nine."""
+        norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, norm, norm, value=1 / self.architecture.hidden).rsqrt_()
+        return (hidden * weight).mul_(scale)
+
+    def _rotate(self, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """Rotate halves of (tokens, heads, head_dim) by their positions' angles."""
+        return heads * cosine + heads.roll(self.architecture.head_dim // 2, dims=-1) * sine
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads · head_dim): new tokens attend to all before them and to themselves.
+
+    `queries` is (tokens, heads, head_dim); `keys` and `values` are (key_value_heads, positions, head_dim), the
+    new tokens' own among them, at the end.
+    """
+    tokens, heads, head_dim = queries.shape
+    key_value_heads, positions, _ = keys.shape
+    if tokens == 1:
+        # Heads that share keys stand where tokens stood: no copy of the keys for each of them. The fused operator
+        # takes longer to hand one token's work to its threads than these take to do it.
+        grouped = queries.reshape(key_value_heads, heads // key_value_heads, head_dim)
+        scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(head_dim**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), values).view(1, -1)
+    repeats = heads // key_value_heads
+    many = keys.repeat_interleave(repeats, dim=0)[None], values.repeat_interleave(repeats, dim=0)[None]
+    mask = None
+    if positions > tokens:
+        mask = torch.ones(tokens, positions, dtype=torch.bool, device=queries.device).tril(positions - tokens)
+    attended = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None], *many, attn_mask=mask, is_causal=mask is None
+    )
+    return attended[0].transpose(0, 1).reshape(tokens, -1)

@@ -1,0 +1,124 @@
+"""The matrices of a decoder in the forms that it computes with, each a function from activations to activations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from cqlora.inference.kernel import fused_nf4_product
+
+ROW_STEP = 16
+"""oneDNN makes and keeps a bfloat16 kernel of over half a megabyte for each number of rows that a matrix meets: prompts
+of every length would make a server grow by hundreds of megabytes, so they are met in steps of this."""
+
+
+class Linear(Protocol):
+    """A linear layer without bias."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(tokens, in) to (tokens, out)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A matrix as it is."""
+
+    weight: torch.Tensor
+    """(out, in)."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See Linear."""
+        rows = len(inputs)
+        typed = inputs.to(self.weight.dtype)
+        if rows > ROW_STEP and self.weight.device.type == "cpu":
+            typed = F.pad(typed, (0, 0, 0, -rows % ROW_STEP))
+        return F.linear(typed, self.weight)[:rows].to(inputs.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankPart:
+    """What an adapter adds to a quantised matrix, which cannot be merged into it exactly; in the activations' type."""
+
+    down: torch.Tensor
+    """(r, in): the A of every matrix that was joined, one below the other."""
+    up: torch.Tensor
+    """(r, out): their scaled B, transposed, each beside zeros where the others' outputs are."""
+    row_scale: torch.Tensor | None
+    """(out,): DoRA's magnitude over the norm of each merged row (2402.09353, section 4)."""
+
+    def add_to(self, outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """The adapted layer's outputs from the quantised matrix' own."""
+        added = outputs.addmm_(F.linear(inputs, self.down), self.up)
+        return added if self.row_scale is None else added * self.row_scale
+
+
+@dataclass(frozen=True, slots=True)
+class FusedNf4:
+    """An NF4 matrix that the processor unpacks while it multiplies: a quarter of the bytes of bfloat16."""
+
+    packed: torch.Tensor
+    """uint8 (out, in / 2) in the kernel's order, see pack_for_kernel."""
+    scales: torch.Tensor
+    """bfloat16 (in / 64, out)."""
+    low_rank: LowRankPart | None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See Linear; the product is of bfloat16 numbers."""
+        outputs = fused_nf4_product(inputs.to(torch.bfloat16), self.packed, self.scales).to(inputs.dtype)
+        return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class BitsandbytesNf4:
+    """An NF4 matrix in bitsandbytes' own order, multiplied by its own function: the form on a GPU."""
+
+    packed: torch.Tensor
+    """uint8 (out · in / 2, 1)."""
+    state: Any
+    """bitsandbytes' QuantState."""
+    low_rank: LowRankPart | None
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See Linear."""
+        from bitsandbytes import matmul_4bit
+
+        outputs: torch.Tensor = matmul_4bit(inputs, self.packed.t(), quant_state=self.state)
+        return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
+
+
+def pack_for_kernel(packed: torch.Tensor) -> torch.Tensor:
+    """NF4 bytes (out, in / 2) from bitsandbytes' order into that of its fused kernel.
+
+    bitsandbytes keeps two neighbours of a row in a byte, the first in the high half. The kernel takes 32 rows at
+    a time: for each pair of columns 16 rows' codes in the low halves of 32 bytes, the next 16 rows' in the high
+    halves (bitsandbytes, functional.py, _convert_weight_packed_for_cpu).
+    """
+    rows, pairs = packed.shape
+    codes = torch.stack([packed >> 4, packed & 0xF], dim=-1).view(rows // 32, 32, pairs, 2)
+    codes = codes.transpose(1, 2).reshape(-1, 64)
+    return (codes[:, 32:] << 4 | codes[:, :32]).view(rows, pairs)
+
+
+def tensors_of(linear: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a Dense or FusedNf4 layer by name, from which restore_linear makes it again."""
+    found: dict[str, torch.Tensor] = {}
+    for field in fields(linear):
+        value = getattr(linear, field.name)
+        if isinstance(value, torch.Tensor):
+            found[field.name] = value
+        elif isinstance(value, LowRankPart):
+            found |= {f"low_rank.{name}": tensor for name, tensor in tensors_of(value).items()}
+    return found
+
+
+def restore_linear(tensors: Mapping[str, torch.Tensor]) -> Linear:
+    """The layer that tensors_of took apart."""
+    if "weight" in tensors:
+        return Dense(tensors["weight"])
+    low_rank = None
+    if "low_rank.down" in tensors:
+        parts = (tensors.get(f"low_rank.{name}") for name in ("down", "up", "row_scale"))
+        low_rank = LowRankPart(*parts)  # type: ignore[arg-type]
+    return FusedNf4(tensors["packed"], tensors["scales"], low_rank)

@@ -1,0 +1,121 @@
+"""What the engine is given: the folders of an adapter and its base, or of a merged model, checked and read."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cqlora.base import CARD, Base, fingerprint_weights, read_base
+from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
+from cqlora.errors import ConfigError
+from cqlora.inference.architecture import read_architecture
+from cqlora.inference.decoder import Decoder, Weights
+from cqlora.inference.form import Form, Layout, choose_form
+from cqlora.inference.nf4_parts import holds_nf4
+from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
+from cqlora.inference.weights import Model, build_weights
+from cqlora.weights.merge import is_tied, plan_merge
+from cqlora.weights.merge_adapter import open_adapter
+from cqlora.weights.merge_lineage import read_training
+from cqlora.weights.merge_plan import MergedSource, MergePlan
+from cqlora.weights.nf4 import Nf4Format
+from cqlora.weights.shards import ShardReader
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("auto", "nf4", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which folders, and how to hold them."""
+
+    model_dir: Path
+    base_dir: Path | None
+    """The base of an adapter; None for a merged model."""
+    quantization: str
+    """`auto`: an adapter's base as it was trained on, a merged model as it is."""
+    dtype: str
+    cache: bool
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"quantization={self.quantization} is unknown; use {', '.join(QUANTIZATIONS)}.")
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the tokenizer and the configuration."""
+        return self.base_dir or self.model_dir
+
+
+def open_decoder(request: Request) -> tuple[Decoder, Form]:
+    """The decoder of what was asked for, from a snapshot where there is one.
+
+    Raises:
+        ModelError: a folder is missing or damaged, or the adapter is of another base or tokenizer.
+    """
+    base = read_base(request.folder)
+    architecture = read_architecture(base.config, base.path)
+    is_nf4 = holds_nf4(base.config, base.path)
+    onto = None if is_nf4 else find_quantisation(request)
+    form = choose_form(architecture, is_nf4 or onto is not None, request.dtype, request.device, base.path)
+    # A GPU quantises in seconds what a processor takes minutes for, so a snapshot is for processors.
+    kept = request.cache and form.layout is not Layout.bitsandbytes_nf4 and form.device.type == "cpu"
+    file = snapshot_file(identify(request, onto, form)) if kept else None
+    if file is not None and file.is_file():
+        weights = map_snapshot(file)
+    else:
+        weights = build_weights(open_model(request, base, is_nf4, onto), architecture, form)
+        if file is not None:
+            weights = keep_snapshot(weights, file)
+    logger.info("%s: %s", request.model_dir, form)
+    return Decoder(architecture, weights), form
+
+
+def keep_snapshot(weights: Weights, file: Path) -> Weights:
+    """Write the snapshot and go on with it, so that the first load computes with what later ones do."""
+    write_snapshot(weights, file)
+    logger.info("snapshot written to %s", file)
+    return map_snapshot(file)
+
+
+def find_quantisation(request: Request) -> Nf4Format | None:
+    """How the blocks' matrices are to be quantised; None leaves them as the folder has them."""
+    if request.quantization == "none":
+        return None
+    if request.base_dir is None:
+        return Nf4Format(True, torch.float32) if request.quantization == "nf4" else None
+    adapter = open_adapter(request.model_dir)
+    # PiSSA trains beside what it leaves of the base: NF4 of the whole base is not what it was trained on.
+    by_pissa = adapter.card.get("trained_on", {}).get("method") == AdapterMethod.pissa.value
+    if by_pissa and request.quantization == "auto":
+        return None
+    trained_on, form = read_training(adapter, double_quantization=True, precision=Precision.float32)
+    return form if request.quantization == "nf4" or trained_on is Quantization.nf4 else None
+
+
+def open_model(request: Request, base: Base, is_nf4: bool, onto: Nf4Format | None) -> Model:
+    """The tensors of the folders, with an adapter's changes."""
+    if request.base_dir is not None:
+        merge = plan_merge(base.path, [request.model_dir], MergeOnto["16bit"], True, Precision.auto)
+        for note in merge.notes:
+            logger.warning(note)
+        return Model(base, MergedSource(merge.source.base, merge.source.plan, onto), is_nf4=False)
+    reader = ShardReader(base.path)
+    return Model(base, MergedSource(reader, MergePlan(tied=is_tied(base, reader)), onto), is_nf4)
+
+
+def identify(request: Request, onto: Nf4Format | None, form: Form) -> dict[str, str]:
+    """Everything that the decoder's weights, and the checks before they were made, depend on."""
+    identity = {"weights": fingerprint_weights(request.folder), "onto": str(onto), "form": str(form)}
+    files = [request.folder / "config.json", request.folder / "tokenizer.json"]
+    if request.base_dir is not None:
+        identity["adapter"] = fingerprint_weights(request.model_dir)
+        files += [request.model_dir / "adapter_config.json", request.model_dir / CARD]
+    for file in files:
+        if file.is_file():
+            identity[str(len(identity))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return identity

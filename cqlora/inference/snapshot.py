@@ -1,0 +1,94 @@
+"""A model's weights as the decoder computes with them, in one file that is mapped and not read.
+
+The first load of a model with `cache=true` writes it; from the second load on nothing is quantised, merged or
+put in another order. It lies in the user's cache (XDG_CACHE_HOME), under a name that depends on everything that
+its contents depend on, so a changed model never finds another's.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cqlora.disk import sync
+from cqlora.errors import ModelError
+from cqlora.inference.decoder import Layer, Weights
+from cqlora.inference.linear import Dense, restore_linear, tensors_of
+from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
+
+_VERSION = 3
+_NORMS = ("attention_norm", "feed_forward_norm")
+_LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
+
+
+def snapshot_file(identity: dict[str, str]) -> Path:
+    """Where the snapshot of what `identity` names lies, whether or not it is there."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    told = json.dumps({"version": _VERSION, **identity}, sort_keys=True)
+    return root / "cqlora" / "engine" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+
+
+def write_snapshot(weights: Weights, file: Path) -> None:
+    """Write the weights, whole or not at all.
+
+    Raises:
+        ModelError: the disk refused.
+    """
+    partial = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = dict(_flatten(weights))
+        specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_shard(partial, specs, lambda spec: [tensors[spec.name]])
+        sync(partial)
+        partial.rename(file)
+    except OSError as error:
+        raise ModelError(
+            f"the snapshot {file} cannot be written ({error}); free some space or use cache=false."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def map_snapshot(file: Path) -> Weights:
+    """The weights of a snapshot, mapped: a page is read when it is first used.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ModelError(f"the snapshot {file} is damaged ({error}); delete it and start again.") from error
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, part = name.partition("/")
+        groups.setdefault(owner, {})[part] = tensor
+    layers = [_restore_layer(groups, n) for n in range(sum(owner.endswith(".down") for owner in groups))]
+    embedding = groups["embedding"]["weight"]
+    head = groups["head"]["weight"] if "head" in groups else embedding
+    return Weights(embedding, layers, groups["norm"]["weight"], Dense(head))
+
+
+def _restore_layer(groups: dict[str, dict[str, torch.Tensor]], number: int) -> Layer:
+    linears = {name: restore_linear(groups[f"{number}.{name}"]) for name in _LINEARS}
+    norms = {name: groups[f"{number}.{name}"]["weight"] for name in _NORMS}
+    return Layer(**norms, **linears)  # type: ignore[arg-type]
+
+
+def _flatten(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "embedding/weight", weights.embedding
+    yield "norm/weight", weights.norm
+    if weights.head.weight is not weights.embedding:
+        yield "head/weight", weights.head.weight
+    for number, layer in enumerate(weights.layers):
+        for norm in _NORMS:
+            yield f"{number}.{norm}/weight", getattr(layer, norm)
+        for linear in _LINEARS:
+            for part, tensor in tensors_of(getattr(layer, linear)).items():
+                yield f"{number}.{linear}/{part}", tensor

@@ -1,0 +1,172 @@
+"""A conversation in a terminal: lines in, replies streamed out, commands that begin with a slash."""
+
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from cqlora.data.records import Turn
+from cqlora.errors import DataError
+from cqlora.inference.requests import Sampling
+
+HELP = "/reset forgets the conversation, /save FILE appends it to a file, /exit or Ctrl-D ends; Ctrl-C stops a reply."
+_KEPT_CONTROLS = "\n\t"
+
+
+class Speaker(Protocol):
+    """What chat needs of the engine."""
+
+    def stream(self, messages: list[dict[str, str]], **sampling: Any) -> Iterator[str]:
+        """The reply as it comes."""
+
+
+class Terminal(Protocol):
+    """Where lines come from and text goes."""
+
+    def read(self) -> str:
+        """The next line; EOFError at the end of input, KeyboardInterrupt at Ctrl-C."""
+
+    def write(self, text: str, end: str = "\n") -> None:
+        """Show text at once."""
+
+
+class Conversation:
+    """What has been said so far."""
+
+    def __init__(self, system: str = "") -> None:
+        self._system = system
+        self.turns: list[Turn] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system's message."""
+        self.turns = [Turn("system", self._system)] if self._system else []
+
+    def messages(self) -> list[dict[str, str]]:
+        """As the engine takes them."""
+        return [{"role": turn.role, "text": turn.text} for turn in self.turns]
+
+    def save(self, file: Path) -> None:
+        """Append to a file as one line of the `dialog` source, which a later run can train on.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        line = json.dumps(self.messages(), ensure_ascii=False)
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise DataError(f"{file} cannot be written ({error.strerror}); give another file.") from error
+
+
+def talk(conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal) -> None:
+    """Read lines until the input ends; `engine` waits for the model, and raises what its loading raised."""
+    terminal.write(HELP)
+    while True:
+        try:
+            line = terminal.read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            continue
+        if line == "/exit":
+            return
+        if line.startswith("/"):
+            terminal.write(obey(line, conversation))
+        elif line:
+            answer(line, conversation, engine, sampling, terminal)
+
+
+def obey(command: str, conversation: Conversation) -> str:
+    """Do what a command says; return what to tell."""
+    name, _, argument = command.partition(" ")
+    if name == "/reset":
+        conversation.reset()
+        return "The conversation is forgotten."
+    if name == "/save" and argument.strip():
+        try:
+            conversation.save(Path(argument.strip()).expanduser())
+        except DataError as error:
+            return f"error: {error}"
+        return f"Saved to {argument.strip()}."
+    return HELP
+
+
+def answer(
+    line: str, conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal
+) -> None:
+    """Stream the reply to a line; Ctrl-C ends it and keeps what has been said.
+
+    Raises:
+        CqloraError: the model could not be loaded.
+    """
+    conversation.turns.append(Turn("user", line))
+    said: list[str] = []
+    try:
+        speaker = engine()
+        for piece in speaker.stream(conversation.messages(), **asdict(sampling)):
+            said.append(piece)
+            terminal.write(printable(piece), end="")
+        terminal.write("")
+    except KeyboardInterrupt:
+        terminal.write(" [stopped]")
+    except DataError as error:
+        terminal.write(f"error: {error} /reset begins anew.")
+    if said:
+        conversation.turns.append(Turn("assistant", "".join(said)))
+    else:
+        conversation.turns.pop()
+
+
+def printable(text: str) -> str:
+    """Text without control characters, so that no reply moves the cursor or changes the terminal."""
+    return "".join(c for c in text if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
+
+
+class ConsoleOutput:
+    """Writes to standard output as it is, without markup or wrapping of its own."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, markup=False, emoji=False)
+
+    def write(self, text: str, end: str = "\n") -> None:
+        """See Terminal."""
+        self._console.out(text, end=end, highlight=False)
+        self._console.file.flush()
+
+
+class PromptTerminal(ConsoleOutput):
+    """A person at a terminal: a line editor that knows how wide characters are, with a history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from prompt_toolkit import PromptSession
+
+        self._session: Any = PromptSession()
+
+    def read(self) -> str:
+        """See Terminal."""
+        line: str = self._session.prompt("> ")
+        return line
+
+
+class PipedTerminal(ConsoleOutput):
+    """Lines from a file or another program."""
+
+    def read(self) -> str:
+        """See Terminal."""
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+
+
+def open_terminal() -> Terminal:
+    """The terminal that standard input is."""
+    return PromptTerminal() if sys.stdin.isatty() else PipedTerminal()

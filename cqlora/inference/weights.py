@@ -1,0 +1,158 @@
+"""Folders to a decoder's weights: the base or merged model, the adapter's changes, the form to compute in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cqlora.base import Base
+from cqlora.errors import ModelError
+from cqlora.inference.architecture import Architecture
+from cqlora.inference.decoder import Layer, Weights
+from cqlora.inference.form import Form, Layout
+from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Linear, LowRankPart, pack_for_kernel
+from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
+from cqlora.weights.merge_changes import LowRank
+from cqlora.weights.merge_plan import MergedSource
+from cqlora.weights.names import INPUT, OUTPUT
+from cqlora.weights.nf4 import GROUP
+
+NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on the disk: a base with an adapter's changes, or a folder as it is."""
+
+    base: Base
+    source: MergedSource
+    is_nf4: bool
+    """Whether the folder's own matrices are NF4; else `source.onto` says whether they are to become so."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the blocks' matrices are those that NF4 makes of them."""
+        return self.is_nf4 or self.source.onto is not None
+
+    def dense(self, name: str) -> torch.Tensor:
+        """A tensor in float32, an adapter's changes merged into it."""
+        if self.is_nf4 and f"{name}.absmax" in self.source.base.specs:
+            return read_parts(self.source.base, name).dense()
+        if name not in self.source.specs:
+            raise ModelError(f"{self.base.path} has no {name}, so its weights are not whole; fetch it again.")
+        return torch.cat(list(self.source.rows(name)()))
+
+    def parts(self, name: str) -> Nf4Parts:
+        """A matrix of the blocks in NF4, without an adapter's changes."""
+        reader, form = self.source.base, self.source.onto
+        if form is None:
+            return read_parts(reader, name)
+        return quantise_rows(lambda: (rows.float() for rows in reader.blocks(name)), reader.specs[name].shape, form)
+
+    def low_rank(self, name: str) -> LowRank | None:
+        """What the adapter adds to a matrix of the blocks; None where it leaves it alone."""
+        changes = self.source.plan.changes.get(name, [])
+        return changes[0] if changes else None  # type: ignore[return-value]
+
+    def is_low_rank(self, names: Sequence[str]) -> bool:
+        """Whether the adapter at most adds products of two thin matrices to these."""
+        changes = [change for name in names for change in self.source.plan.changes.get(name, [])]
+        lists = [self.source.plan.changes.get(name, []) for name in names]
+        return all(isinstance(change, LowRank) for change in changes) and all(len(one) <= 1 for one in lists)
+
+
+def build_weights(model: Model, architecture: Architecture, form: Form) -> Weights:
+    """All weights in `form`, with the matrices joined that are multiplied by the same input."""
+
+    def matrix(name: str) -> torch.Tensor:
+        return model.dense(name).to(form.device, form.dtype)
+
+    embedding = matrix(INPUT)
+    return Weights(
+        embedding=embedding,
+        layers=[build_layer(model, f"model.layers.{n}.", form) for n in range(architecture.layers)],
+        norm=model.dense(NORM).to(form.device, form.activations),
+        head=Dense(embedding if model.source.plan.tied else matrix(OUTPUT)),
+    )
+
+
+def build_layer(model: Model, prefix: str, form: Form) -> Layer:
+    """One block's weights; `prefix` is its name with a dot at the end."""
+
+    def joined(*names: str) -> Linear:
+        return build_linear(model, [f"{prefix}{name}.weight" for name in names], form)
+
+    def norm(name: str) -> torch.Tensor:
+        return model.dense(f"{prefix}{name}.weight").to(form.device, form.activations)
+
+    return Layer(
+        attention_norm=norm("input_layernorm"),
+        query_key_value=joined("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_output=joined("self_attn.o_proj"),
+        feed_forward_norm=norm("post_attention_layernorm"),
+        gate_up=joined("mlp.gate_proj", "mlp.up_proj"),
+        down=joined("mlp.down_proj"),
+    )
+
+
+def build_linear(model: Model, names: list[str], form: Form) -> Linear:
+    """Matrices of the same input as one layer."""
+    if form.layout is Layout.dense or not model.is_low_rank(names):
+        rows = [model.dense(name).to(form.device, form.dtype) for name in names]
+        return Dense(torch.cat(rows) if len(rows) > 1 else rows[0])
+    parts = [model.parts(name) for name in names]
+    packed, scales = (torch.cat([getattr(part, field) for part in parts]) for field in ("packed", "scales"))
+    low_rank = join_low_rank(model, names, parts, form)
+    if form.layout is Layout.fused_nf4:
+        by_row = scales.view(len(packed), -1)
+        return FusedNf4(pack_for_kernel(packed), by_row.T.to(torch.bfloat16).contiguous(), low_rank)
+    return bitsandbytes_linear(packed, scales, parts[0].codes, low_rank, form)
+
+
+def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: Form) -> LowRankPart | None:
+    """The adapter's parts of joined matrices as one: B beside zeros where the other matrices' outputs are."""
+    changes = [model.low_rank(name) for name in names]
+    if not any(changes):
+        return None
+    rows = [len(part.packed) for part in parts]
+    columns = 2 * parts[0].packed.shape[1]
+    ups, downs, scales = [], [], []
+    for name, change, height in zip(names, changes, rows, strict=True):
+        up, down = change.factors() if change else (torch.zeros(height, 0), torch.zeros(0, columns))
+        ups.append(up * (change.scaling if change else 1.0))
+        downs.append(down)
+        scales.append(dora_scale(model, name, change) if change else None)
+    row_scale = None
+    if any(scale is not None for scale in scales):
+        filled = [torch.ones(n) if scale is None else scale for scale, n in zip(scales, rows, strict=True)]
+        row_scale = torch.cat(filled).to(form.device, form.activations)
+    return LowRankPart(
+        down=torch.cat(downs).to(form.device, form.activations),
+        up=torch.block_diag(*ups).T.contiguous().to(form.device, form.activations),
+        row_scale=row_scale,
+    )
+
+
+def dora_scale(model: Model, name: str, change: LowRank) -> torch.Tensor | None:
+    """(out,): by how much DoRA rescales each row of the matrix with the product added; None for plain LoRA."""
+    if change.magnitude is None:
+        return None
+    magnitude = change.reader.read(change.magnitude).float()
+    up, down = change.factors()
+    merged = torch.addmm(model.parts(name).dense(), up, down, alpha=change.scaling)
+    scale: torch.Tensor = magnitude / torch.linalg.norm(merged, dim=1)
+    return scale
+
+
+def bitsandbytes_linear(
+    packed: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low_rank: LowRankPart | None, form: Form
+) -> BitsandbytesNf4:
+    """The layer in bitsandbytes' own order on the form's device."""
+    from bitsandbytes.functional import QuantState
+
+    rows, pairs = packed.shape
+    state = QuantState(
+        absmax=scales.to(form.device), shape=torch.Size((rows, 2 * pairs)), dtype=form.dtype,
+        blocksize=GROUP, quant_type="nf4", code=codes.to(form.device),
+    )  # fmt: skip
+    return BitsandbytesNf4(packed.reshape(-1, 1).to(form.device), state, low_rank)

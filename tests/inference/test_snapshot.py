@@ -1,0 +1,83 @@
+"""A snapshot is mapped, holds what was computed, and is found by nothing but the same model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cqlora.errors import ModelError
+from cqlora.inference.linear import tensors_of
+from cqlora.inference.opening import Request, open_decoder
+from tests.inference.conftest import build_adapter
+
+IDS = list(range(20, 60))
+
+
+def open_cached(adapter: Path, base: Path | None, dtype: str = "auto") -> torch.Tensor:
+    decoder, _ = open_decoder(Request(adapter, base, "auto", dtype, cache=True, device=torch.device("cpu")))
+    return decoder.all_logits(IDS)
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "cqlora" / "engine").glob("*"))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_second_load_quantises_and_merges_nothing(options, dtype, base, tmp_path, monkeypatch):
+    adapter = build_adapter(base, tmp_path / "adapter", quantized=True, **options)
+    first = open_cached(adapter, base, dtype)
+    assert len(files(tmp_path)) == 1
+
+    def forbidden(*_):
+        raise AssertionError("this work was done by the first load")
+
+    for name in ("quantise_rows", "pack_for_kernel", "join_low_rank", "read_parts"):
+        monkeypatch.setattr(f"cqlora.inference.weights.{name}", forbidden)
+    monkeypatch.setattr("cqlora.inference.opening.open_model", forbidden)
+    assert torch.equal(open_cached(adapter, base, dtype), first)
+
+
+def test_every_matrix_begins_at_a_cache_lines_edge(base, nf4_adapter, tmp_path):
+    open_cached(nf4_adapter, base)
+    decoder, _ = open_decoder(Request(nf4_adapter, base, "auto", "auto", cache=True, device=torch.device("cpu")))
+    tensors = [tensor for layer in decoder.weights.layers for tensor in tensors_of(layer.gate_up).values()]
+    assert tensors and all(tensor.data_ptr() % 64 == 0 for tensor in [*tensors, decoder.weights.embedding])
+
+
+def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(nf4_adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))
+    logits = [open_cached(nf4_adapter, base), open_cached(other, base), open_cached(nf4_adapter, base, "float32")]
+    assert len(files(tmp_path)) == 3
+    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_a_snapshot_lets_no_other_tokenizer_through(base, nf4_adapter, tmp_path):
+    open_cached(nf4_adapter, base)
+    changed = Path(shutil.copytree(base, tmp_path / "changed"))
+    tokenizer = (changed / "tokenizer.json").read_text(encoding="utf-8")
+    (changed / "tokenizer.json").write_text(tokenizer.replace("<pad>", "<filler>"), encoding="utf-8")
+    with pytest.raises(ModelError, match="another tokenizer"):
+        open_cached(nf4_adapter, changed)
+
+
+def test_a_damaged_snapshot_is_told_and_a_full_disk_leaves_nothing(base, nf4_adapter, tmp_path, monkeypatch):
+    open_cached(nf4_adapter, base)
+    (file,) = files(tmp_path)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ModelError, match=r"damaged.*delete it"):
+        open_cached(nf4_adapter, base)
+    file.unlink()
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cqlora.inference.snapshot.write_shard", refuse)
+    with pytest.raises(ModelError, match="No space left"):
+        open_cached(nf4_adapter, base)
+    assert files(tmp_path) == []

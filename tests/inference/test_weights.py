@@ -1,0 +1,107 @@
+"""Whatever the folders hold and whatever the form, the decoder computes the model that was trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cqlora.config import ModelConfig
+from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.inference.form import Form, Layout
+from cqlora.inference.kernel import find_fused_nf4
+from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4
+from cqlora.inference.opening import Request, open_decoder
+from cqlora.model.tiny import build_tiny
+from tests.inference.conftest import TEXTS, build_adapter, build_base, load_stock, peft_model
+
+CPU = torch.device("cpu")
+IDS = list(range(20, 120))
+ADAPTERS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "some layers, patterns": {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 2}},
+    "rows": {"trainable_token_indices": {"embed_tokens": [30, 31], "lm_head": [30, 31]}},
+    "low-rank embeddings": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "whole matrices": {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+def ours(folder: Path, base: Path | None, quantization: str = "auto", dtype: str = "float32") -> torch.Tensor:
+    decoder, _ = open_decoder(Request(folder, base, quantization, dtype, cache=False, device=CPU))
+    return decoder.all_logits(IDS)
+
+
+def theirs(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["16-bit", "nf4"])
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_float32_logits_are_those_that_peft_computes(options, quantized, base, tmp_path):
+    folder = build_adapter(base, tmp_path / "adapter", quantized, **options)
+    expected = theirs(peft_model(base, folder, quantized))
+    torch.testing.assert_close(ours(folder, base), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_tied_base_count_for_its_output_too(tmp_path):
+    base = build_base(tmp_path / "base", tied=True)
+    folder = build_adapter(base, tmp_path / "adapter", trainable_token_indices={"embed_tokens": [30, 31]})
+    torch.testing.assert_close(ours(folder, base), theirs(peft_model(base, folder)), atol=1e-4, rtol=1e-4)
+
+
+def test_base_with_adapter_and_merged_model_are_one(base, adapter, merged):
+    torch.testing.assert_close(ours(adapter, base), ours(merged, None), atol=1e-5, rtol=1e-4)
+
+
+def test_a_merged_model_is_quantised_only_where_asked_for(merged):
+    torch.testing.assert_close(ours(merged, None), theirs(load_stock(merged)), atol=1e-4, rtol=1e-4)
+    quantized = load_stock(merged, quantized=True).train()
+    torch.testing.assert_close(ours(merged, None, "nf4"), theirs(quantized), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours(merged, None, "nf4"), ours(merged, None), atol=1e-2)
+
+
+def test_an_nf4_folder_is_read_as_it_is(merged, tmp_path):
+    quantized = load_stock(merged, quantized=True)
+    quantized.save_pretrained(tmp_path / "nf4")
+    (tmp_path / "nf4" / "tokenizer.json").write_bytes((merged / "tokenizer.json").read_bytes())
+    torch.testing.assert_close(ours(tmp_path / "nf4", None), ours(merged, None, "nf4"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["k_proj", "down_proj"]}], ids=str)
+def test_the_fused_form_is_the_float32_one_within_bfloat16(options, base, tmp_path):
+    if find_fused_nf4() is None:
+        pytest.skip("this processor or bitsandbytes has no fused NF4 product")
+    folder = build_adapter(base, tmp_path / "adapter", quantized=True, **options)
+    request = Request(folder, base, "auto", "auto", cache=False, device=CPU)
+    decoder, form = open_decoder(request)
+    assert form == Form(Layout.fused_nf4, torch.bfloat16, CPU)
+    assert isinstance(decoder.weights.layers[0].gate_up, FusedNf4)
+    expected = ours(folder, base)
+    error = (decoder.all_logits(IDS) - expected).norm() / expected.norm()
+    assert error < 0.02, f"bfloat16 has eight bits; the logits differ by {error:.3f} of their size"
+
+
+def test_the_form_for_gpus_computes_the_same_where_bitsandbytes_does(base, nf4_adapter, monkeypatch):
+    form = Form(Layout.bitsandbytes_nf4, torch.float32, CPU)
+    monkeypatch.setattr("cqlora.inference.opening.choose_form", lambda *_: form)
+    decoder, _ = open_decoder(Request(nf4_adapter, base, "auto", "auto", cache=False, device=CPU))
+    assert isinstance(decoder.weights.layers[0].down, BitsandbytesNf4)
+    torch.testing.assert_close(
+        decoder.all_logits(IDS), theirs(peft_model(base, nf4_adapter, quantized=True)), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_matrices_whose_groups_lie_across_rows_are_quantised_as_in_training(tmp_path):
+    """176 columns are no multiple of NF4's 64."""
+    shape = ModelConfig(
+        name="odd", path=str(tmp_path / "odd"), vocab_size=448, hidden_size=64, intermediate_size=176,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    base = build_tiny(shape, TEXTS, CHAT_TEMPLATE)
+    folder = build_adapter(base, tmp_path / "adapter", quantized=True)
+    decoder, form = open_decoder(Request(folder, base, "auto", "auto", cache=False, device=CPU))
+    assert form.layout is Layout.dense and isinstance(decoder.weights.layers[0].down, Dense)
+    expected = theirs(peft_model(base, folder, quantized=True))
+    torch.testing.assert_close(ours(folder, base), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,233 @@
+"""The chat page in a browser without a screen: what a person sees, does and cannot be made to run."""
+
+import re
+import shutil
+
+import httpx
+import pytest
+
+from cqlora.serve.app import PAGE_FOLDER
+from tests.serve.fake import FakeEngine, fake_config, running
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+KEY = "correct-horse-battery-staple"
+in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+
+
+class TextEngine(FakeEngine):
+    """Says `text`, three characters a step."""
+
+    def __init__(self, text: str, **options) -> None:
+        self.pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
+        super().__init__(words=len(self.pieces), **options)
+
+    def open_batch(self, slots):
+        batch = super().open_batch(slots)
+        step = batch.step
+        batch.step = lambda: [(reply, self.pieces[reply.completion_tokens - 1]) for reply, _ in step()]
+        return batch
+
+
+@pytest.fixture(scope="module")
+def driver():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--lang=en",
+        "--window-size=1100,760",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """The page of one server."""
+
+    def __init__(self, driver, run) -> None:
+        self.driver, self.run = driver, run
+        driver.get_log("browser")
+        driver.get(run.url)
+        driver.execute_script("localStorage.clear(); sessionStorage.clear()")
+        driver.get(run.url)
+        self.wait(lambda: self.find("#model").text == "fake" or self.find("#door").is_displayed())
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def all_texts(self, selector: str) -> list[str]:
+        return [element.text for element in self.driver.find_elements("css selector", selector)]
+
+    def ask(self, text: str) -> None:
+        self.find("#words").send_keys(text + "\ue007")
+
+    def wait(self, true) -> None:
+        self.run.wait_until(true)
+
+    def wait_until_quiet(self) -> None:
+        self.wait(lambda: self.find("#send").is_displayed())
+
+    def complaints(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@in_browser
+def test_a_reply_streams_onto_the_page_and_the_conversation_goes_on(driver):
+    engine = FakeEngine(words=6, seconds_per_step=0.01)
+    with running(engine, fake_config()) as run:
+        page = Page(driver, run)
+        engine.open.clear()
+        page.ask("hello")
+        page.wait(lambda: page.find("#stop").is_displayed())
+        engine.open.set()
+        page.wait_until_quiet()
+        assert page.all_texts("article .body") == ["hello", "w0 w1 w2 w3 w4 w5"]
+        assert "6 tokens" in page.find("#notice").text
+        page.find("#system").send_keys("be brief")
+        page.ask("and then?")
+        page.wait(lambda: len(engine.admitted) == 2)
+        page.wait_until_quiet()
+        assert engine.admitted[1] == "system:be brief|user:hello|assistant:w0 w1 w2 w3 w4 w5 |user:and then?"
+        page.find("#new").click()
+        assert page.all_texts("article") == [] and page.find("#greeting").is_displayed()
+        assert page.complaints() == []
+
+
+@in_browser
+def test_stop_frees_the_slot_and_keeps_what_was_said(driver):
+    with running(FakeEngine(words=10**6, seconds_per_step=0.005), fake_config()) as run:
+        page = Page(driver, run)
+        page.ask("go on")
+        page.wait(lambda: "w3" in page.find("article.assistant").text)
+        page.find("#stop").click()
+        page.wait_until_quiet()
+        run.wait_until_idle()
+        assert page.find("#notice").text == "Stopped."
+        assert "w3" in page.find("article.assistant").text
+
+
+@in_browser
+def test_text_is_never_read_as_html_and_code_stands_in_a_block(driver):
+    text = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>\n```python\nprint('<i>hi</i>')\n```\nafter"
+    with running(TextEngine(text), fake_config()) as run:
+        page = Page(driver, run)
+        page.ask("<script>document.title='owned'</script>")
+        page.wait_until_quiet()
+        assert page.all_texts("article.user .prose") == ["<script>document.title='owned'</script>"]
+        prose = page.all_texts("article.assistant .prose")
+        assert prose == ["<img src=x onerror=\"document.title='owned'\"><b>bold</b>", "after"]
+        assert page.find("figure code").text == "print('<i>hi</i>')"
+        assert page.find("figcaption span").text == "python"
+        assert not driver.find_elements("css selector", "article img, article b, article script, article i")
+        assert driver.title == "fake · cqlora"
+
+
+@in_browser
+def test_the_sampling_controls_reach_the_server(driver):
+    with running(FakeEngine(words=50), fake_config(max_tokens=100)) as run:
+        page = Page(driver, run)
+        asked = []
+        batch = run.scheduler._batch
+        admit = batch.admit
+        batch.admit = lambda ids, sampling: asked.append(sampling) or admit(ids, sampling)
+        page.wait(lambda: page.find("#max_tokens").get_attribute("max") == "100")
+        assert page.find("#max_tokens").get_attribute("value") == "100"
+        for name, value in (("max_tokens", "3"), ("top_k", "40"), ("seed", "7")):
+            page.find(f"#{name}").clear()
+            page.find(f"#{name}").send_keys(value)
+        page.find("#temperature").send_keys("\ue010")
+        page.ask("hello")
+        page.wait_until_quiet()
+        assert (asked[0].max_new_tokens, asked[0].top_k, asked[0].seed, asked[0].temperature) == (3, 40, 7, 2.0)
+        assert page.find("#notice").text.startswith("Reached max tokens.")
+
+
+@in_browser
+def test_language_and_theme_change_and_are_kept(driver):
+    with running(FakeEngine(), fake_config()) as run:
+        page = Page(driver, run)
+        assert page.find("#send").text == "Send"
+        page.find("#language").click()
+        assert page.find("#send").text == "发送" and page.find("html").get_attribute("lang") == "zh-CN"
+        grounds = set()
+        for _ in range(3):
+            page.find("#theme").click()
+            theme = page.find("html").get_attribute("data-theme")
+            grounds.add((theme, page.find("body").value_of_css_property("background-color")))
+        assert dict(grounds)["light"] != dict(grounds)["dark"] and "auto" in dict(grounds)
+        driver.refresh()
+        assert page.find("#send").text == "发送"
+
+
+@in_browser
+def test_errors_are_shown_and_the_question_comes_back(driver):
+    with running(FakeEngine(max_length=20), fake_config()) as run:
+        page = Page(driver, run)
+        page.ask("far too long for this model")
+        page.wait(lambda: "32 tokens and the model holds 20" in page.find("#notice").text)
+        assert page.find("#words").get_attribute("value") == "far too long for this model"
+        assert page.all_texts("article") == []
+
+
+@in_browser
+def test_a_server_with_a_key_asks_for_it(driver):
+    with running(FakeEngine(), fake_config(), KEY) as run:
+        page = Page(driver, run)
+        page.wait(lambda: page.find("#door").is_displayed())
+        page.find("#key").send_keys(KEY + "\ue007")
+        page.wait(lambda: page.find("#model").text == "fake")
+        page.ask("hello")
+        page.wait(lambda: "w4" in page.find("article.assistant").text)
+
+
+@in_browser
+def test_a_phone_sees_everything_without_scrolling_sideways(driver):
+    with running(TextEngine("word " * 40 + "x" * 300 + "\n```\n" + "y" * 300 + "\n```"), fake_config()) as run:
+        width, height = driver.get_window_size().values()
+        driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+        )
+        try:
+            page = Page(driver, run)
+            page.ask("hello")
+            page.wait_until_quiet()
+            assert driver.execute_script("return document.documentElement.scrollWidth") == 360
+            assert not page.find("#settings").is_displayed() and page.find("#send").is_displayed()
+            page.find("#settings-toggle").click()
+            assert page.find("#settings").is_displayed() and page.find("#send").is_displayed()
+        finally:
+            driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            driver.set_window_size(width, height)
+
+
+@in_browser
+def test_every_control_has_a_name_for_those_who_cannot_see_it(driver):
+    with running(FakeEngine(), fake_config()) as run:
+        Page(driver, run)
+        for element in driver.find_elements("css selector", "button, input, textarea, aside, section"):
+            if element.is_displayed():
+                assert element.accessible_name, element.get_attribute("outerHTML")
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_forbids_it():
+    with running(FakeEngine(), fake_config()) as run:
+        policy = httpx.get(run.url).headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+    for file in PAGE_FOLDER.iterdir():
+        text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|@import|innerHTML|insertAdjacentHTML|document\.write|eval\(", text), file.name
+        assert not re.search(r"\s(style|on\w+)=", text) or file.suffix == ".js", file.name
+
+
+def test_both_languages_have_every_label():
+    text = (PAGE_FOLDER / "labels.js").read_text(encoding="utf-8")
+    english, chinese = (re.findall(r"^    (\w+):", part, re.M) for part in re.split(r"^  zh: ", text, flags=re.M))
+    assert english == chinese and len(english) > 20
+    used = re.findall(r'data-(?:label|placeholder|aria)="(\w+)"', (PAGE_FOLDER / "index.html").read_text())
+    assert set(used) <= set(english)

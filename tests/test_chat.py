@@ -1,0 +1,170 @@
+"""A conversation in the terminal: streaming, history, commands, Ctrl-C, wide characters, mistakes."""
+
+import json
+import os
+import pty
+import select
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cqlora.errors import DataError, ModelError
+from cqlora.inference.requests import Sampling
+from cqlora.inference.terminal import HELP, Conversation, printable, talk
+from tests.conftest import ROOT, run_verb
+from tests.inference.conftest import *  # noqa: F403 - its fixtures
+
+BEGIN, END = "\x1b[?2004h", "\x1b[?2004l"
+"""What the line editor sends when it begins and when it ends to read a line."""
+
+
+class Script:
+    """Lines that are read, and what was written; an exception among the lines is raised."""
+
+    def __init__(self, *lines) -> None:
+        self.lines = list(lines)
+        self.written = ""
+
+    def read(self) -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def write(self, text: str, end: str = "\n") -> None:
+        self.written += text + end
+
+
+class Parrot:
+    """Repeats the last message in pieces; an exception among the pieces is raised."""
+
+    def __init__(self, *pieces) -> None:
+        self.pieces = pieces
+        self.heard: list[list[dict[str, str]]] = []
+
+    def stream(self, messages, **sampling):
+        self.heard.append(messages)
+        for piece in self.pieces or messages[-1]["text"]:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+
+
+def converse(parrot: Parrot, *lines, conversation=None) -> str:
+    script = Script(*lines)
+    talk(conversation or Conversation(), lambda: parrot, Sampling(), script)
+    return script.written
+
+
+def test_replies_are_heard_again_and_reset_forgets_all_but_the_system():
+    parrot = Parrot()
+    written = converse(parrot, "你好", "Go on", "/reset", "New", conversation=Conversation("Be kind."))
+    assert "你好\nGo on\n" in written
+    said = [[(message["role"], message["text"]) for message in messages] for messages in parrot.heard]
+    system = ("system", "Be kind.")
+    assert said[1] == [system, ("user", "你好"), ("assistant", "你好"), ("user", "Go on")]
+    assert said[2] == [system, ("user", "New")]
+
+
+def test_ctrl_c_stops_a_reply_keeps_what_was_said_and_does_not_end_the_program():
+    parrot = Parrot("Once", " upon", KeyboardInterrupt())
+    written = converse(parrot, "Tell", KeyboardInterrupt(), "More", "/exit", "never read")
+    assert "Once upon [stopped]\n" in written and len(parrot.heard) == 2
+    assert parrot.heard[1][1] == {"role": "assistant", "text": "Once upon"}
+
+
+def test_a_conversation_that_is_too_long_is_told_and_the_message_taken_back():
+    parrot = Parrot(DataError("the prompt has 9 tokens."))
+    conversation = Conversation()
+    assert "error: the prompt has 9 tokens. /reset" in converse(parrot, "long", conversation=conversation)
+    assert conversation.turns == []
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_program_with_its_error():
+    def fail():
+        raise ModelError("no such model")
+
+    with pytest.raises(ModelError):
+        talk(Conversation(), fail, Sampling(), Script("hello"))
+
+
+def test_saved_conversations_are_lines_that_a_run_can_train_on(tmp_path):
+    file = tmp_path / "talk" / "train.jsonl"
+    assert "cannot be written" in converse(Parrot(), "你好", f"/save {file}")
+    file.parent.mkdir()
+    assert "Saved" in converse(Parrot(), "你好", f"/save {file}", f"/save {file}")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert lines == [[{"role": "user", "text": "你好"}, {"role": "assistant", "text": "你好"}]] * 2
+
+
+def test_an_unknown_command_and_a_save_without_a_file_show_the_help():
+    assert converse(Parrot(), "/what", "/save").count(HELP) == 3
+
+
+def test_a_reply_cannot_command_the_terminal():
+    assert printable("a\x1b[2Jb\x07\r\n\t你") == "a[2Jb\n\t你"
+
+
+def test_lines_from_a_pipe_are_answered(base, tmp_path):
+    done = run_verb(tmp_path, "chat", f"base={base}", "max_new_tokens=3", "temperature=0", expect=0)
+    assert done.stdout.startswith(HELP)
+
+
+@pytest.mark.parametrize(
+    "arguments, told, code",
+    [(["base=nowhere"], "nowhere does not exist", 1), (["base={base}", "adapter={base}"], "no adapter_config.json", 2),
+     (["base={base}", "temperature=-1"], "temperature=-1", 2), (["base={base}", "dtype=int4"], "dtype=int4", 2)],
+    ids=["base", "adapter", "temperature", "dtype"],
+)  # fmt: skip
+def test_mistakes_are_told_before_the_prompt(arguments, told, code, base, tmp_path):
+    done = run_verb(tmp_path, "chat", *(argument.format(base=base) for argument in arguments), expect=code)
+    assert told in done.stderr and done.stderr.count("\n") == 1 and HELP not in done.stdout
+
+
+def test_a_person_at_a_terminal_writes_chinese_interrupts_a_reply_and_goes_on(base, nf4_adapter, tmp_path):
+    """In a pseudo-terminal: the wide characters that were typed come back whole, and Ctrl-C ends only the reply."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "cqlora.chat", f"base={base}", f"adapter={nf4_adapter}", "max_new_tokens=200"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe(sys.executable, command, environment)
+    wait_for(terminal, BEGIN)
+    os.write(terminal, "你好，世界".encode())
+    wait_for(terminal, "你好，世界")
+    os.write(terminal, b"\x7f\x7f\r")
+    wait_for(terminal, END)
+    wait_for(terminal, BEGIN)
+    os.write(terminal, b"more\r")
+    wait_for(terminal, END)
+    os.write(terminal, b"\x03")
+    wait_for(terminal, BEGIN)
+    os.write(terminal, f"/save {tmp_path}/talk.jsonl\r".encode())
+    wait_for(terminal, "Saved")
+    os.write(terminal, b"\x04")
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert json.loads(Path(tmp_path, "talk.jsonl").read_text(encoding="utf-8"))[0]["text"] == "你好，"
+
+
+def wait_for(terminal: int, text: str, seconds: float = 25) -> str:
+    """Read until the terminal shows a text."""
+    seen, deadline = "", time.monotonic() + seconds
+    while text not in seen:
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{text!r} did not come in {seconds:g} s; what came: {seen!r}"
+        seen += os.read(terminal, 1).decode("latin-1") if text.isascii() else read_characters(terminal)
+    return seen
+
+
+def read_characters(terminal: int) -> str:
+    return os.read(terminal, 4096).decode("utf-8", errors="replace")
