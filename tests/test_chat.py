@@ -1,9 +1,11 @@
 """A conversation in the terminal: streaming, history, commands, Ctrl-C, wide characters, mistakes."""
 
+import contextlib
 import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -150,10 +152,25 @@ def test_a_person_at_a_terminal_writes_chinese_interrupts_a_reply_and_goes_on(ba
     wait_for(terminal, BEGIN)
     os.write(terminal, f"/save {tmp_path}/talk.jsonl\r".encode())
     wait_for(terminal, "Saved")
+    wait_for(terminal, BEGIN)
     os.write(terminal, b"\x04")
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert exit_code(child, terminal) == 0
     assert json.loads(Path(tmp_path, "talk.jsonl").read_text(encoding="utf-8"))[0]["text"] == "你好，"
+
+
+def exit_code(child: int, terminal: int, seconds: float = 25) -> int:
+    """How a child ended; one that does not end is killed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if select.select([terminal], [], [], 0.1)[0]:
+            with contextlib.suppress(OSError):  # the terminal of a child that has ended
+                os.read(terminal, 4096)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -signal.SIGKILL
 
 
 def wait_for(terminal: int, text: str, seconds: float = 25) -> str:

@@ -71,16 +71,16 @@ def talk(conversation: Conversation, engine: Callable[[], Speaker], sampling: Sa
     while True:
         try:
             line = terminal.read().strip()
+            if line == "/exit":
+                return
+            if line.startswith("/"):
+                terminal.write(obey(line, conversation))
+            elif line:
+                answer(line, conversation, engine, sampling, terminal)
         except EOFError:
             return
         except KeyboardInterrupt:
             continue
-        if line == "/exit":
-            return
-        if line.startswith("/"):
-            terminal.write(obey(line, conversation))
-        elif line:
-            answer(line, conversation, engine, sampling, terminal)
 
 
 def obey(command: str, conversation: Conversation) -> str:
