@@ -15,7 +15,7 @@ _FUZZED_TEXTS = 4000
 _HARD_TEXTS = [
     "", " ", "  a", "a  ", "\n\n a\r\n\t b", "a 1 22  333\n4", "don't I'LL we've", "x\x04y\x00\x7f",
     "\u200b\ufeff", "𠀀𪚥😀👨‍👩‍👧", "é e\u0301", "１２３，。！？", "Ⅷ ½ ²", "\u3000全角　空格",
-    "<|im_end|><|im_start|><|endoftext|>",
+    "<|im_end|><|im_start|><|endoftext|>", "a<|no control token|> b",
 ]  # fmt: skip
 
 

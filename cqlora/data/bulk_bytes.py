@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from cqlora.data.bulk_ranks import encode_ranks, open_encoding
+
 _GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: white space before a digit ends its stretch of text.
 _SINGLE_DIGITS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -23,7 +25,7 @@ class ByteEncoder:
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """int64 (tokens,) twice: ids, and the byte of the UTF-8 text at which each token ends."""
-        ranks = np.array(self.encoding.encode_ordinary(text), dtype=np.int64)
+        ranks = encode_ranks(self.encoding, text)
         ids, ends = self.ids[ranks], np.cumsum(self.widths[ranks])
         known = ids >= 0
         return (ids, ends) if known.all() else (ids[known], ends[known])
@@ -39,8 +41,6 @@ def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> ByteEnc
 
     A token that does not come back whole when it stands alone makes it another kind too.
     """
-    import tiktoken
-
     pattern = splitting_pattern(document)
     if pattern is None or not has_plain_merges(document):
         return None
@@ -52,7 +52,7 @@ def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> ByteEnc
     if not all(len(tokenizer.model.tokenize(word)) == 1 for word in words if word in vocabulary):
         return None
     return ByteEncoder(
-        tiktoken.Encoding("bulk", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}),
+        open_encoding(pattern, ranks),
         np.array([vocabulary.get(word, -1) for word in words], dtype=np.int64),
         np.array([len(word) for word in ranks], dtype=np.int64),
     )

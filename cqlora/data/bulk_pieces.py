@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from cqlora.data.bulk_ranks import encode_ranks, open_encoding
+
 _SPACE = "▁"
 _NORMALIZER = [
     {"type": "Prepend", "prepend": _SPACE},
@@ -43,7 +45,7 @@ class PieceEncoder:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         if _SPACE in text:
             return self.encode_slowly(text)
-        ranks = np.array(self.encoding.encode_ordinary(_SPACE + text.replace(" ", _SPACE)), dtype=np.int64)
+        ranks = encode_ranks(self.encoding, _SPACE + text.replace(" ", _SPACE))
         counts = self.counts[ranks]
         places = np.repeat(self.first[ranks], counts)
         if len(places) > len(ranks):
@@ -62,8 +64,6 @@ class PieceEncoder:
 
 def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> PieceEncoder | None:
     """The encoder of a tokenizer.json with LLaMA's normaliser and byte fallback; None for another kind."""
-    import tiktoken
-
     if not has_pieces(document):
         return None
     vocabulary = document["model"]["vocab"]
@@ -79,7 +79,7 @@ def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> PieceE
         return None
     counts = np.array([len(ids) for ids in spelled], dtype=np.int64)
     return PieceEncoder(
-        tiktoken.Encoding("bulk", pat_str=cutting_pattern(pieces), mergeable_ranks=ranks, special_tokens={}),
+        open_encoding(cutting_pattern(pieces), ranks),
         tokenizer,
         np.cumsum(counts) - counts,
         counts,
