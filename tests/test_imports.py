@@ -40,7 +40,7 @@ LIGHT_MODULES = [
     "launch",
     "metrics",
 ]
-LIGHT_MODULES += ["cluster", "folder", "preflight", "processes", "run", "signals"]
+LIGHT_MODULES += ["cluster", "folder", "preflight", "processes", "run", "signals", "slurm"]
 LIGHT_ROOMS = ["data", "plan"]
 
 
