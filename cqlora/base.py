@@ -44,18 +44,18 @@ def read_base(path: str | Path) -> Base:
     """
     folder = Path(path)
     if not folder.is_dir():
-        hint = "`cqlora fetch`" if folder.name == "smollm2_135m" else "model.path=FOLDER, or `cqlora convert`"
+        hint = "`cqlora fetch`" if folder.name == "smollm2_135m" else "`cqlora convert`"
         raise ModelError(f"model folder {folder} does not exist; make it with {hint} first.")
     config_file, tokenizer_file = folder / "config.json", folder / "tokenizer.json"
     for file, what in ((config_file, "model"), (tokenizer_file, "tokenizer")):
         if not file.is_file():
             raise ModelError(
-                f"{folder} has no {file.name}, so it holds no Hugging Face {what}; give model.path=FOLDER of a "
+                f"{folder} has no {file.name}, so it holds no Hugging Face {what}; give the folder of a "
                 "converted model (`cqlora convert`)."
             )
     if not list_weight_files(folder):
         raise ModelError(
-            f"{folder} has no *.safetensors, so it holds no weights; give model.path=FOLDER of a converted model."
+            f"{folder} has no *.safetensors, so it holds no weights; give the folder of a converted model."
         )
     card = read_card(folder)
     return Base(

@@ -27,6 +27,8 @@ _FLAGS_WITH_VALUE = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--experimental-rerun",
 }  # fmt: skip
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell gives it."""
 _INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 _SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{20,}|[0-9a-f]{40})\b")
@@ -45,12 +47,14 @@ def run_program(
     """
     try:
         refuse_secrets(sys.argv[1:])
-        sys.argv[1:] = order_flags(sys.argv[1:])
+        sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = help_overrides
         outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
         _stop(error)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     if len(outcomes) > 1:
         sys.exit(report_sweep(outcomes))
     (outcome,) = outcomes or [None]
@@ -90,6 +94,15 @@ def main() -> None:
         _stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
     sys.argv = [f"cqlora {verb}", *sys.argv[2:]]
     runpy.run_module(f"cqlora.{verb}", run_name="__main__", alter_sys=False)
+
+
+def quote_words(argument: str) -> str:
+    """Put letters beyond ASCII in quotes, which Hydra's grammar demands and nobody types: `base=模型/底座`."""
+    key, equals, value = argument.partition("=")
+    if not equals or value.isascii() or any(character in value for character in "'\"{}"):
+        return argument
+    quoted = re.sub(r"[^,\[\]\s][^,\[\]]*", lambda word: word[0] if word[0].isascii() else repr(word[0]), value)
+    return f"{key}={quoted}"
 
 
 def order_flags(arguments: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cqlora.cli import order_flags, refuse_secrets
+from cqlora.cli import order_flags, quote_words, refuse_secrets
 from cqlora.errors import ConfigError
 from tests.conftest import run_verb
 
@@ -85,3 +85,19 @@ def test_a_secret_in_an_override_is_refused_before_anything_is_written(argument,
 def test_ordinary_overrides_are_no_secrets():
     refuse_secrets(["stage.max_tokens=5", "model.path=models/tiny", "stage.learning_rate=1e-4", "--multirun"])
     assert order_flags(["model.path=models/tiny"]) == ["model.path=models/tiny"]
+
+
+@pytest.mark.parametrize(
+    "typed, passed",
+    [
+        ("system=用中文简短回答。", "system='用中文简短回答。'"),
+        ("base=模型/底座", "base='模型/底座'"),
+        ("vocab.corpus=[语料/甲.jsonl,b.jsonl]", "vocab.corpus=['语料/甲.jsonl',b.jsonl]"),
+        ("name=一,二", "name='一','二'"),
+        ("name='已加引号'", "name='已加引号'"),
+        ("seed=1,2", "seed=1,2"),
+        ("--multirun", "--multirun"),
+    ],
+)
+def test_chinese_values_need_no_quotes_of_their_own(typed: str, passed: str) -> None:
+    assert quote_words(typed) == passed

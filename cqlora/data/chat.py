@@ -54,7 +54,7 @@ class ChatEncoder:
             missing = TURN_START if start is None else TURN_END
             raise ModelError(
                 f"the base's tokenizer has no {missing}, so it cannot hold conversations; add the "
-                "chat tokens with `cqlora extend base=FOLDER output_dir=FOLDER`."
+                "chat tokens with `cqlora extend base=FOLDER output_dir=FOLDER vocab=none`."
             )
         self.start, self.end = start, end
         self.tokenizer = tokenizer

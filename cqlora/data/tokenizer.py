@@ -41,7 +41,7 @@ class PlainTokenizer:
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise ModelError(f"{folder} has no tokenizer.json; give model.path=FOLDER of a converted model.")
+            raise ModelError(f"{folder} has no tokenizer.json; give the folder of a converted model.")
         document = json.loads(file.read_text(encoding="utf-8"))
         names = read_special_names(folder)
         document["truncation"] = document["padding"] = None

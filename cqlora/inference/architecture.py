@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.weights.rope import read_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +85,7 @@ def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> 
 
 
 def _read_rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10_000.0))
+    rope = read_rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ModelError(
             f"{folder} scales positions by rope_type={rope['rope_type']}; the engine runs default, linear and llama3."

@@ -130,6 +130,12 @@ class GgufModel:
 
     def _rope_parameters(self) -> dict[str, Any]:
         theta = float(self.field("llama.rope.freq_base", 10000.0))
+        scaling = self.field("llama.rope.scaling.type", "none")
+        if scaling == "linear":
+            factor = float(self.field("llama.rope.scaling.factor", 1.0))
+            return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+        if scaling != "none":
+            raise ModelError(f"{self.file} scales its positions by {scaling}; convert the raw weights.")
         if self._rope_factors is None:
             return {"rope_type": "default", "rope_theta": theta}
         parameters = {

@@ -15,13 +15,13 @@ from cqlora.choices import GgufType
 from cqlora.errors import ModelError
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
 from cqlora.weights.gguf_vocabulary import add_vocabulary
+from cqlora.weights.names import DERIVED
+from cqlora.weights.rope import read_rope
 from cqlora.weights.rotary import halves_to_interleaved
 from cqlora.weights.shards import TensorSource, TensorSpec
 
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 _GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
-_DERIVED = "rotary_emb.inv_freq"
-"""Frequencies that old LLaMA folders store though the configuration gives them."""
 
 
 def write_gguf(file: Path, source: TensorSource, config: dict[str, Any], tokenizer: Path, kind: GgufType) -> None:
@@ -36,10 +36,10 @@ def write_gguf(file: Path, source: TensorSource, config: dict[str, Any], tokeniz
     except ImportError as error:
         raise ModelError("format=gguf needs the package gguf; pip install 'cqlora[gguf]'.") from error
     writer = GGUFWriter(None, "llama")
-    writer.add_name(file.name.partition(".")[0])
+    writer.add_name(file.name.removesuffix(f".{kind.value}.gguf"))
     add_shape(writer, config, kind)
     add_vocabulary(writer, tokenizer, config)
-    tensors = {gguf_name(name): spec for name, spec in source.specs.items() if not name.endswith(_DERIVED)}
+    tensors = {gguf_name(name): spec for name, spec in source.specs.items() if not name.endswith(DERIVED)}
     factors = rope_factors(config)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
@@ -84,13 +84,12 @@ def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's kind, base and scaling, as transformers 5 or its predecessors write them.
+    """The rotary embedding's kind, base and scaling.
 
     Raises:
         ModelError: a scaling that a GGUF file cannot say.
     """
-    old = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {})}
-    rope = {"rope_type": "default"} | old | (config.get("rope_parameters") or {})
+    rope = read_rope(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ModelError(f"format=gguf cannot hold rotary scaling {rope['rope_type']}; use format=safetensors.")
     return rope

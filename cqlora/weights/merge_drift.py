@@ -18,7 +18,7 @@ from cqlora.errors import DataError
 from cqlora.model.linear import keep_trainable_layout
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource
-from cqlora.weights.names import INPUT, OUTPUT
+from cqlora.weights.names import DERIVED, INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 
 WINDOW = 512
@@ -89,7 +89,8 @@ def load_merged(source: MergedSource, config: dict[str, Any]) -> PreTrainedModel
 
     known = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known), dtype=torch.float32)
-    state = {name: torch.cat(list(source.blocks(name))).float() for name in source.specs}
+    stored = [name for name in source.specs if not name.endswith(DERIVED)]
+    state = {name: torch.cat(list(source.blocks(name))).float() for name in stored}
     if source.plan.tied:
         state[OUTPUT] = state[INPUT]
     model.load_state_dict(state, strict=True, assign=True)
