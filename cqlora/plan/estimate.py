@@ -43,7 +43,7 @@ COMMUNICATION_BYTES = 0.1 * GIB
 NODE_PEERS = 8
 """GPUs of a node at most; between nodes only rings cross."""
 
-PROCESS_BYTES = 0.46 * GIB
+PROCESS_BYTES = 0.5 * GIB
 """Resident memory of a Python process with torch, transformers, PEFT and bitsandbytes at work."""
 
 
