@@ -109,7 +109,8 @@ def run_cqlora(options: argparse.Namespace) -> dict[str, float]:
     from cqlora.inference.requests import Sampling
 
     imported = time.perf_counter()
-    engine = LlamaEngine(options.adapter, options.base, dtype=options.dtype, cache=True)
+    # A random adapter has no card to say so.
+    engine = LlamaEngine(options.adapter, options.base, quantization="nf4", dtype=options.dtype, cache=True)
 
     def answer(questions: list[str], limit: int) -> int:
         batch = engine.open_batch(len(questions))

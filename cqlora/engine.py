@@ -8,10 +8,10 @@ import torch
 
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.tokenizer import PlainTokenizer, read_json
-from cqlora.errors import ModelError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
 from cqlora.inference.opening import Request, open_decoder
-from cqlora.inference.requests import Sampling, read_messages
+from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
 
 Messages = Sequence[Mapping[str, object]]
@@ -93,7 +93,7 @@ class LlamaEngine:
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
-        ids: list[int] = self._tokenizer.text.encode(prompt, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.text.encode(repair_text(prompt), add_special_tokens=False).ids
         return [self._tokenizer.special.document_start, *ids]
 
 
@@ -103,8 +103,10 @@ def find_request(
     """The folders to open, told apart by what lies in them.
 
     Raises:
+        ConfigError: a form that there is not, or a device that this machine has not.
         ModelError: an adapter where a merged model was promised, or the other way round.
     """
+    check_held(quantization, dtype, device)
     folder = Path(model_dir)
     is_adapter = (folder / "adapter_config.json").is_file()
     if use_lora and not is_adapter:
@@ -116,8 +118,22 @@ def find_request(
         raise ModelError(f"{folder} is an adapter and no whole model; give its base too, with use_lora=True.")
     if not use_lora and str(base_dir):
         raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, chosen)
+    return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, find_device(device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if gpus else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"device={name} is not on this machine; use device=auto.")
+    return device
 
 
 def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:

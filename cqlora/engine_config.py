@@ -9,12 +9,11 @@ from omegaconf import MISSING
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
 from cqlora.errors import ConfigError
+from cqlora.inference.requests import check_held
 from cqlora.preflight import check_fingerprints
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
-
-_CHOICES = {"quantization": ("auto", "nf4", "none"), "dtype": ("auto", "float32", "bfloat16")}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,9 +32,7 @@ class EngineConfig:
     """Keep a snapshot, in the user's cache folder, that the next start maps."""
 
     def __post_init__(self) -> None:
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ConfigError(f"{key}={getattr(self, key)} is unknown; use {', '.join(choices)}.")
+        check_held(self.quantization, self.dtype, self.device)
 
     def check_folders(self) -> None:
         """Raise for what can be known to be wrong without torch: missing folders, another base's adapter."""

@@ -1,20 +1,23 @@
 """A conversation in the terminal: streaming, history, commands, Ctrl-C, wide characters, mistakes."""
 
 import contextlib
+import io
 import json
 import os
 import pty
 import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from cqlora.chat import ChatConfig, chat, load_meanwhile
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
-from cqlora.inference.terminal import HELP, Conversation, printable, talk
+from cqlora.inference.terminal import HELP, Conversation, PipedTerminal, printable, talk
 from tests.conftest import ROOT, run_verb
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 
@@ -103,6 +106,42 @@ def test_saved_conversations_are_lines_that_a_run_can_train_on(tmp_path):
     assert lines == [[{"role": "user", "text": "你好"}, {"role": "assistant", "text": "你好"}]] * 2
 
 
+def test_nothing_is_saved_before_anything_was_said(tmp_path):
+    file = tmp_path / "train.jsonl"
+    assert "Nothing has been said yet." in converse(Parrot(), f"/save {file}", conversation=Conversation("Be kind."))
+    assert not file.exists()
+
+
+def test_the_end_does_not_wait_for_the_model(tmp_path, monkeypatch):
+    loaded = threading.Event()
+    monkeypatch.setattr(ChatConfig, "check_folders", lambda self: None)
+    monkeypatch.setattr(ChatConfig, "load_engine", lambda self: loaded.wait(timeout=60))
+    monkeypatch.setattr("cqlora.chat.open_terminal", lambda: Script("/exit"))
+    threads = set(threading.enumerate())
+    chat(ChatConfig(base="."))
+    (loader,) = set(threading.enumerate()) - threads
+    assert loader.daemon
+    loaded.set()
+
+
+@pytest.mark.parametrize("error", [ModelError("no such model"), SystemExit(3)])
+def test_what_the_loading_raised_is_raised_where_the_model_is_asked_for(error, monkeypatch):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(ChatConfig, "load_engine", fail)
+    with pytest.raises(type(error)):
+        load_meanwhile(ChatConfig(base=".")).result(timeout=10)
+
+
+def test_lines_from_a_pipe_are_utf_8_or_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode() + "你好\n".encode("gb18030"))))
+    terminal = PipedTerminal()
+    assert terminal.read() == "你好\n"
+    with pytest.raises(DataError, match=r"standard input is not UTF-8; convert it with iconv first\."):
+        terminal.read()
+
+
 def test_an_unknown_command_and_a_save_without_a_file_show_the_help():
     assert converse(Parrot(), "/what", "/save").count(HELP) == 3
 
@@ -119,8 +158,9 @@ def test_lines_from_a_pipe_are_answered(base, tmp_path):
 @pytest.mark.parametrize(
     "arguments, told, code",
     [(["base=nowhere"], "nowhere does not exist", 1), (["base={base}", "adapter={base}"], "no adapter_config.json", 2),
-     (["base={base}", "temperature=-1"], "temperature=-1", 2), (["base={base}", "dtype=int4"], "dtype=int4", 2)],
-    ids=["base", "adapter", "temperature", "dtype"],
+     (["base={base}", "temperature=-1"], "temperature=-1", 2), (["base={base}", "dtype=int4"], "dtype=int4", 2),
+     (["base={base}", "device=gpu"], "device=gpu is unknown", 2)],
+    ids=["base", "adapter", "temperature", "dtype", "device"],
 )  # fmt: skip
 def test_mistakes_are_told_before_the_prompt(arguments, told, code, base, tmp_path):
     done = run_verb(tmp_path, "chat", *(argument.format(base=base) for argument in arguments), expect=code)

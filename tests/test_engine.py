@@ -14,7 +14,7 @@ from cqlora.data.chat import ChatEncoder
 from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
-from cqlora.errors import CqloraError, DataError, ModelError
+from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
 from tests.conftest import ROOT
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 from tests.inference.conftest import build_base, peft_model
@@ -111,6 +111,28 @@ def test_both_end_tokens_end_a_reply_and_are_not_in_it(engine, base, end, monkey
 def test_messages_that_cannot_be_read_are_told(engine, messages, told):
     with pytest.raises(DataError, match=told):
         engine.encode_messages(messages)
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character_and_whole_ones_stay(engine):
+    half, replaced, whole = ([{"role": "user", "text": text}] for text in ("a\ud83d b", "a\ufffd b", "\ud83d\ude00"))
+    assert engine.encode_messages(half) == engine.encode_messages(replaced)
+    assert engine.encode_messages(whole) == engine.encode_messages([{"role": "user", "text": "😀"}])
+    assert engine.encode_text("a\ud83d") == engine.encode_text("a\ufffd")
+
+
+@pytest.mark.parametrize(
+    "form, told",
+    [({"device": "gpu"}, "device=gpu is unknown; use auto, cpu, cuda."),
+     ({"device": "cuda"}, "device=cuda is not on this machine; use device=auto."),
+     ({"device": "cuda:9"}, "device=cuda:9 is not on this machine; use device=auto."),
+     ({"quantization": "int3"}, "quantization=int3 is unknown; use auto, nf4, none."),
+     ({"dtype": "int3"}, "dtype=int3 is unknown; use auto, float32, bfloat16.")],
+)  # fmt: skip
+def test_a_form_that_cannot_be_had_is_told(form, told, base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        LlamaEngine(base, "", use_lora=False, **form)
+    assert str(caught.value) == told
 
 
 def other_base(base, adapter, tmp_path):

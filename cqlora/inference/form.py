@@ -32,6 +32,8 @@ class Form:
     layout: Layout
     dtype: torch.dtype
     device: torch.device
+    unpacked: bool = False
+    """Dense matrices hold the numbers that NF4 makes of a model's."""
 
     @property
     def activations(self) -> torch.dtype:
@@ -41,7 +43,7 @@ class Form:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         held = {
-            Layout.dense: f"matrices in {dtype}",
+            Layout.dense: f"NF4 numbers unpacked to {dtype}" if self.unpacked else f"matrices in {dtype}",
             Layout.fused_nf4: f"matrices in NF4, multiplied by a fused kernel in {dtype}",
             Layout.bitsandbytes_nf4: f"matrices in NF4, multiplied by bitsandbytes in {dtype}",
         }
@@ -85,7 +87,7 @@ def _candidates(architecture: Architecture, quantised: bool, dtype: str, device:
     """Forms that would do, the fastest first."""
     asked = _named(dtype)
     order = [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32, torch.bfloat16]
-    forms = [Form(Layout.dense, kind, device) for kind in ([asked] if asked else order)]
+    forms = [Form(Layout.dense, kind, device, unpacked=quantised) for kind in ([asked] if asked else order)]
     if quantised and asked is not torch.float32 and fits_kernel(architecture) and find_fused_nf4():
         forms.insert(0, Form(Layout.fused_nf4, torch.bfloat16, device))
     return forms

@@ -9,7 +9,7 @@ import torch
 
 from cqlora.base import CARD, Base, fingerprint_weights, read_base
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
-from cqlora.errors import ConfigError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.architecture import read_architecture
 from cqlora.inference.decoder import Decoder, Weights
 from cqlora.inference.form import Form, Layout, choose_form
@@ -25,8 +25,6 @@ from cqlora.weights.shards import ShardReader
 
 logger = logging.getLogger(__name__)
 
-QUANTIZATIONS = ("auto", "nf4", "none")
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -40,10 +38,6 @@ class Request:
     dtype: str
     cache: bool
     device: torch.device
-
-    def __post_init__(self) -> None:
-        if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f"quantization={self.quantization} is unknown; use {', '.join(QUANTIZATIONS)}.")
 
     @property
     def folder(self) -> Path:
@@ -61,9 +55,10 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
     architecture = read_architecture(base.config, base.path)
     is_nf4 = holds_nf4(base.config, base.path)
     onto = None if is_nf4 else find_quantisation(request)
-    form = choose_form(architecture, is_nf4 or onto is not None, request.dtype, request.device, base.path)
-    # A GPU quantises in seconds what a processor takes minutes for, so a snapshot is for processors.
-    kept = request.cache and form.layout is not Layout.bitsandbytes_nf4 and form.device.type == "cpu"
+    quantised = is_nf4 or onto is not None
+    form = choose_form(architecture, quantised, request.dtype, request.device, base.path)
+    # A GPU quantises in seconds what a processor takes minutes for, and a 16-bit model would be kept twice.
+    kept = request.cache and quantised and form.layout is not Layout.bitsandbytes_nf4 and form.device.type == "cpu"
     file = snapshot_file(identify(request, onto, form)) if kept else None
     if file is not None and file.is_file():
         weights = map_snapshot(file)
@@ -76,14 +71,25 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
 
 
 def keep_snapshot(weights: Weights, file: Path) -> Weights:
-    """Write the snapshot and go on with it, so that the first load computes with what later ones do."""
-    write_snapshot(weights, file)
+    """Write the snapshot and go on with it, so that the first load computes with what later ones do.
+
+    Where it cannot be written the weights, which are in memory already, are used as they are.
+    """
+    try:
+        write_snapshot(weights, file)
+    except ModelError as error:
+        logger.warning("%s", error)
+        return weights
     logger.info("snapshot written to %s", file)
     return map_snapshot(file)
 
 
 def find_quantisation(request: Request) -> Nf4Format | None:
-    """How the blocks' matrices are to be quantised; None leaves them as the folder has them."""
+    """How the blocks' matrices are to be quantised; None leaves them as the folder has them.
+
+    Raises:
+        ConfigError: NF4 is asked for beneath an adapter that PiSSA trained.
+    """
     if request.quantization == "none":
         return None
     if request.base_dir is None:
@@ -91,7 +97,19 @@ def find_quantisation(request: Request) -> Nf4Format | None:
     adapter = open_adapter(request.model_dir)
     # PiSSA trains beside what it leaves of the base: NF4 of the whole base is not what it was trained on.
     by_pissa = adapter.card.get("trained_on", {}).get("method") == AdapterMethod.pissa.value
-    if by_pissa and request.quantization == "auto":
+    if by_pissa and request.quantization == "nf4":
+        raise ConfigError(
+            "quantization=nf4, but this adapter was trained by PiSSA beside a part of the base that is kept nowhere; "
+            "use quantization=none."
+        )
+    if by_pissa:
+        return None
+    if "trained_on" not in adapter.card and request.quantization == "auto":
+        logger.warning(
+            "%s does not say how its base was held in training; it is taken as it is (quantization=nf4 for a QLoRA "
+            "adapter).",
+            adapter.folder,
+        )
         return None
     trained_on, form = read_training(adapter, double_quantization=True, precision=Precision.float32)
     return form if request.quantization == "nf4" or trained_on is Quantization.nf4 else None

@@ -1,11 +1,18 @@
 """What is asked of the engine: messages and how to sample; checked before torch is imported."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cqlora.data.records import ROLES, Turn
 from cqlora.errors import ConfigError, DataError
+
+_HELD = {
+    "quantization": ("auto", "nf4", "none"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -40,6 +47,18 @@ class Sampling:
         _require(in_range, "seed", self.seed, "a whole number of at most 63 bits")
 
 
+def check_held(quantization: str, dtype: str, device: str) -> None:
+    """Raise ConfigError for a way to hold a model that there is not; `device` may be a numbered GPU, `cuda:1`."""
+    for key, value in {"quantization": quantization, "dtype": dtype, "device": device}.items():
+        if value not in _HELD[key] and not (key == "device" and re.fullmatch(r"cuda:\d{1,2}", value)):
+            raise ConfigError(f"{key}={value} is unknown; use {', '.join(_HELD[key])}.")
+
+
+def repair_text(text: str) -> str:
+    """The text as valid Unicode: JSON may bring half of a surrogate pair, which becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_messages(messages: Sequence[Mapping[str, object]]) -> list[Turn]:
     """The turns of a conversation; a message's body stands under `text` or `content`.
 
@@ -59,7 +78,7 @@ def _read_message(number: int, message: Mapping[str, object]) -> Turn:
     if not isinstance(body, str):
         held = "no body" if body is None else f"a body of type {type(body).__name__}"
         raise DataError(f"message {number} ({role}) has {held}; give its words as a string under `content` or `text`.")
-    return Turn(role, body)
+    return Turn(role, repair_text(body))
 
 
 def _require(right: bool, name: str, value: object, expected: str) -> None:

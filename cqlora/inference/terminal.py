@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cqlora.data.records import Turn
 from cqlora.errors import DataError
-from cqlora.inference.requests import Sampling
+from cqlora.inference.requests import Sampling, repair_text
 
 HELP = "/reset forgets the conversation, /save FILE appends it to a file, /exit or Ctrl-D ends; Ctrl-C stops a reply."
 _KEPT_CONTROLS = "\n\t"
@@ -90,6 +90,8 @@ def obey(command: str, conversation: Conversation) -> str:
         conversation.reset()
         return "The conversation is forgotten."
     if name == "/save" and argument.strip():
+        if not any(turn.role == "assistant" for turn in conversation.turns):
+            return "Nothing has been said yet."
         try:
             conversation.save(Path(argument.strip()).expanduser())
         except DataError as error:
@@ -106,7 +108,7 @@ def answer(
     Raises:
         CqloraError: the model could not be loaded.
     """
-    conversation.turns.append(Turn("user", line))
+    conversation.turns.append(Turn("user", repair_text(line)))
     said: list[str] = []
     try:
         speaker = engine()
@@ -160,11 +162,18 @@ class PipedTerminal(ConsoleOutput):
     """Lines from a file or another program."""
 
     def read(self) -> str:
-        """See Terminal."""
-        line = sys.stdin.readline()
+        """See Terminal.
+
+        Raises:
+            DataError: the line is not UTF-8.
+        """
+        line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError
-        return line
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError("standard input is not UTF-8; convert it with iconv first.") from error
 
 
 def open_terminal() -> Terminal:

@@ -120,6 +120,8 @@ def add_failures(app: FastAPI) -> None:
     async def failed(http: HttpRequest, error: HTTPException) -> JSONResponse:
         if isinstance(error, Failure):
             return error.response()
+        if error.status_code == 400:
+            return Failure(400, "the body cannot be read; send JSON in UTF-8.", "invalid_json").response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         sentence = f"{http.method} {http.url.path} is not served ({error.detail})."
         return JSONResponse(error_body(error.status_code, sentence, code), error.status_code, error.headers)

@@ -50,6 +50,8 @@ def test_nf4_stays_where_the_fused_kernel_is_and_is_unpacked_once_elsewhere(mach
     assert choose(True) == (Layout.dense, torch.bfloat16)
     machine(gib=100, fused=False, bfloat16=False)
     assert choose(True) == (Layout.dense, torch.float32)
+    assert str(choose_form(SEVEN_B, True, "auto", CPU, Path("model"))) == "NF4 numbers unpacked to float32 on cpu"
+    assert str(choose_form(SEVEN_B, False, "auto", CPU, Path("model"))) == "matrices in float32 on cpu"
 
 
 def test_less_memory_takes_the_smaller_type_and_too_little_is_told(machine):

@@ -1,12 +1,17 @@
 """Whatever the folders hold and whatever the form, the decoder computes the model that was trained."""
 
+import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from cqlora.base import CARD
 from cqlora.config import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.errors import ConfigError
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.kernel import find_fused_nf4
 from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4
@@ -105,3 +110,23 @@ def test_matrices_whose_groups_lie_across_rows_are_quantised_as_in_training(tmp_
     assert form.layout is Layout.dense and isinstance(decoder.weights.layers[0].down, Dense)
     expected = theirs(peft_model(base, folder, quantized=True))
     torch.testing.assert_close(ours(folder, base), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_base_of_an_adapter_without_a_card_is_taken_as_it_is_with_a_warning(base, nf4_adapter, tmp_path, caplog):
+    folder = Path(shutil.copytree(nf4_adapter, tmp_path / "foreign"))
+    (folder / CARD).unlink()
+    with caplog.at_level(logging.WARNING, "cqlora"):
+        logits = ours(folder, base)
+    assert "does not say how its base was held in training" in caplog.text
+    torch.testing.assert_close(logits, theirs(peft_model(base, folder)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(folder, base, "nf4"), ours(nf4_adapter, base), atol=1e-5, rtol=1e-5)
+
+
+def test_nf4_beneath_an_adapter_that_pissa_trained_is_refused(base, adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "pissa"))
+    card = json.loads((folder / CARD).read_text())
+    card["trained_on"]["method"] = "pissa"
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(ConfigError, match=r"trained by PiSSA .* use quantization=none"):
+        ours(folder, base, "nf4")
+    torch.testing.assert_close(ours(folder, base), ours(folder, base, "none"))

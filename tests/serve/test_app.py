@@ -134,6 +134,30 @@ def test_bodies_that_are_not_json_or_too_large_are_refused(served, content, head
     assert response.status_code == status and response.json()["error"]["message"]
 
 
+def test_a_body_that_is_not_utf_8_is_told_so(served):
+    body = '{"messages": [{"role": "user", "content": "你好"}]}'.encode("gb18030")
+    response = httpx.post(
+        served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_json")
+    assert error["message"] == "the body cannot be read; send JSON in UTF-8."
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"messages": [{"role": "\\ud83d", "content": "a"}]}', b'{"\\ud83d": 1}',
+     b'{"model": "\\ud83d", "messages": [{"role": "user", "content": "a"}]}',
+     b'{"messages": [{"role": "user", "content": "a"}], "stop": "\\ud83d"}'],
+    ids=["role", "field", "model", "stop"],
+)  # fmt: skip
+def test_half_a_surrogate_pair_breaks_nothing(served, body):
+    response = httpx.post(
+        served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code < 500, response.text
+
+
 def test_other_paths_and_methods_are_refused_in_openais_shape_too(served):
     assert httpx.get(served.url + "/v1/nothing").json()["error"]["code"] == "not_found"
     assert httpx.get(served.url + "/v1/completions").json()["error"]["code"] == "method_not_allowed"

@@ -157,15 +157,16 @@ byId("composer").addEventListener("submit", (event) => {
 byId("stop").addEventListener("click", () => speaking?.abort());
 byId("new").addEventListener("click", newChat);
 words.addEventListener("input", fitWords);
+// Keys that are meant for an input method, which chooses or drops a candidate; Safari tells the last by 229 alone.
+const composing = (event) => event.isComposing || event.keyCode === 229;
 words.addEventListener("keydown", (event) => {
-  // Enter that chooses a candidate of an input method is not meant for us.
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  if (event.key === "Enter" && !event.shiftKey && !composing(event)) {
     event.preventDefault();
     send();
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !byId("door").open) speaking?.abort();
+  if (event.key === "Escape" && !composing(event) && !byId("door").open) speaking?.abort();
 });
 
 setUpSettings();
