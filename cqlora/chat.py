@@ -1,9 +1,9 @@
 """`python -m cqlora.chat`: a conversation in the terminal, streamed, which Ctrl-C interrupts and does not end."""
 
-import threading
-from concurrent.futures import Future
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 
@@ -11,9 +11,6 @@ from cqlora.cli import run_program
 from cqlora.engine_config import EngineConfig
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import Conversation, open_terminal, talk
-
-if TYPE_CHECKING:
-    from cqlora.engine import LlamaEngine
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,22 +46,17 @@ class ChatConfig(EngineConfig):
 def chat(config: ChatConfig) -> None:
     """Check the folders, then load the model while the first message is being typed."""
     config.check_folders()
-    engine = load_meanwhile(config)
-    talk(Conversation(config.system), engine.result, config.sampling(), open_terminal())
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        engine = loader.submit(config.load_engine)
+        talk(Conversation(config.system), engine.result, config.sampling(), open_terminal())
+        if not engine.done():
+            leave()
 
 
-def load_meanwhile(config: ChatConfig) -> "Future[LlamaEngine]":
-    """The engine to come; the program's end does not wait for it, as it would for an executor's thread."""
-    engine: Future[LlamaEngine] = Future()
-
-    def load() -> None:
-        try:
-            engine.set_result(config.load_engine())
-        except BaseException as error:  # noqa: BLE001 - raised where the engine is asked for
-            engine.set_exception(error)
-
-    threading.Thread(target=load, daemon=True).start()
-    return engine
+def leave() -> None:
+    """End the process with 0 and wait for no thread: one that Python's own end stops within torch aborts it all."""
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.chat import ChatConfig, chat, load_meanwhile
+from cqlora.chat import ChatConfig, chat
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import HELP, Conversation, PipedTerminal, printable, talk
@@ -113,25 +113,13 @@ def test_nothing_is_saved_before_anything_was_said(tmp_path):
 
 
 def test_the_end_does_not_wait_for_the_model(tmp_path, monkeypatch):
-    loaded = threading.Event()
+    loaded, left = threading.Event(), []
     monkeypatch.setattr(ChatConfig, "check_folders", lambda self: None)
     monkeypatch.setattr(ChatConfig, "load_engine", lambda self: loaded.wait(timeout=60))
     monkeypatch.setattr("cqlora.chat.open_terminal", lambda: Script("/exit"))
-    threads = set(threading.enumerate())
+    monkeypatch.setattr("os._exit", lambda code: left.append((code, loaded.is_set())) or loaded.set())
     chat(ChatConfig(base="."))
-    (loader,) = set(threading.enumerate()) - threads
-    assert loader.daemon
-    loaded.set()
-
-
-@pytest.mark.parametrize("error", [ModelError("no such model"), SystemExit(3)])
-def test_what_the_loading_raised_is_raised_where_the_model_is_asked_for(error, monkeypatch):
-    def fail(config):
-        raise error
-
-    monkeypatch.setattr(ChatConfig, "load_engine", fail)
-    with pytest.raises(type(error)):
-        load_meanwhile(ChatConfig(base=".")).result(timeout=10)
+    assert left == [(0, False)]
 
 
 def test_lines_from_a_pipe_are_utf_8_or_refused(monkeypatch):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -41,6 +42,7 @@ def write_snapshot(weights: Weights, file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(file.parent)
         tensors = dict(_flatten(weights))
         specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
         write_shard(partial, specs, lambda spec: [tensors[spec.name]])
@@ -52,6 +54,14 @@ def write_snapshot(weights: Weights, file: Path) -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that have ended left half written."""
+    for file in folder.glob("*.*.partial"):
+        owner = file.suffixes[-2].removeprefix(".")
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            file.unlink(missing_ok=True)
 
 
 def map_snapshot(file: Path) -> Weights:
