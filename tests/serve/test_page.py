@@ -113,6 +113,26 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(driver):
 
 
 @in_browser
+@pytest.mark.parametrize("sign", ["isComposing: true", "keyCode: 229"])
+def test_keys_for_an_input_method_neither_send_nor_stop(driver, sign):
+    event = f"new KeyboardEvent('keydown', {{key: arguments[1], bubbles: true, {sign}}})"
+    press = f"arguments[0].dispatchEvent({event})"
+    engine = FakeEngine(words=6)
+    with running(engine, fake_config()) as run:
+        page = Page(driver, run)
+        page.find("#words").send_keys("ni hao")
+        driver.execute_script(press, page.find("#words"), "Enter")
+        assert page.all_texts("article") == [] and page.find("#words").get_attribute("value") == "ni hao"
+        engine.open.clear()
+        page.ask("")
+        page.wait(lambda: page.find("#stop").is_displayed())
+        driver.execute_script(press, page.find("#words"), "Escape")
+        engine.open.set()
+        page.wait_until_quiet()
+        assert page.all_texts("article .body") == ["ni hao", "w0 w1 w2 w3 w4 w5"]
+
+
+@in_browser
 def test_text_is_never_read_as_html_and_code_stands_in_a_block(driver):
     text = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>\n```python\nprint('<i>hi</i>')\n```\nafter"
     with running(TextEngine(text), fake_config()) as run:
