@@ -28,11 +28,11 @@ asked for again in other sizes, which leaves holes. PyTorch reports both sums (`
 `memory_allocated`), and published runs that print both put the gap here.
 """
 
-HEAP_SHARE = 0.45
+HEAP_SHARE = 0.55
 """What glibc's heap keeps of freed pieces, as a share of what comes and goes in a step on a processor.
 
-Measured here: of 1.0 to 2.8 GiB that steps of SmolLM2 took, 27% to 48% were such pieces where a step is one
-pass; steps of several passes, and blocks computed again, leave more (benchmarks/plan_accuracy.py --cpu).
+Fitted to 26 runs of benchmarks/plan_accuracy.py --cpu. Steps of several passes, and blocks that are computed
+again, leave more.
 """
 CONTEXT_BYTES = 0.5 * GIB
 """CUDA's context with torch's kernels and cuBLAS's workspaces, which no allocator counts."""
