@@ -12,6 +12,8 @@ from cqlora.engine_config import EngineConfig
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import Conversation, open_terminal, talk
 
+_DEFAULT = Sampling()
+
 
 @dataclass(kw_only=True, slots=True)
 class ChatConfig(EngineConfig):
@@ -19,13 +21,13 @@ class ChatConfig(EngineConfig):
 
     system: str = ""
     """What stands before the conversation, in the role of the system."""
-    max_new_tokens: int = 512
-    temperature: float = 0.7
+    max_new_tokens: int = _DEFAULT.max_new_tokens
+    temperature: float = _DEFAULT.temperature
     """0 takes the likeliest token each time."""
-    top_p: float = 0.9
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    top_p: float = _DEFAULT.top_p
+    top_k: int = _DEFAULT.top_k
+    repetition_penalty: float = _DEFAULT.repetition_penalty
+    seed: int | None = _DEFAULT.seed
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)

@@ -7,6 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from cqlora.data.bulk_ranks import encode_ranks, open_encoding
+from cqlora.data.byte_level import byte_letters
 
 _GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: white space before a digit ends its stretch of text.
@@ -103,10 +104,3 @@ def rank_merges(merges: list[Any]) -> dict[bytes, int] | None:
         elif word != newest:
             return None
     return ranks
-
-
-def byte_letters() -> list[str]:
-    """The letter that byte-level BPE writes for each byte (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]

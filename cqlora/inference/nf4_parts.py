@@ -37,14 +37,9 @@ class Nf4Parts:
 
 def quantise_rows(rows: RowStream, shape: tuple[int, ...], form: Nf4Format) -> Nf4Parts:
     """The parts of a matrix that bitsandbytes quantises now, exactly as in training."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     matrix = quantise(rows, shape, form)
-    scales = matrix.state.absmax
-    if matrix.state.nested:
-        scales = dequantize_blockwise(scales, matrix.state.state2).float() + matrix.state.offset
     out, columns = shape
-    return Nf4Parts(matrix.packed.view(out, columns // 2), scales, form.dtype, matrix.state.code)
+    return Nf4Parts(matrix.packed.view(out, columns // 2), matrix.scales(), form.dtype, matrix.state.code)
 
 
 def read_parts(reader: ShardReader, name: str) -> Nf4Parts:

@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cqlora.data.byte_level import byte_letters
 from cqlora.errors import ModelError
 
 _BYTE_PIECE_LENGTH = len("<0x00>")
+_BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class TokenBytes:
@@ -103,13 +105,3 @@ def _byte_level_bytes(piece: str) -> bytes:
     if all(character in _BYTE_OF for character in piece):
         return bytes(_BYTE_OF[character] for character in piece)
     return piece.encode()
-
-
-def _visible_bytes() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others follow U+0100."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _visible_bytes()

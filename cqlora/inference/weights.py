@@ -56,9 +56,8 @@ class Model:
 
     def is_low_rank(self, names: Sequence[str]) -> bool:
         """Whether the adapter at most adds products of two thin matrices to these."""
-        changes = [change for name in names for change in self.source.plan.changes.get(name, [])]
-        lists = [self.source.plan.changes.get(name, []) for name in names]
-        return all(isinstance(change, LowRank) for change in changes) and all(len(one) <= 1 for one in lists)
+        of_each = [self.source.plan.changes.get(name, []) for name in names]
+        return all(len(changes) <= 1 and all(isinstance(c, LowRank) for c in changes) for changes in of_each)
 
 
 def build_weights(model: Model, architecture: Architecture, form: Form) -> Weights:

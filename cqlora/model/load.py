@@ -122,10 +122,15 @@ def quantization_config(model: ModelConfig, hardware: HardwareConfig, dtype: tor
         return BitsAndBytesConfig(load_in_8bit=True)
     # fully_shard splits only parameters of the compute type: packed uint8 would stay whole on every rank.
     storage = dtype if hardware.strategy is Strategy.fsdp else torch.uint8
+    return nf4_config(model.double_quantization, dtype, storage)
+
+
+def nf4_config(double_quantization: bool, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    """NF4 with products in `dtype`, its packed numbers held in tensors of the type `storage`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=model.double_quantization,
+        bnb_4bit_use_double_quant=double_quantization,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=storage,
     )

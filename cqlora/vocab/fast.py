@@ -10,6 +10,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cqlora.base import write_json
+from cqlora.data.byte_level import byte_letters
 from cqlora.errors import ModelError
 from cqlora.vocab.files import PIECE_MODEL, read_piece_model
 from cqlora.vocab.merge import piece_merges
@@ -67,7 +68,7 @@ def write_rank_tokenizer(file: Path, folder: Path, max_length: int, llama31: boo
         ModelError: the file is no list of base64 tokens and ranks.
     """
     ranks = read_ranks(file)
-    spell = _byte_letters()
+    spell = byte_letters()
     vocab = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = [
         ("".join(spell[byte] for byte in left), "".join(spell[byte] for byte in right))
@@ -153,13 +154,6 @@ def _merge_below(ranks: dict[bytes, int], token: bytes, limit: int) -> list[byte
             break
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level BPE (openai/gpt-2, encoder.py)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _begin_with(tokenizer: Tokenizer, bos: str, bos_id: int) -> None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from cqlora.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
 from cqlora.model.linear import keep_trainable_layout
+from cqlora.model.load import nf4_config
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource
 from cqlora.weights.names import DERIVED, INPUT, OUTPUT
@@ -69,12 +70,7 @@ def load_trained(merge: Merge, trained_on: Quantization, form: Nf4Format) -> Any
     quantization = {
         Quantization.none: None,
         Quantization.int8: BitsAndBytesConfig(load_in_8bit=True),
-        Quantization.nf4: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=form.double_quantization,
-            bnb_4bit_compute_dtype=form.dtype,
-        ),
+        Quantization.nf4: nf4_config(form.double_quantization, form.dtype),
     }[trained_on]
     base = AutoModelForCausalLM.from_pretrained(
         merge.base.path, dtype=form.dtype, quantization_config=quantization, local_files_only=True

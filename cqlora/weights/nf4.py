@@ -43,6 +43,16 @@ class Nf4Matrix:
     state: Any
     """bitsandbytes' QuantState."""
 
+    def scales(self) -> torch.Tensor:
+        """float32 [numbers / 64]: the groups' scales, also where they were rounded themselves."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        absmax: torch.Tensor = self.state.absmax
+        if not self.state.nested:
+            return absmax
+        rounded: torch.Tensor = dequantize_blockwise(absmax, self.state.state2).float() + self.state.offset
+        return rounded
+
 
 def quantise(rows: RowStream, shape: tuple[int, ...], form: Nf4Format) -> Nf4Matrix:
     """Quantise a matrix whose rows are multiples of 64 numbers together, as bitsandbytes would the whole of it."""
@@ -66,11 +76,9 @@ def quantise(rows: RowStream, shape: tuple[int, ...], form: Nf4Format) -> Nf4Mat
 
 def dequantise(matrix: Nf4Matrix) -> Iterator[torch.Tensor]:
     """The matrix's rows, as a forward pass sees them, in float32."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    state, absmax = matrix.state, matrix.state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
+    state, absmax = matrix.state, matrix.scales()
     columns = matrix.shape[1]
     step = rows_together(columns)
     for first in range(0, matrix.shape[0], step):

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from cqlora.base import Base
 from cqlora.data import bulk_bytes, bulk_pieces
 from cqlora.data.bulk import open_bulk_encoder
-from cqlora.data.bulk_bytes import byte_letters, rank_merges, splitting_pattern
+from cqlora.data.bulk_bytes import rank_merges, splitting_pattern
 from cqlora.data.bulk_pieces import cutting_pattern, rank_pieces
+from cqlora.data.byte_level import byte_letters
 from cqlora.data.encode import EncodeSettings, RecordEncoder
 from cqlora.data.records import Conversation, Document, Turn
 from tests.data.conftest import sample_texts
