@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.choices import (
@@ -447,6 +446,9 @@ def node_name(config: Any) -> str:
 
 def register_schemas() -> None:
     """Put the schemas where `configs/*.yaml` name them."""
+    # Not above: processes that prepare data use the schemas alone, and would wait a tenth of a second for Hydra.
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema/stage", name="pretrain", node=PretrainConfig)

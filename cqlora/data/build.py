@@ -13,7 +13,7 @@ import numpy as np
 from cqlora.choices import Deduplication
 from cqlora.config import RunConfig
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_source
-from cqlora.data.encode import EncodedBatch, EncodeSettings, EncodeTask, encode_task, load_encoder
+from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, load_encoder
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import LANGUAGES
 from cqlora.data.mix import (
@@ -24,6 +24,7 @@ from cqlora.data.mix import (
     sample_size,
     spool_capacity,
 )
+from cqlora.data.pieces import EncodedBatch
 from cqlora.data.records import SPLITS
 from cqlora.data.sources import read_rows
 from cqlora.data.sources.location import Location
@@ -103,9 +104,10 @@ def build_cache(
         def drop_near(chosen: list[Chosen]) -> None:
             drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
-        count = partial(count_tokens, settings)
+        in_bulk = proves_bulk(settings, gathered)
+        count = partial(count_tokens, settings, in_bulk)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
-        description = CacheWriter(chosen, settings, staging, config.seed, workers, progress).write()
+        description = CacheWriter(chosen, settings, in_bulk, staging, config.seed, workers, progress).write()
     if not description["splits"]["train"]["documents"]:
         raise DataError(
             f"data={config.data.name} leaves nothing to train on: of "
@@ -150,10 +152,16 @@ def gather_sources(
     return found
 
 
-def count_tokens(settings: EncodeSettings, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
+def proves_bulk(settings: EncodeSettings, gathered: list[Gathered]) -> bool:
+    """Whether there is enough text for the faster encoder, and it gives the tokenizer's own ids."""
+    size = sum(int(each.index["length"].sum(dtype=np.int64)) for each in gathered)
+    return size > BULK_BYTES and load_encoder(settings).tokenizer.prove_bulk()
+
+
+def count_tokens(settings: EncodeSettings, in_bulk: bool, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
-    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0, in_bulk=True)
+    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0, in_bulk=in_bulk)
     batch = encode_task(settings, task)
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
 
@@ -182,6 +190,7 @@ class CacheWriter:
         self,
         chosen: list[Chosen],
         settings: EncodeSettings,
+        in_bulk: bool,
         staging: Path,
         seed: int,
         workers: Workers,
@@ -189,6 +198,7 @@ class CacheWriter:
     ) -> None:
         self.chosen = chosen
         self.settings = settings
+        self.in_bulk = in_bulk
         self.staging = staging
         self.seed = seed
         self.workers = workers
@@ -196,7 +206,6 @@ class CacheWriter:
         self.totals = [SourceTotals() for _ in chosen]
         self.groups = list_groups(chosen)
         self.dtype = load_encoder(settings).tokenizer.dtype
-        self.in_bulk = sum(kept_bytes(each) for each in chosen) > BULK_BYTES
 
     def write(self) -> dict[str, Any]:
         """All splits; returns the cache's description."""
@@ -287,11 +296,6 @@ class CacheWriter:
 def encode_source_task(settings: EncodeSettings, task: SourceTask) -> EncodedBatch:
     """encode_task for a task that knows its source."""
     return encode_task(settings, task.encode)
-
-
-def kept_bytes(each: Chosen) -> int:
-    """Bytes of a source's records that will be encoded."""
-    return int(each.gathered.index["length"][each.kept].sum(dtype=np.int64))
 
 
 def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:

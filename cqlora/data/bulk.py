@@ -2,16 +2,20 @@
 
 import json
 import random
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cqlora.data.bulk_bytes import open_byte_encoder
+from cqlora.data.bulk_bytes import HAN, open_byte_encoder
+from cqlora.data.bulk_encoder import BulkEncoder
 from cqlora.data.bulk_pieces import open_piece_encoder
 from cqlora.data.sources.location import SAMPLE_DIR
 
 _FUZZED_TEXTS = 4000
+_CHINESE_TEXTS = 1000
+_BESIDE_CHINESE = list("，。、“”（）《》：？aA1 é\n　𠀀")
 _HARD_TEXTS = [
     "", " ", "  a", "a  ", "\n\n a\r\n\t b", "a 1 22  333\n4", "don't I'LL we've", "x\x04y\x00\x7f",
     "\u200b\ufeff", "𠀀𪚥😀👨‍👩‍👧", "é e\u0301", "１２３，。！？", "Ⅷ ½ ²", "\u3000全角　空格",
@@ -19,35 +23,30 @@ _HARD_TEXTS = [
 ]  # fmt: skip
 
 
-class BulkEncoder(Protocol):
-    """What both kinds of faster encoder do."""
+def open_bulk_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> BulkEncoder | None:
+    """The faster encoder of a tokenizer.json, or None where it cannot be had.
 
-    @property
-    def texts(self) -> list[bytes]:
-        """UTF-8 of what the vocabulary can say, one word after another."""
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (tokens,) twice: ids, and the byte of the UTF-8 text at which each token ends."""
-
-
-def open_bulk_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> BulkEncoder | None:
-    """The faster encoder of a tokenizer.json, or None where it cannot be had or gives other ids.
-
-    `document` is the description that `tokenizer` was built from. Whether the two agree is not assumed: the
-    bundled sample, hard cases and thousands of random strings of the vocabulary's own words must encode alike.
+    `document` is the description that `tokenizer` was built from. Whether the two agree is for `agrees` to say.
     """
     try:
-        bulk = open_byte_encoder(document, tokenizer) or open_piece_encoder(document, tokenizer)
+        return open_byte_encoder(document, tokenizer, dtype) or open_piece_encoder(document, tokenizer, dtype)
     except ImportError:
         return None
-    return bulk if bulk is not None and agrees(bulk, tokenizer) else None
 
 
 def agrees(bulk: BulkEncoder, tokenizer: Tokenizer) -> bool:
-    """Whether both encoders give the same ids for everything that is tried."""
-    texts = [*_HARD_TEXTS, *sample_lines(), *fuzzed_texts(bulk.texts)]
-    expected = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return all(bulk.encode(text)[0].tolist() == each.ids for text, each in zip(texts, expected, strict=True))
+    """Whether both encoders give the same ids for everything that is tried.
+
+    The bundled sample, hard cases, and thousands of random strings of the vocabulary's own words and of Chinese
+    characters must encode alike.
+    """
+    tried = [*_HARD_TEXTS, *sample_lines(), *fuzzed_texts(bulk.words), *chinese_texts()]
+    texts = [text for text in tried if bulk.takes([text])]
+    expected = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    found = bulk.encode(texts)
+    ids = np.fromiter(chain.from_iterable(each.ids for each in expected), dtype=found.ids.dtype)
+    offsets = np.cumsum([0, *(len(each.ids) for each in expected)])
+    return np.array_equal(found.ids, ids) and np.array_equal(found.offsets, offsets)
 
 
 def sample_lines() -> list[str]:
@@ -63,3 +62,10 @@ def fuzzed_texts(words: list[bytes]) -> list[str]:
     rng = random.Random(0)
     joined = (b"".join(rng.choices(words, k=rng.randrange(2, 6))) for _ in range(_FUZZED_TEXTS))
     return [text.decode(errors="ignore") for text in joined]
+
+
+def chinese_texts() -> list[str]:
+    """Random strings of any Chinese characters and of what stands beside them."""
+    rng = random.Random(0)
+    alphabet = [*HAN, *_BESIDE_CHINESE * (len(HAN) // 50)]
+    return ["".join(rng.choices(alphabet, k=rng.randrange(1, 20))) for _ in range(_CHINESE_TEXTS)]

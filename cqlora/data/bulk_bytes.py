@@ -1,43 +1,29 @@
 """The faster encoder of byte-level BPE (Llama 3, SmolLM2): tiktoken over the tokenizer's own merges."""
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cqlora.data.bulk_ranks import encode_ranks, open_encoding
+from cqlora.data.bulk_encoder import BulkEncoder, Spelling, build_encoder
+from cqlora.data.bulk_lone import character_table
 from cqlora.data.byte_level import byte_letters
 
 _GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after every digit has been set apart: white space before a digit ends its stretch of text.
 _SINGLE_DIGITS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
-
-@dataclass(frozen=True, slots=True)
-class ByteEncoder:
-    """tiktoken over a tokenizer.json's own merges and pattern."""
-
-    encoding: Any
-    ids: np.ndarray
-    """int64 (ranks,): tokenizer.json's id of each rank; -1 for bytes that it does not know and leaves out."""
-    widths: np.ndarray
-    """int64 (ranks,): bytes of each rank."""
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (tokens,) twice: ids, and the byte of the UTF-8 text at which each token ends."""
-        ranks = encode_ranks(self.encoding, text)
-        ids, ends = self.ids[ranks], np.cumsum(self.widths[ranks])
-        known = ids >= 0
-        return (ids, ends) if known.all() else (ids[known], ends[known])
-
-    @property
-    def texts(self) -> list[bytes]:
-        """The bytes of each rank."""
-        return list(self.encoding._mergeable_ranks)
+HAN = [chr(point) for low, high in ((0x3400, 0x4DB5), (0x4E00, 0x9FA5)) for point in range(low, high + 1)]
+"""Chinese characters that every version of Unicode in use holds for letters; all are three bytes of UTF-8."""
+HAN_TABLE = character_table(HAN)
+_HAN_BYTES = [*range(0x80, 0xC0), *range(0xE3, 0xEA)]
 
 
-def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> ByteEncoder | None:
+def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> BulkEncoder | None:
     """The encoder of a tokenizer.json of byte-level BPE; None for another kind.
 
     A token that does not come back whole when it stands alone makes it another kind too.
@@ -48,15 +34,51 @@ def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> ByteEnc
     ranks = rank_merges(document["model"]["merges"])
     if ranks is None:
         return None
-    vocabulary, letters = document["model"]["vocab"], byte_letters()
-    words = ["".join(letters[byte] for byte in word) for word in ranks]
-    if not all(len(tokenizer.model.tokenize(word)) == 1 for word in words if word in vocabulary):
+    vocabulary, letters = document["model"]["vocab"], dict(enumerate(byte_letters()))
+    names = [word.decode("latin-1").translate(letters) for word in ranks]
+    known = np.array([name in vocabulary for name in names])
+    if not all(len(tokenizer.model.tokenize(name)) == 1 for name in names if name in vocabulary):
         return None
-    return ByteEncoder(
-        open_encoding(pattern, ranks),
-        np.array([vocabulary.get(word, -1) for word in words], dtype=np.int64),
-        np.array([len(word) for word in ranks], dtype=np.int64),
-    )
+    ids = np.array([vocabulary[name] for name in names if name in vocabulary], dtype=dtype)
+    words = list(ranks)
+    widths = np.array(list(map(len, words)))
+    spelling = Spelling(known.astype(np.int64), ids, widths[known], np.where(known, 0, widths))
+    lone = lone_letters(words) if takes_letters_alike(pattern) and known[_HAN_BYTES].all() else ""
+    return build_encoder(pattern, ranks, spelling, lone, HAN_TABLE, words)
+
+
+def takes_letters_alike(pattern: str) -> bool:
+    """Whether a stretch of letters is one word however long it is and whichever letters they are."""
+    return r"\p{L}+" in pattern and pattern.isascii() and not any(odd in pattern for odd in (r"\u", r"\x", "Han"))
+
+
+def lone_letters(words: Iterable[bytes]) -> str:
+    """The characters of HAN that no word joins to another of HAN."""
+    by_head, by_tail = han_by_part()
+    joined: set[str] = set()
+    for word in words:
+        if word.isascii():
+            continue
+        starts = [place for place, byte in enumerate(word) if place and byte & 0xC0 != 0x80]
+        parts = [word[start:end] for start, end in pairwise([0, *starts, len(word)])]
+        for left, right in pairwise(parts):
+            before, after = by_tail.get(left), by_head.get(right)
+            if before and after:
+                joined |= before | after
+    return "".join(letter for letter in HAN if letter not in joined)
+
+
+@cache
+def han_by_part() -> tuple[dict[bytes, set[str]], dict[bytes, set[str]]]:
+    """The letters of HAN whose UTF-8 begins with some bytes, and those whose UTF-8 ends with some."""
+    by_head: dict[bytes, set[str]] = defaultdict(set)
+    by_tail: dict[bytes, set[str]] = defaultdict(set)
+    for letter in HAN:
+        data = letter.encode()
+        for bound in range(1, len(data) + 1):
+            by_head[data[:bound]].add(letter)
+            by_tail[data[-bound:]].add(letter)
+    return dict(by_head), dict(by_tail)
 
 
 def splitting_pattern(document: dict[str, Any]) -> str | None:
@@ -92,12 +114,12 @@ def has_plain_merges(document: dict[str, Any]) -> bool:
 
 def rank_merges(merges: list[Any]) -> dict[bytes, int] | None:
     """Bytes of each token in the order of its merge, single bytes first; None where a token has two ranks."""
-    from_letter = {letter: byte for byte, letter in enumerate(byte_letters())}
+    to_byte = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
     ranks = {bytes([byte]): byte for byte in range(256)}
     newest = b""
     for merge in merges:
         left, right = merge if isinstance(merge, list) else merge.split(" ")
-        word = bytes(from_letter[letter] for letter in left + right)
+        word = (left + right).translate(to_byte).encode("latin-1")
         if word not in ranks:
             ranks[word] = len(ranks)
             newest = word

@@ -7,62 +7,24 @@ paragraph of Chinese is not one long word.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cqlora.data.bulk_ranks import encode_ranks, open_encoding
+from cqlora.data.bulk_encoder import BulkEncoder, Spelling, build_encoder
+from cqlora.data.bulk_lone import BASIC_PLANE
 
 _SPACE = "▁"
+FIRST_LONE = 0x2000
+"""Where the characters of three bytes begin that stand in Chinese text; letters before them are mostly joined."""
 _NORMALIZER = [
     {"type": "Prepend", "prepend": _SPACE},
     {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class PieceEncoder:
-    """tiktoken over a tokenizer.json's own pieces."""
-
-    encoding: Any
-    tokenizer: Tokenizer
-    """Encodes the rare text that holds the space mark itself."""
-    first: np.ndarray
-    """int64 (ranks,): where a rank's ids begin in `ids`."""
-    counts: np.ndarray
-    """int64 (ranks,): how many ids it has: one, or one a byte for a part of a character."""
-    ids: np.ndarray
-    """int64: tokenizer.json's ids, rank after rank."""
-    widths: np.ndarray
-    """int64, as `ids`: bytes of text under each, the space mark counting as the space that it stands for."""
-    texts: list[bytes]
-
-    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (tokens,) twice: ids, and the byte of the UTF-8 text at which each token ends."""
-        if not text:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        if _SPACE in text:
-            return self.encode_slowly(text)
-        ranks = encode_ranks(self.encoding, _SPACE + text.replace(" ", _SPACE))
-        counts = self.counts[ranks]
-        places = np.repeat(self.first[ranks], counts)
-        if len(places) > len(ranks):
-            starts = np.repeat(np.cumsum(counts) - counts, counts)
-            places += np.arange(len(places)) - starts
-        # The space before the first word is no part of the text.
-        return self.ids[places], np.maximum(np.cumsum(self.widths[places]) - 1, 0)
-
-    def encode_slowly(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The same by the tokenizer itself."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        starts = np.cumsum([0, *(len(character.encode()) for character in text)])
-        ends = np.maximum.accumulate([end for _, end in encoding.offsets])
-        return np.array(encoding.ids, dtype=np.int64), starts[ends]
-
-
-def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> PieceEncoder | None:
+def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np.dtype[Any]) -> BulkEncoder | None:
     """The encoder of a tokenizer.json with LLaMA's normaliser and byte fallback; None for another kind."""
     if not has_pieces(document):
         return None
@@ -77,16 +39,24 @@ def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer) -> PieceE
     spelled = [spell(word, vocabulary) for word in ranks]
     if any(None in ids for ids in spelled):
         return None
-    counts = np.array([len(ids) for ids in spelled], dtype=np.int64)
-    return PieceEncoder(
-        open_encoding(cutting_pattern(pieces), ranks),
-        tokenizer,
-        np.cumsum(counts) - counts,
-        counts,
-        np.array([token_id for ids in spelled for token_id in ids], dtype=np.int64),
-        np.array([width for word, ids in zip(ranks, spelled, strict=True) for width in widths(word, len(ids))]),
+    joined = joined_letters(pieces)
+    return build_encoder(
+        cutting_pattern(joined),
+        ranks,
+        spell_ranks(list(ranks), spelled, dtype),
+        lone_letters(joined),
+        np.ones(BASIC_PLANE, dtype=bool),
         [piece.replace(_SPACE, " ").encode() for piece in (*pieces, *letters)],
+        prepare=write_spaces,
+        # The space before the first word is no part of the text.
+        unwritten=1,
+        reserved=_SPACE,
     )
+
+
+def write_spaces(text: str) -> str:
+    """What LLaMA's normaliser makes of a text."""
+    return _SPACE + text.replace(" ", _SPACE) if text else text
 
 
 def has_pieces(document: dict[str, Any]) -> bool:
@@ -138,13 +108,31 @@ def spell(word: bytes, vocabulary: dict[str, int]) -> list[int | None]:
     return [vocabulary.get(f"<0x{byte:02X}>") for byte in word]
 
 
-def widths(word: bytes, tokens: int) -> list[int]:
-    """Bytes of text under each token of a rank."""
-    return [1] * tokens if tokens > 1 else [len(word.replace(_SPACE.encode(), b" "))]
+def spell_ranks(words: list[bytes], spelled: list[list[int | None]], dtype: np.dtype[Any]) -> Spelling:
+    """The ids of each rank; the space mark is as wide as the space that it stands for."""
+    counts = np.array([len(ids) for ids in spelled])
+    widths = [
+        width
+        for word, ids in zip(words, spelled, strict=True)
+        for width in ([1] * len(ids) if len(ids) > 1 else [len(word.replace(_SPACE.encode(), b" "))])
+    ]
+    ids = np.array([token for row in spelled for token in row], dtype=dtype)
+    return Spelling(counts, ids, np.array(widths), np.zeros_like(counts))
 
 
-def cutting_pattern(pieces: list[str]) -> str:
+def joined_letters(pieces: list[str]) -> list[str]:
+    """The characters that pieces join to others."""
+    return sorted({letter for piece in pieces for letter in piece} - {_SPACE})
+
+
+def lone_letters(joined: list[str]) -> str:
+    """The characters from punctuation marks on that no piece joins to another."""
+    taken = {*joined, _SPACE}
+    points = (*range(FIRST_LONE, 0xD800), *range(0xE000, BASIC_PLANE))
+    return "".join(letter for letter in map(chr, points) if letter not in taken)
+
+
+def cutting_pattern(joined: list[str]) -> str:
     """What is encoded as one word: spaces and the letters that pieces join, or whatever they do not."""
-    joined = sorted({letter for piece in pieces for letter in piece} - {_SPACE})
     letters = "".join(map(re.escape, joined))
     return f"{_SPACE}*[{letters}]+|{_SPACE}+|[^{letters}{_SPACE}]"

@@ -4,7 +4,8 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import NamedTuple
 
 from cqlora.config import CleanConfig
 from cqlora.data.language import own_share
@@ -17,11 +18,15 @@ REPEATED_LINE_CHARACTERS = 20
 """Shorter lines, such as a closing brace, may come back in a document."""
 
 _SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f"
-_COMPATIBILITY = re.compile(f"[{_SPACES}\u2028\u2029\u2f00-\u2fd5\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\ufb00-\ufb06]")
-_CONTROL = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufff0-\ufffb\ufffe\uffff]"
+_COMPATIBLE = f"{_SPACES}\u2028\u2029\u2f00-\u2fd5\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\ufb00-\ufb06"
+_CONTROLS = (
+    "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064"
+    "\ufeff\ufff0-\ufffb\ufffe\uffff"
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATES = "\ud800-\udfff"
+_COMPATIBILITY = re.compile(f"[{_COMPATIBLE}]")
+_CONTROL = re.compile(f"[{_CONTROLS}]")
+_SURROGATE = re.compile(f"[{_SURROGATES}]")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}", re.ASCII)
@@ -33,16 +38,17 @@ _INTERNATIONAL = re.compile(r"(?<![\w+])\+\d{1,3}[- ]?(?:\(\d{1,4}\)[- ]?)?\d{2,
 _AMERICAN = re.compile(r"(?<![\d-])(?:\(\d{3}\) ?|\d{3}[-.])\d{3}[-.]\d{4}(?![\d-])")
 
 
-def normalize_unicode(text: str) -> str:
-    """NFC, and plain forms of full-width letters and digits, radicals, ligatures and odd spaces.
+def write_plainly(text: str) -> str:
+    """Plain forms of full-width letters and digits, radicals, ligatures, odd spaces and ends of lines.
 
     Not NFKC, which would turn Chinese punctuation (，：！（）) into ASCII.
     """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-        text = _COMPATIBILITY.sub(plain_form, text)
-    return text
+    return _COMPATIBILITY.sub(plain_form, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def compose_characters(text: str) -> str:
+    """NFC: an accent or a variant that stands by itself joined to its letter."""
+    return unicodedata.normalize("NFC", text)
 
 
 def plain_form(match: re.Match[str]) -> str:
@@ -59,6 +65,9 @@ def strip_control_characters(text: str) -> str:
 def drop_repeated_lines(text: str) -> str:
     """Drop a line equal to the one before it, and a long line that has already stood in the text."""
     lines = text.split("\n")
+    filled = [words for words in map(str.strip, lines) if words]
+    if len(set(filled)) == len(filled):
+        return text
     seen: set[str] = set()
     kept: list[str] = []
     for line in lines:
@@ -111,34 +120,45 @@ def mend_surrogates(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text)
 
 
+class Rule(NamedTuple):
+    """A transform, and the name under which its changes are counted."""
+
+    name: str
+    apply: Transform
+    characters: str = ""
+    """As inside the brackets of a regular expression: it changes no text without one of these; empty: any text."""
+
+
 class Cleaner:
     """The configured rules, applied to one record after another."""
 
     def __init__(self, config: CleanConfig, language: str) -> None:
         self.config = config
         self.language = language
-        self.transforms: list[tuple[str, Transform]] = [("broken characters replaced", mend_surrogates)]
-        self.document_transforms: list[tuple[str, Transform]] = []
+        rules = [Rule("broken characters replaced", mend_surrogates, _SURROGATES)]
         if config.normalize_unicode:
-            self.transforms.append(("unicode normalised", normalize_unicode))
+            rules.append(Rule("unicode normalised", write_plainly, f"\r{_COMPATIBLE}"))
+            rules.append(Rule("unicode normalised", compose_characters))
         if config.strip_control_characters:
-            self.transforms.append(("control characters stripped", strip_control_characters))
+            rules.append(Rule("control characters stripped", strip_control_characters, _CONTROLS))
         if config.to_simplified:
-            self.transforms.append(("simplified", simplified_converter()))
+            rules.append(Rule("simplified", simplified_converter()))
         if config.mask_personal_data:
-            self.transforms.append(("personal data masked", mask_personal_data))
-        if config.drop_repeated_lines:
-            self.document_transforms.append(("repeated lines dropped", drop_repeated_lines))
+            rules.append(Rule("personal data masked", mask_personal_data))
+        self.rules = rules
+        of_documents = Rule("repeated lines dropped", drop_repeated_lines)
+        self.document_rules = [*rules, of_documents] if config.drop_repeated_lines else rules
+        self.characters = re.compile("[" + "".join(rule.characters for rule in rules) + "]")
+        """One look for whatever the rules of single characters are about."""
 
     def clean(self, record: Record, counts: Counter[str]) -> Record:
         """The record with every transform applied; each that changed it is counted."""
         changed: set[str] = set()
         if isinstance(record, Document):
-            apply = partial(apply_transforms, self.transforms + self.document_transforms, changed)
-            record = Document(apply(record.text).strip())
+            record = Document(self.apply(self.document_rules, changed, record.text).strip())
         else:
-            apply = partial(apply_transforms, self.transforms, changed)
-            record = Conversation([Turn(turn.role, apply(turn.text).strip()) for turn in record.turns])
+            texts = [self.apply(self.rules, changed, turn.text).strip() for turn in record.turns]
+            record = Conversation([Turn(turn.role, text) for turn, text in zip(record.turns, texts, strict=True)])
         counts.update(changed)
         return record
 
@@ -156,12 +176,16 @@ class Cleaner:
             return "other language"
         return None
 
-
-def apply_transforms(transforms: list[tuple[str, Transform]], changed: set[str], text: str) -> str:
-    """`text` after every transform; the names of those that changed it are added to `changed`."""
-    for name, transform in transforms:
-        result = transform(text)
-        if result != text:
-            changed.add(name)
-        text = result
-    return text
+    def apply(self, rules: list[Rule], changed: set[str], text: str) -> str:
+        """`text` after every rule; the names of those that changed it are added to `changed`."""
+        special = self.characters.search(text) is not None
+        for rule in rules:
+            if rule.characters and not special:
+                continue
+            result = rule.apply(text)
+            if result != text:
+                changed.add(rule.name)
+                # Composing may bring forth what the rules of single characters are about.
+                special = True
+            text = result
+        return text

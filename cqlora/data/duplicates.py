@@ -46,7 +46,7 @@ def choose_bands(threshold: float) -> tuple[int, int]:
 
 def shingle_hashes(text: str) -> np.ndarray:
     """uint64 (n-grams,): the distinct n-grams of a folded text, hashed; a short text is one n-gram."""
-    points = code_points(fold_text(text)).astype(np.uint64)
+    points = code_points(fold_text(text).decode("utf-8", "surrogatepass")).astype(np.uint64)
     if len(points) < SHINGLE:
         points = np.pad(points, (0, SHINGLE - len(points)))
     windows = np.lib.stride_tricks.sliding_window_view(points, SHINGLE)

@@ -4,16 +4,21 @@ import hashlib
 
 import numpy as np
 
+_ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
+_WIDE_SPACES = ("\u3000".encode(), "\u00a0".encode())
+
 
 def content_key(text: str) -> int:
-    """64 bits of a text regardless of case and white space."""
-    digest = hashlib.blake2b(fold_text(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    """64 bits of a text regardless of case and white space, see fold_text."""
+    return int.from_bytes(hashlib.blake2b(fold_text(text), digest_size=8).digest(), "little")
 
 
-def fold_text(text: str) -> str:
-    """The text without case and white space; cleaning has already made widths and compositions alike."""
-    return "".join(text.casefold().split())
+def fold_text(text: str) -> bytes:
+    """UTF-8 of the text without case and white space; cleaning has already made widths and compositions alike."""
+    folded = text.casefold().encode("utf-8", "surrogatepass").translate(None, _ASCII_SPACES)
+    for space in _WIDE_SPACES:
+        folded = folded.replace(space, b"")
+    return folded
 
 
 def mix_keys(keys: np.ndarray, salt: str, seed: int = 0) -> np.ndarray:

@@ -32,8 +32,8 @@ class Letters(NamedTuple):
 
 def count_letters(text: str) -> Letters:
     """Letters of each script in the first SAMPLE_CHARACTERS of `text`."""
-    counts = np.bincount(script_table()[code_points(text[:SAMPLE_CHARACTERS])], minlength=len(_RANGES) + 1)
-    return Letters(*counts[1:].tolist())
+    scripts = np.take(script_table(), code_points(text[:SAMPLE_CHARACTERS]))
+    return Letters(*(int(np.count_nonzero(scripts == script)) for script in range(1, len(_RANGES) + 1)))
 
 
 def detect_language(text: str) -> str:

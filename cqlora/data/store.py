@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.data.encode import EncodedBatch
 from cqlora.data.keys import mix_keys
 from cqlora.data.pack import pack_documents
+from cqlora.data.pieces import EncodedBatch
 
 SHARD_TOKENS = 1 << 28
 """A new shard begins after this many tokens; no document spans two."""

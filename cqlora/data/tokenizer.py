@@ -3,13 +3,15 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from cqlora.data.bulk import BulkEncoder, open_bulk_encoder
+from cqlora.data.bulk import agrees, open_bulk_encoder
+from cqlora.data.bulk_encoder import BulkEncoder
 from cqlora.errors import ModelError
 
 TURN_START = "<|im_start|>"
@@ -35,7 +37,7 @@ class PlainTokenizer:
 
     `text` encodes whole texts; `segment` encodes what stands after a control token, where a SentencePiece
     tokenizer puts no space before the first word. `bulk` takes their place where much is to be encoded and
-    a faster encoder of the same ids is to be had.
+    a faster encoder of the same ids is to be had (see prove_bulk).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,62 +59,52 @@ class PlainTokenizer:
 
     @cached_property
     def bulk(self) -> BulkEncoder | None:
-        """The faster encoder, proven once to agree; None for a tokenizer that has none."""
-        return open_bulk_encoder(self._document, self.text)
+        """The faster encoder; None for a tokenizer that has none."""
+        return open_bulk_encoder(self._document, self.text, self.dtype)
 
-    def encode_texts(self, texts: list[str], in_bulk: bool) -> list["TextTokens"]:
-        """The tokens of whole texts."""
-        if in_bulk and self.bulk is not None:
-            return [BulkTokens(*self.bulk.encode(text)) for text in texts]
-        return [StockTokens(encoding) for encoding in self.text.encode_batch(texts, add_special_tokens=False)]
+    def prove_bulk(self) -> bool:
+        """Whether there is a faster encoder and it gives the same ids: to be asked once, before it is used."""
+        return self.bulk is not None and agrees(self.bulk, self.text)
+
+    def encode_texts(self, texts: list[str], in_bulk: bool) -> "TextTokens":
+        """The tokens of whole texts; `in_bulk` by the faster encoder, which has been proven."""
+        if in_bulk and self.bulk is not None and self.bulk.takes(texts):
+            return self.bulk.encode(texts)
+        return StockTokens(self.text.encode_batch(texts, add_special_tokens=False), self.dtype)
 
     def encode_segments(self, texts: list[str], in_bulk: bool) -> list[list[int]]:
         """The ids of what stands after control tokens."""
-        if in_bulk and self.bulk is not None:
-            return [self.bulk.encode(text)[0].tolist() for text in texts]
+        if in_bulk and self.bulk is not None and self.bulk.takes(texts):
+            tokens = self.bulk.encode(texts)
+            ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
+            return [ids[start:end] for start, end in pairwise(bounds)]
         return [encoding.ids for encoding in self.segment.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class TextTokens(Protocol):
-    """A text's tokens, and where in it each of them ends."""
+    """The tokens of many texts, and where in them they end."""
 
-    @property
-    def ids(self) -> list[int] | np.ndarray:
-        """Token ids."""
+    ids: np.ndarray
+    """(tokens,), text after text."""
+    offsets: np.ndarray
+    """int64 (texts + 1,): where each text's tokens begin."""
 
-    def end_of(self, text: str, token: int) -> int:
-        """The character at which a token ends; one of several tokens ends with the first of them."""
+    def character_ends(self, number: int, tokens: list[int]) -> list[int]:
+        """The characters at which tokens of a text end; one of several tokens ends with the first of them."""
 
 
-@dataclass(frozen=True, slots=True)
 class StockTokens:
     """From `tokenizers`."""
 
-    encoding: Encoding
+    def __init__(self, encodings: list[Encoding], dtype: np.dtype[Any]) -> None:
+        self._encodings = encodings
+        self.ids: np.ndarray = np.fromiter(chain.from_iterable(each.ids for each in encodings), dtype=dtype)
+        self.offsets: np.ndarray = np.cumsum([0, *map(len, encodings)])
 
-    @property
-    def ids(self) -> list[int]:
-        """Token ids."""
-        ids: list[int] = self.encoding.ids
-        return ids
-
-    def end_of(self, text: str, token: int) -> int:
-        """The character at which a token ends."""
-        span = self.encoding.token_to_chars(token)
-        return span[1] if span else len(text)
-
-
-@dataclass(frozen=True, slots=True)
-class BulkTokens:
-    """From the faster encoder."""
-
-    ids: np.ndarray
-    byte_ends: np.ndarray
-
-    def end_of(self, text: str, token: int) -> int:
-        """The character at which a token ends: as many as begin in the bytes before."""
-        data = np.frombuffer(text.encode(), dtype=np.uint8)[: int(self.byte_ends[token])]
-        return int(((data & 0xC0) != 0x80).sum())
+    def character_ends(self, number: int, tokens: list[int]) -> list[int]:
+        """See TextTokens."""
+        ends = self._encodings[number].offsets
+        return [ends[token][1] for token in tokens]
 
 
 def build_tokenizer(document: dict[str, Any]) -> Tokenizer:

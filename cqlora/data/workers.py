@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
-from types import TracebackType
-from typing import TypeVar
+from functools import partial
+from importlib import import_module
+from itertools import chain
+from types import ModuleType, TracebackType
+from typing import Any, TypeVar
 
 from cqlora.errors import DataError
 from cqlora.signals import die_with
@@ -16,8 +18,8 @@ from cqlora.signals import die_with
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-THREAD_TASKS = 128
-"""Tasks done in this process first: for less work, starting others would cost more than they save."""
+THREAD_TASKS = 12
+"""Tasks done in this process before others are started: for less work, that would cost more than it saves."""
 
 
 def count_workers(workers: int | None) -> int:
@@ -30,14 +32,15 @@ def count_workers(workers: int | None) -> int:
 class Workers:
     """Maps functions over tasks, in order, on as many cores as it is given.
 
-    One worker does everything on one core. More begin as two threads, which overlap the tokenizer's work
-    with Python's, and become processes when there are more than THREAD_TASKS tasks; the processes are kept
-    for the next map, until the end of the `with` block.
+    One worker does everything on one core. More begin as two threads, which overlap the tokenizer's work with
+    Python's; after THREAD_TASKS tasks processes are started, which take over as soon as they are there, and are
+    kept for the next map, until the end of the `with` block.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
+        self._started: list[Future[ModuleType]] = []
 
     def __enter__(self) -> "Workers":
         return self
@@ -60,20 +63,37 @@ class Workers:
             return
         remaining = iter(tasks)
         with ThreadPoolExecutor(2) as threads:
-            yield from in_order(threads, function, islice(remaining, THREAD_TASKS), 2)
+            yield from in_order(threads, function, self._until_processes(function, remaining), 2)
         for task in remaining:
-            yield from self.map_in_processes(function, chain([task], remaining))
+            yield from self._map_in_processes(function, chain([task], remaining))
 
-    def map_in_processes(
+    def _until_processes(self, function: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Task]:
+        """The tasks until processes have started, or failed to."""
+        done = 0
+        while not (self._started and all(each.done() for each in self._started)):
+            if done == THREAD_TASKS and self._pool is None:
+                self._start_processes(function)
+            task = next(tasks, None)
+            if task is None:
+                return
+            yield task
+            done += 1
+
+    def _start_processes(self, function: Callable[[Any], Any]) -> None:
+        """Start them, importing what they will need."""
+        # Spawned, not forked: this process may hold threads of a tokenizer, of torch or of Arrow.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(
+            self.count, mp_context=context, initializer=start_process, initargs=(os.getpid(),)
+        )
+        module = (function.func if isinstance(function, partial) else function).__module__
+        self._started = [self._pool.submit(import_module, module) for _ in range(self.count)]
+
+    def _map_in_processes(
         self, function: Callable[[Task], Result], tasks: Iterator[Task]
     ) -> Iterator[tuple[Task, Result]]:
         """As map_in_order, all of it in processes."""
-        if self._pool is None:
-            # Spawned, not forked: this process may hold threads of a tokenizer, of torch or of Arrow.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self.count, mp_context=context, initializer=start_process, initargs=(os.getpid(),)
-            )
+        assert self._pool is not None, "tasks are left only when processes have started"
         try:
             yield from in_order(self._pool, function, tasks, 2 * self.count)
         except BrokenProcessPool:

@@ -12,8 +12,11 @@ from cqlora.data.records import Conversation, Document, RowError, Turn
 
 
 def test_unicode_is_normalised_and_chinese_punctuation_stays():
-    assert clean.normalize_unicode("Ａ１，“好”（吗）！\u00a0x\r\ny e\u0301 ⼀ ﬁ") == "A1，“好”（吗）！ x\ny é 一 fi"
-    assert clean.normalize_unicode("中文，。：；？！（）《》——…") == "中文，。：；？！（）《》——…"
+    assert clean.write_plainly("Ａ１，“好”（吗）！\u00a0x\r\ny ⼀ ﬁ") == "A1，“好”（吗）！ x\ny 一 fi"
+    assert clean.compose_characters("e\u0301") == "é"
+    cleaner = Cleaner(CleanConfig(min_characters=0), "zh")
+    assert cleaner.clean(Document("ｅ\u0301\r\nx"), Counter()) == Document("é\nx")
+    assert clean.write_plainly("中文，。：；？！（）《》——…") == "中文，。：；？！（）《》——…"
 
 
 def test_control_characters_go_and_tabs_newlines_and_emoji_joiners_stay():

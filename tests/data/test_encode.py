@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cqlora.base import Base
-from cqlora.data.encode import EncodedBatch, EncodeSettings, RecordEncoder, cut_points
+from cqlora.data.encode import EncodeSettings, RecordEncoder
+from cqlora.data.pieces import EncodedBatch, cut_points
 from cqlora.data.records import Conversation, Document, Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from tests.data.conftest import sample_texts

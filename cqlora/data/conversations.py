@@ -1,0 +1,118 @@
+"""Conversations to pieces: whole where they fit, else cut where a user speaks."""
+
+from collections.abc import Sequence
+
+from cqlora.data.chat import ChatEncoder, EncodedTurn
+from cqlora.data.pieces import EncodedBatch, Pieces, cut_points
+from cqlora.data.records import Turn
+from cqlora.data.tokenizer import PlainTokenizer
+
+
+class ConversationEncoder:
+    """Encodes conversations for one tokenizer, stage and length.
+
+    Raises:
+        ModelError: the tokenizer lacks the template's control tokens.
+    """
+
+    def __init__(self, tokenizer: PlainTokenizer, capacity: int, all_tokens: bool, system_prompt: str) -> None:
+        self.tokenizer = tokenizer
+        self.special = tokenizer.special
+        self.chat = ChatEncoder(tokenizer)
+        self.capacity = capacity
+        self.all_tokens = all_tokens
+        self.system_prompt = system_prompt
+
+    def encode(self, records: Sequence[int], conversations: Sequence[list[Turn]], in_bulk: bool) -> EncodedBatch:
+        """The pieces of conversations, which are the records of these numbers."""
+        opened = [self.turns_of(turns) for turns in conversations]
+        encoded = iter(self.chat.encode_turns([turn for turns in opened for turn in turns], self.all_tokens, in_bulk))
+        pieces = Pieces()
+        for record, turns in zip(records, opened, strict=True):
+            self.add_conversation(pieces, record, [next(encoded) for _ in turns])
+        return pieces.batch(self.tokenizer.dtype)
+
+    def turns_of(self, turns: list[Turn]) -> list[Turn]:
+        """A conversation's turns, the stage's system prompt first where it brings none."""
+        if self.system_prompt and turns[0].role != "system":
+            return [Turn("system", self.system_prompt), *turns]
+        return turns
+
+    def add_conversation(self, pieces: Pieces, record: int, turns: list[EncodedTurn]) -> None:
+        """One piece, or, where it is too long, several that each begin at a user's turn.
+
+        Every piece opens as the conversation did, with the beginning token and the system message. An
+        exchange that is too long by itself is cut like a document.
+        """
+        start = [self.special.document_start] if self.all_tokens else self.chat.bos
+        system = turns[:1] if turns[0].turn.role == "system" else []
+        exchanges = split_exchanges(turns[len(system) :])
+        opening = len(start) + sum(len(turn.ids) for turn in system)
+        groups = group_exchanges(exchanges, self.capacity - opening - int(self.all_tokens))
+        if len(groups) > 1:
+            pieces.counts["conversations cut between turns"] += 1
+        for number, group in enumerate(groups, start=1):
+            ends = self.all_tokens and number == len(groups)
+            self.add_turns(pieces, record, start, system + group, [self.special.document_end] if ends else [])
+
+    def add_turns(
+        self, pieces: Pieces, record: int, start: list[int], turns: list[EncodedTurn], end: list[int]
+    ) -> None:
+        """Turns between a start and an end token, as one piece where they fit."""
+        ids = [*start, *(token for turn in turns for token in turn.ids), *end]
+        all_labels = b"\1" * len(start) + b"".join(turn.labels for turn in turns) + b"\1" * len(end)
+        labels = b"\0" + all_labels[1:]
+        if len(ids) <= self.capacity:
+            characters = sum(turn.characters for turn in turns)
+            pieces.add(record, ids, labels, characters, sum(turn.utf8_bytes for turn in turns))
+            return
+        pieces.counts["exchanges cut"] += 1
+        counted = [self.chat.count_characters(turn) for turn in turns]
+        characters_of = [*[0] * len(start), *(n for turn, _ in counted for n in turn), *[0] * len(end)]
+        bytes_of = [*[0] * len(start), *(n for _, turn in counted for n in turn), *[0] * len(end)]
+        self.add_cut(pieces, record, ids, labels, characters_of, bytes_of)
+
+    def add_cut(
+        self,
+        pieces: Pieces,
+        record: int,
+        ids: list[int],
+        labels: bytes,
+        characters: list[int],
+        utf8_bytes: list[int],
+    ) -> None:
+        """Consecutive pieces of turns too long for one; the first token of each is context only."""
+        for start, end in cut_points(len(ids), self.capacity):
+            piece_labels = b"\0" + labels[start + 1 : end]
+            covered = [index for index, label in enumerate(piece_labels, start) if label]
+            pieces.add(
+                record,
+                ids[start:end],
+                piece_labels,
+                sum(characters[index] for index in covered),
+                sum(utf8_bytes[index] for index in covered),
+            )
+
+
+def split_exchanges(turns: list[EncodedTurn]) -> list[list[EncodedTurn]]:
+    """Turns grouped so that each group but the first begins where a user speaks after an assistant."""
+    groups: list[list[EncodedTurn]] = []
+    for turn in turns:
+        if not groups or (turn.turn.role != "assistant" and groups[-1][-1].turn.role == "assistant"):
+            groups.append([])
+        groups[-1].append(turn)
+    return groups
+
+
+def group_exchanges(exchanges: list[list[EncodedTurn]], room: int) -> list[list[EncodedTurn]]:
+    """Consecutive exchanges joined while they fit into `room` tokens; a longer one stands alone."""
+    groups: list[list[EncodedTurn]] = []
+    left = 0
+    for exchange in exchanges:
+        tokens = sum(len(turn.ids) for turn in exchange)
+        if not groups or tokens > left:
+            groups.append([])
+            left = room
+        groups[-1] += exchange
+        left -= tokens
+    return groups
