@@ -13,7 +13,7 @@ import numpy as np
 from cqlora.choices import Deduplication
 from cqlora.config import RunConfig
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_source
-from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, load_encoder
+from cqlora.data.encode import EncodeSettings, EncodeTask, RecordEncoder, SharedEncoder, encode_task
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import LANGUAGES
 from cqlora.data.mix import (
@@ -94,8 +94,8 @@ def build_cache(
         DataError: too many rejected rows, nothing left to train on, or a source that cannot be read.
         ModelError: conversations with a base that lacks the chat tokens.
     """
-    settings = encode_settings(config, base_folder)
-    load_encoder(settings)
+    encoder = RecordEncoder(encode_settings(config, base_folder))
+    shared = SharedEncoder(encoder, staging / "encoder.pickle")
     sizes = sample_sizes(config, list(locations))
     with Workers(count_workers(config.data.workers)) as workers:
         gathered = gather_sources(config, locations, sizes, staging, kept_rejections, workers, progress)
@@ -104,16 +104,17 @@ def build_cache(
         def drop_near(chosen: list[Chosen]) -> None:
             drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
-        in_bulk = proves_bulk(settings, gathered)
-        count = partial(count_tokens, settings, in_bulk)
+        in_bulk = proves_bulk(encoder, gathered)
+        count = partial(count_tokens, shared, in_bulk)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
-        description = CacheWriter(chosen, settings, in_bulk, staging, config.seed, workers, progress).write()
+        description = CacheWriter(chosen, shared, in_bulk, staging, config.seed, workers, progress).write()
     if not description["splits"]["train"]["documents"]:
         raise DataError(
             f"data={config.data.name} leaves nothing to train on: of "
             f"{sum(each.read for each in gathered)} rows none is kept ({summarize_losses(chosen)}); "
             "loosen data.clean or name other sources."
         )
+    shared.close()
     for each in gathered:
         each.spool.unlink()
     return description
@@ -152,17 +153,17 @@ def gather_sources(
     return found
 
 
-def proves_bulk(settings: EncodeSettings, gathered: list[Gathered]) -> bool:
+def proves_bulk(encoder: RecordEncoder, gathered: list[Gathered]) -> bool:
     """Whether there is enough text for the faster encoder, and it gives the tokenizer's own ids."""
     size = sum(int(each.index["length"].sum(dtype=np.int64)) for each in gathered)
-    return size > BULK_BYTES and load_encoder(settings).tokenizer.prove_bulk()
+    return size > BULK_BYTES and encoder.tokenizer.prove_bulk()
 
 
-def count_tokens(settings: EncodeSettings, in_bulk: bool, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
+def count_tokens(shared: SharedEncoder, in_bulk: bool, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
     task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0, in_bulk=in_bulk)
-    batch = encode_task(settings, task)
+    batch = encode_task(shared, task)
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
 
 
@@ -189,7 +190,7 @@ class CacheWriter:
     def __init__(
         self,
         chosen: list[Chosen],
-        settings: EncodeSettings,
+        shared: SharedEncoder,
         in_bulk: bool,
         staging: Path,
         seed: int,
@@ -197,7 +198,8 @@ class CacheWriter:
         progress: Progress,
     ) -> None:
         self.chosen = chosen
-        self.settings = settings
+        self.shared = shared
+        self.capacity = shared.encoder.settings.sequence_length
         self.in_bulk = in_bulk
         self.staging = staging
         self.seed = seed
@@ -205,14 +207,14 @@ class CacheWriter:
         self.progress = progress
         self.totals = [SourceTotals() for _ in chosen]
         self.groups = list_groups(chosen)
-        self.dtype = load_encoder(settings).tokenizer.dtype
+        self.dtype = shared.encoder.tokenizer.dtype
 
     def write(self) -> dict[str, Any]:
         """All splits; returns the cache's description."""
         splits = {split: self.write_split(number, split) for number, split in enumerate(SPLITS)}
         return {
             "dtype": self.dtype.name,
-            "sequence_length": self.settings.sequence_length,
+            "sequence_length": self.capacity,
             "sources": [
                 {"name": self.chosen[source].gathered.name, "language": LANGUAGES[language]}
                 for source, language in self.groups
@@ -226,7 +228,7 @@ class CacheWriter:
         writer = SplitWriter(self.staging / split, self.dtype)
         total = sum(int((each.kept & (each.splits == number)).sum()) for each in self.chosen)
         done = 0
-        encode = partial(encode_source_task, self.settings)
+        encode = partial(encode_source_task, self.shared)
         with ExitStack() as stack:
             results = self.workers.map_in_order(encode, self.tasks(number))
             stack.callback(results.close)  # type: ignore[attr-defined]
@@ -240,7 +242,7 @@ class CacheWriter:
                 done += len(task.numbers)
                 self.progress(f"encoding {split}", done, total)
         self.progress(f"packing {split}", writer.documents, writer.documents)
-        return writer.finish(self.settings.sequence_length, self.seed)
+        return writer.finish(self.capacity, self.seed)
 
     def tasks(self, split: int) -> Iterator[SourceTask]:
         """The split's records in batches, each of one source; held-out ones in the order of a hash."""
@@ -286,16 +288,16 @@ class CacheWriter:
             "splits": {
                 split: {
                     **{key: found[key] for key in ("documents", "tokens", "label_tokens", "packs")},
-                    "fill": fill_of(found, self.settings.sequence_length),
+                    "fill": fill_of(found, self.capacity),
                 }
                 for split, found in splits.items()
             },
         }
 
 
-def encode_source_task(settings: EncodeSettings, task: SourceTask) -> EncodedBatch:
+def encode_source_task(shared: SharedEncoder, task: SourceTask) -> EncodedBatch:
     """encode_task for a task that knows its source."""
-    return encode_task(settings, task.encode)
+    return encode_task(shared, task.encode)
 
 
 def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:

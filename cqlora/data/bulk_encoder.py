@@ -64,7 +64,9 @@ class BulkTokens:
         elements = self._elements[slice(*self._bounds[number : number + 2])]
         ends = np.cumsum(spelling.spell(spelling.widths, elements), dtype=np.int64)
         ends += np.repeat(np.cumsum(spelling.left_out[elements]), spelling.counts[elements])
-        return np.maximum(ends - self._encoder.unwritten, 0)
+        # As `tokenizers` has it, a space put before a text belongs to its first character.
+        unwritten = self._encoder.unwritten
+        return np.maximum(ends - unwritten, unwritten)
 
     def character_ends(self, number: int, tokens: list[int]) -> list[int]:
         """The characters at which tokens of a text end; one of several tokens ends with the first of them."""
@@ -72,6 +74,13 @@ class BulkTokens:
         characters_before = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])
         found: list[int] = characters_before[self.byte_ends(number)[tokens]].tolist()
         return found
+
+    def count_over(self, number: int, marked: np.ndarray) -> int:
+        """How many tokens of a text cover a character that is marked; `marked` is bool (characters,)."""
+        data = np.frombuffer(self._texts[number].encode(), dtype=np.uint8)
+        of_bytes = marked[np.cumsum((data & 0xC0) != 0x80) - 1]
+        before = np.concatenate([[0], np.cumsum(of_bytes)])[self.byte_ends(number)]
+        return int((np.diff(before, prepend=0) > 0).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A base's tokenizer as the encoder needs it: plain text never yields a control token."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -41,21 +42,37 @@ class PlainTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        if not file.is_file():
+        if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; give the folder of a converted model.")
-        document = json.loads(file.read_text(encoding="utf-8"))
-        names = read_special_names(folder)
+        self._folder = folder
+        self._names = read_special_names(folder)
+        self.special = resolve_special_tokens(self.text, self._names, folder)
+        self.dtype = np.dtype(np.uint16 if self.text.get_vocab_size() <= 1 << 16 else np.uint32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what takes long to build and can be built again: another process may need `bulk` alone."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_document", "text", "segment")}
+
+    @cached_property
+    def _document(self) -> dict[str, Any]:
+        """tokenizer.json, every control token flagged as one."""
+        document: dict[str, Any] = json.loads((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
         document["truncation"] = document["padding"] = None
         for token in document.get("added_tokens") or []:
             # encode_special_tokens leaves alone only what is flagged special.
-            token["special"] = token["special"] or token["content"] in names.values()
-        self.text = build_tokenizer(document)
-        changed = never_prepend(document)
-        self.segment = build_tokenizer(document) if changed else self.text
-        self._document = document
-        self.special = resolve_special_tokens(self.text, names, folder)
-        self.dtype = np.dtype(np.uint16 if self.text.get_vocab_size() <= 1 << 16 else np.uint32)
+            token["special"] = token["special"] or token["content"] in self._names.values()
+        return document
+
+    @cached_property
+    def text(self) -> Tokenizer:
+        """For whole texts."""
+        return build_tokenizer(self._document)
+
+    @cached_property
+    def segment(self) -> Tokenizer:
+        """For what stands after a control token."""
+        document = deepcopy(self._document) if self._document.get("pre_tokenizer") else self._document
+        return build_tokenizer(document) if never_prepend(document) else self.text
 
     @cached_property
     def bulk(self) -> BulkEncoder | None:
@@ -92,6 +109,9 @@ class TextTokens(Protocol):
     def character_ends(self, number: int, tokens: list[int]) -> list[int]:
         """The characters at which tokens of a text end; one of several tokens ends with the first of them."""
 
+    def count_over(self, number: int, marked: np.ndarray) -> int:
+        """How many tokens of a text cover a character that is marked; `marked` is bool (characters,)."""
+
 
 class StockTokens:
     """From `tokenizers`."""
@@ -105,6 +125,12 @@ class StockTokens:
         """See TextTokens."""
         ends = self._encodings[number].offsets
         return [ends[token][1] for token in tokens]
+
+    def count_over(self, number: int, marked: np.ndarray) -> int:
+        """See TextTokens."""
+        before = np.concatenate([[0], np.cumsum(marked)])
+        spans = np.array(self._encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
+        return int((before[spans[:, 1]] > before[spans[:, 0]]).sum())
 
 
 def build_tokenizer(document: dict[str, Any]) -> Tokenizer:

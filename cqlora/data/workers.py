@@ -71,11 +71,11 @@ class Workers:
         """The tasks until processes have started, or failed to."""
         done = 0
         while not (self._started and all(each.done() for each in self._started)):
-            if done == THREAD_TASKS and self._pool is None:
-                self._start_processes(function)
             task = next(tasks, None)
             if task is None:
                 return
+            if done == THREAD_TASKS and self._pool is None:
+                self._start_processes(function)
             yield task
             done += 1
 

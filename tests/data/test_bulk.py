@@ -1,7 +1,10 @@
 """The faster encoder: the same ids, pieces and characters, or none at all."""
 
 import json
+import pickle
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +18,10 @@ from cqlora.data.bulk_bytes import rank_merges, splitting_pattern
 from cqlora.data.bulk_encoder import BulkEncoder
 from cqlora.data.bulk_pieces import cutting_pattern, joined_letters, rank_pieces
 from cqlora.data.byte_level import byte_letters
-from cqlora.data.encode import EncodeSettings, RecordEncoder
+from cqlora.data.encode import EncodeSettings, RecordEncoder, SharedEncoder
+from cqlora.data.language import han_characters
 from cqlora.data.records import Conversation, Document, Turn
+from cqlora.data.tokenizer import PlainTokenizer
 from tests.data.conftest import sample_texts
 from tests.vocab.bases import write_base
 
@@ -185,3 +190,75 @@ def bulk_pieces_reversed(ranked: list[str]) -> dict[bytes, int]:
     """Ranks with the pieces in the wrong order."""
     words = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece in reversed(ranked)]
     return {word: rank for rank, word in enumerate(dict.fromkeys(words))}
+
+
+LONE_TEXTS = [
+    "汉", "汉字", "天地玄黄宇宙洪荒", "天地a玄黄 宇宙，洪荒。\n日月", " 天地", "天地 ", "a天b地c",
+    "天地玄\u3000黄", "𠮷天𠮷地𠮷", "天地" * 4000, "龘" * 50, "，。！", "“天”", "①②", "\ue000天", "é天é",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["byte", "pieces"])
+def test_stretches_of_lone_characters_are_spelled_and_put_back_where_they_stood(
+    byte_base: Base, pieces: Tokenizer, kind: str
+):
+    tokenizer = pieces if kind == "pieces" else Tokenizer.from_file(str(byte_base.tokenizer_file))
+    tokenizer.encode_special_tokens = True
+    bulk = open_proven(describe(tokenizer), tokenizer)
+    assert bulk is not None and bulk.lone is not None
+    assert (bulk.lone.elements >= 0).sum() > 10_000
+    tokens = bulk.encode(LONE_TEXTS)
+    for number, text in enumerate(LONE_TEXTS):
+        expected = tokenizer.encode(text, add_special_tokens=False)
+        assert tokens.ids[slice(*tokens.offsets[number : number + 2])].tolist() == expected.ids, text
+        assert tokens.byte_ends(number)[-1] == len(text.encode())
+        inner = list(range(len(expected.ids)))
+        assert tokens.character_ends(number, inner) == [end for _, end in expected.offsets], text
+
+
+def test_characters_that_a_word_joins_are_not_lone():
+    words = ["的人".encode(), b"\xe5\x9c", "国".encode() + b"\xe4\xb8", " 天".encode(), "天，".encode()]
+    lone = bulk_bytes.lone_letters(words)
+    assert not set("的人国") & set(lone)
+    assert not [letter for letter in lone if letter.encode()[:2] == b"\xe4\xb8"]
+    assert set("地天") <= set(lone)
+
+
+def test_a_pattern_that_treats_some_letters_otherwise_gets_no_lone_ones():
+    assert bulk_bytes.takes_letters_alike(bulk_bytes._GPT2)
+    for pattern in (r"[\u4e00-\u9fa5]+|\p{L}+", r"\p{Han}+|\p{L}+", r"\p{L}{1,8}", "[一-龥]+|\\p{L}+"):
+        assert not bulk_bytes.takes_letters_alike(pattern)
+
+
+def test_a_text_that_holds_the_stand_in_is_left_to_the_tokenizer(byte_base: Base):
+    plain = PlainTokenizer(byte_base.path)
+    assert plain.prove_bulk() and plain.bulk is not None and plain.bulk.lone is not None
+    text = f"天地{plain.bulk.lone.stand_in}玄黄"
+    assert not plain.bulk.takes([text])
+    assert plain.encode_texts([text], True).ids.tolist() == plain.text.encode(text, add_special_tokens=False).ids
+
+
+def test_tokens_over_marked_characters_are_counted_alike(byte_base: Base):
+    plain = PlainTokenizer(byte_base.path)
+    for text in sample_texts()[::9]:
+        marked = han_characters(text)
+        stock, bulk = (plain.encode_texts(["x", text], in_bulk) for in_bulk in (False, True))
+        assert stock.count_over(1, marked) == bulk.count_over(1, marked)
+
+
+def test_an_encoder_reaches_another_process_by_its_file_and_needs_no_folder(tmp_path: Path, byte_base: Base):
+    folder = tmp_path / "base"
+    shutil.copytree(byte_base.path, folder)
+    encoder = RecordEncoder(EncodeSettings(str(folder), 64, True))
+    assert encoder.tokenizer.prove_bulk()
+    shared = SharedEncoder(encoder, tmp_path / "encoder.pickle")
+    documents = [Document(text) for text in sample_texts()[::9]]
+    expected = encoder.encode(documents, 3, in_bulk=True)
+    sent = pickle.dumps(shared)
+    assert len(sent) < 1000
+    shutil.rmtree(folder)
+    found = pickle.loads(sent).encoder.encode(documents, 3, in_bulk=True)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert (found.han_tokens, found.han_characters) == (expected.han_tokens, expected.han_characters)
+    shared.close()
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,24 +109,26 @@ def test_a_source_without_a_language_is_told_apart_by_script(byte_base: Base, ma
     assert ids <= set(range(len(made.sources)))
 
 
-def test_bytes_are_the_same_on_one_core_and_on_two(
+def test_bytes_are_the_same_on_one_core_and_on_two_by_either_encoder(
     tmp_path: Path, byte_base: Base, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(workers, "THREAD_TASKS", 1)
+    def start_at_once(self: workers.Workers, function: Any, tasks: Any) -> Iterator[Any]:
+        if self._pool is None:
+            self._start_processes(function)
+        return iter(())
+
+    monkeypatch.setattr(workers.Workers, "_until_processes", start_at_once)
     monkeypatch.setattr(collect, "_BATCH_BYTES", 20_000)
     monkeypatch.setattr(build, "_TASK_BYTES", 20_000)
-    started = []
-    in_processes = workers.Workers.map_in_processes
-    monkeypatch.setattr(
-        workers.Workers, "map_in_processes", lambda *arguments: started.append(1) or in_processes(*arguments)
-    )
-    made = {}
-    for count in (1, 2):
-        config = make_config(SAMPLE, cache_dir=str(tmp_path / f"cache{count}"), workers=count)
-        made[count] = prepare_cache(config, byte_base)
-    assert started
-    assert made[1].fingerprint == made[2].fingerprint
-    assert digest(made[1].folder) == digest(made[2].folder)
+    digests = set()
+    for count, bulk_bytes in ((1, 1 << 30), (1, 0), (2, 1 << 30), (2, 0)):
+        monkeypatch.setattr(build, "BULK_BYTES", bulk_bytes)
+        made = prepare_cache(
+            make_config(SAMPLE, cache_dir=str(tmp_path / f"{count}-{bulk_bytes}"), workers=count), byte_base
+        )
+        digests.add((made.fingerprint, str(digest(made.folder))))
+        assert not list(made.folder.glob("*.pickle"))
+    assert len(digests) == 1
 
 
 def test_several_shards_read_as_one(tmp_path: Path, byte_base: Base, make_config: MakeConfig, monkeypatch):
