@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from cqlora.choices import Deduplication
 from cqlora.config import RunConfig
-from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_source
+from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, RecordEncoder, SharedEncoder, encode_task
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import LANGUAGES
@@ -37,8 +38,8 @@ Progress = Callable[[str, int, int | None], None]
 
 _TASK_BYTES = 1 << 18
 _TASK_RECORDS = 4096
-BULK_BYTES = 1 << 20
-"""Text from which the faster encoder is worth its start."""
+BULK_BYTES = 4 << 20
+"""Bytes of files from which the faster encoder and other processes are worth their start."""
 MEASURED_RECORDS = 200
 """Records of a source on which tokens per Chinese character are measured."""
 
@@ -94,17 +95,21 @@ def build_cache(
         DataError: too many rejected rows, nothing left to train on, or a source that cannot be read.
         ModelError: conversations with a base that lacks the chat tokens.
     """
-    encoder = RecordEncoder(encode_settings(config, base_folder))
-    shared = SharedEncoder(encoder, staging / "encoder.pickle")
+    much = promises_much(locations)
     sizes = sample_sizes(config, list(locations))
-    with Workers(count_workers(config.data.workers)) as workers:
+    with Workers(count_workers(config.data.workers)) as workers, ThreadPoolExecutor(1) as beside:
+        if much:
+            workers.start_early(collect_batch)
+        encoder = RecordEncoder(encode_settings(config, base_folder))
+        shared = SharedEncoder(encoder, staging / "encoder.pickle")
+        proof = beside.submit(encoder.tokenizer.prove_bulk) if much else None
         gathered = gather_sources(config, locations, sizes, staging, kept_rejections, workers, progress)
         total = sum(len(each.index) for each in gathered)
 
         def drop_near(chosen: list[Chosen]) -> None:
             drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
-        in_bulk = proves_bulk(encoder, gathered)
+        in_bulk = proof is not None and proof.result()
         count = partial(count_tokens, shared, in_bulk)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
         description = CacheWriter(chosen, shared, in_bulk, staging, config.seed, workers, progress).write()
@@ -153,10 +158,10 @@ def gather_sources(
     return found
 
 
-def proves_bulk(encoder: RecordEncoder, gathered: list[Gathered]) -> bool:
-    """Whether there is enough text for the faster encoder, and it gives the tokenizer's own ids."""
-    size = sum(int(each.index["length"].sum(dtype=np.int64)) for each in gathered)
-    return size > BULK_BYTES and encoder.tokenizer.prove_bulk()
+def promises_much(locations: dict[str, Location]) -> bool:
+    """Whether there is text enough for the faster encoder and for processes, by the size of the files."""
+    size = sum(file.path.stat().st_size for location in locations.values() for file in location.files)
+    return size > BULK_BYTES or any(location.dataset for location in locations.values())
 
 
 def count_tokens(shared: SharedEncoder, in_bulk: bool, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ class Spelling:
         self.counts = counts
         self.left_out = left_out
         """int64 (elements,): bytes of text under an element without ids."""
-        self.used = np.arange(int(counts.max())) < counts[:, None]
+        self.leaves_out = bool(left_out.any())
+        # NumPy takes rows of a power of two in bytes several times faster than others.
+        self.used = np.arange(1 << (int(counts.max()) - 1).bit_length()) < counts[:, None]
         """bool (elements, longest): which places of a row hold something."""
         self.ids = np.zeros(self.used.shape, dtype=ids.dtype)
         self.ids[self.used] = ids
@@ -63,17 +66,17 @@ class BulkTokens:
         spelling = self._encoder.spelling
         elements = self._elements[slice(*self._bounds[number : number + 2])]
         ends = np.cumsum(spelling.spell(spelling.widths, elements), dtype=np.int64)
-        ends += np.repeat(np.cumsum(spelling.left_out[elements]), spelling.counts[elements])
+        if spelling.leaves_out:
+            ends += np.repeat(np.cumsum(spelling.left_out[elements]), spelling.counts[elements])
         # As `tokenizers` has it, a space put before a text belongs to its first character.
         unwritten = self._encoder.unwritten
         return np.maximum(ends - unwritten, unwritten)
 
     def character_ends(self, number: int, tokens: list[int]) -> list[int]:
         """The characters at which tokens of a text end; one of several tokens ends with the first of them."""
-        data = np.frombuffer(self._texts[number].encode(), dtype=np.uint8)
-        characters_before = np.concatenate([[0], np.cumsum((data & 0xC0) != 0x80)])
-        found: list[int] = characters_before[self.byte_ends(number)[tokens]].tolist()
-        return found
+        begins = (np.frombuffer(self._texts[number].encode(), dtype=np.uint8) & 0xC0) != 0x80
+        ends = self.byte_ends(number)[tokens].tolist()
+        return list(accumulate(int(np.count_nonzero(begins[start:end])) for start, end in pairwise([0, *ends])))
 
     def count_over(self, number: int, marked: np.ndarray) -> int:
         """How many tokens of a text cover a character that is marked; `marked` is bool (characters,)."""
@@ -117,7 +120,7 @@ def build_encoder(
     ranks: dict[bytes, int],
     spelling: Spelling,
     lone: str,
-    neighbours: np.ndarray,
+    neighbours: np.ndarray | None,
     words: list[bytes],
     **rest: Any,
 ) -> BulkEncoder:

@@ -25,8 +25,8 @@ class LoneCharacters:
 
     elements: np.ndarray
     """int32 (BASIC_PLANE,): a character's element (see Spelling), -1 for one that is not lone."""
-    neighbours: np.ndarray
-    """bool (BASIC_PLANE,): characters beside which a lone one stays so."""
+    neighbours: np.ndarray | None
+    """bool (BASIC_PLANE,): characters beside which a lone one stays so; None where it stays so beside any."""
     stand_in: str
     """A lone character that stands for a stretch of others; a text that holds it cannot be encoded here."""
     stand_in_rank: int
@@ -52,10 +52,11 @@ class LoneCharacters:
 
     def _taken_out(self, units: np.ndarray, element_of: np.ndarray) -> np.ndarray:
         """bool (units,): lone characters whose neighbours on both sides leave them so."""
-        beside = np.take(self.neighbours, units)
         taken: np.ndarray = element_of >= 0
-        taken[1:] &= beside[:-1]
-        taken[:-1] &= beside[1:]
+        if self.neighbours is not None:
+            beside = np.take(self.neighbours, units)
+            taken[1:] &= beside[:-1]
+            taken[:-1] &= beside[1:]
         return taken
 
 

@@ -45,7 +45,7 @@ def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np
         ranks,
         spell_ranks(list(ranks), spelled, dtype),
         lone_letters(joined),
-        np.ones(BASIC_PLANE, dtype=bool),
+        None,
         [piece.replace(_SPACE, " ").encode() for piece in (*pieces, *letters)],
         prepare=write_spaces,
         # The space before the first word is no part of the text.

@@ -67,6 +67,11 @@ class Workers:
         for task in remaining:
             yield from self._map_in_processes(function, chain([task], remaining))
 
+    def start_early(self, function: Callable[..., Any]) -> None:
+        """Start processes that will map `function`, which are ready the sooner for it; one worker needs none."""
+        if self.count > 1:
+            self._start_processes(function)
+
     def _until_processes(self, function: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Task]:
         """The tasks until processes have started, or failed to."""
         done = 0
@@ -79,7 +84,7 @@ class Workers:
             yield task
             done += 1
 
-    def _start_processes(self, function: Callable[[Any], Any]) -> None:
+    def _start_processes(self, function: Callable[..., Any]) -> None:
         """Start them, importing what they will need."""
         # Spawned, not forked: this process may hold threads of a tokenizer, of torch or of Arrow.
         context = multiprocessing.get_context("spawn")
