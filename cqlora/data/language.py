@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 LANGUAGES = ("zh", "en", "mixed")
-SAMPLE_CHARACTERS = 4096
+SAMPLE_CHARACTERS = 2048
 
 ZH_SHARE = 0.2
 """Han letters from which a text counts as Chinese: a Han letter says as much as several Latin ones."""
@@ -32,8 +32,8 @@ class Letters(NamedTuple):
 
 def count_letters(text: str) -> Letters:
     """Letters of each script in the first SAMPLE_CHARACTERS of `text`."""
-    scripts = np.take(script_table(), code_points(text[:SAMPLE_CHARACTERS]))
-    return Letters(*(int(np.count_nonzero(scripts == script)) for script in range(1, len(_RANGES) + 1)))
+    scripts = script_table()[code_points(text[:SAMPLE_CHARACTERS])]
+    return Letters(*np.bincount(scripts, minlength=len(_RANGES) + 1)[1:].tolist())
 
 
 def detect_language(text: str) -> str:
