@@ -44,7 +44,7 @@ def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np.
     widths = np.array(list(map(len, words)))
     spelling = Spelling(known.astype(np.int64), ids, widths[known], np.where(known, 0, widths))
     lone = lone_letters(words) if takes_letters_alike(pattern) and known[_HAN_BYTES].all() else ""
-    return build_encoder(pattern, ranks, spelling, lone, HAN_TABLE, words)
+    return build_encoder(pattern, ranks, spelling, lone[:-1], lone[-1:], HAN_TABLE, words)
 
 
 def takes_letters_alike(pattern: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.data.bulk_lone import BASIC_PLANE, LONE_BYTES, LoneCharacters
+from cqlora.data.bulk_lone import BASIC_PLANE, LoneCharacters
 from cqlora.data.bulk_ranks import encode_ranks, open_encoding
 
 
@@ -120,22 +120,23 @@ def build_encoder(
     ranks: dict[bytes, int],
     spelling: Spelling,
     lone: str,
+    stand_in: str,
     neighbours: np.ndarray | None,
     words: list[bytes],
     **rest: Any,
 ) -> BulkEncoder:
-    """The encoder of these ranks, with `lone`, characters of three bytes, looked up where there are any."""
+    """The encoder of these ranks, with the characters of `lone` looked up where there are any."""
     if not lone:
         return BulkEncoder(open_encoding(pattern, ranks), spelling, None, words, **rest)
-    others, stand_in = list(lone[:-1]), lone[-1]
     ranks, spelling = add_stand_in(stand_in.encode(), ranks, spelling)
     encoding = open_encoding(pattern, ranks)
-    found, _ = encode_ranks(encoding, ["".join(others)])
+    found, _ = encode_ranks(encoding, [lone])
     ids, widths = (spelling.spell(rows, found) for rows in (spelling.ids, spelling.widths))
-    owners = (np.cumsum(widths, dtype=np.int64) - 1) // LONE_BYTES
+    ends = np.cumsum([len(character.encode()) for character in lone])
+    owners = np.searchsorted(ends, np.cumsum(widths, dtype=np.int64))
     elements = np.full(BASIC_PLANE, -1, dtype=np.int32)
-    elements[[ord(character) for character in others]] = len(ranks) + np.arange(len(others))
-    spelling = spelling.join(np.bincount(owners, minlength=len(others)), ids, widths)
+    elements[[ord(character) for character in lone]] = len(ranks) + np.arange(len(lone))
+    spelling = spelling.join(np.bincount(owners, minlength=len(lone)), ids, widths)
     looked_up = LoneCharacters(elements, neighbours, stand_in, ranks[stand_in.encode()])
     return BulkEncoder(encoding, spelling, looked_up, words, **rest)
 

@@ -15,8 +15,6 @@ import numpy as np
 from cqlora.data.bulk_ranks import encode_ranks
 
 BASIC_PLANE = 1 << 16
-LONE_BYTES = 3
-"""UTF-8 of every lone character."""
 
 
 @dataclass(frozen=True, slots=True)

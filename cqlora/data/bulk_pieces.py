@@ -16,8 +16,8 @@ from cqlora.data.bulk_encoder import BulkEncoder, Spelling, build_encoder
 from cqlora.data.bulk_lone import BASIC_PLANE
 
 _SPACE = "▁"
-FIRST_LONE = 0x2000
-"""Where the characters of three bytes begin that stand in Chinese text; letters before them are mostly joined."""
+_STAND_IN = "\x01"
+"""For a stretch of lone characters: no clean text holds it, and it is one byte."""
 _NORMALIZER = [
     {"type": "Prepend", "prepend": _SPACE},
     {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
@@ -45,6 +45,7 @@ def open_piece_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np
         ranks,
         spell_ranks(list(ranks), spelled, dtype),
         lone_letters(joined),
+        _STAND_IN,
         None,
         [piece.replace(_SPACE, " ").encode() for piece in (*pieces, *letters)],
         prepare=write_spaces,
@@ -126,9 +127,11 @@ def joined_letters(pieces: list[str]) -> list[str]:
 
 
 def lone_letters(joined: list[str]) -> str:
-    """The characters from punctuation marks on that no piece joins to another."""
-    taken = {*joined, _SPACE}
-    points = (*range(FIRST_LONE, 0xD800), *range(0xE000, BASIC_PLANE))
+    """The characters that no piece joins to another; none where pieces join even the stand-in."""
+    if _STAND_IN in joined:
+        return ""
+    taken = {*joined, _SPACE, _STAND_IN, " "}
+    points = (*range(0xD800), *range(0xE000, BASIC_PLANE))
     return "".join(letter for letter in map(chr, points) if letter not in taken)
 
 
