@@ -36,7 +36,7 @@ from cqlora.errors import DataError
 Progress = Callable[[str, int, int | None], None]
 """(what is being done, how much of it is done, out of how much where that is known)."""
 
-_TASK_BYTES = 1 << 18
+_TASK_BYTES = 1 << 19
 _TASK_RECORDS = 4096
 BULK_BYTES = 4 << 20
 """Bytes of files from which the faster encoder and other processes are worth their start."""

@@ -24,7 +24,7 @@ from cqlora.errors import DataError
 UNDECIDED = 255
 """In place of a split: a hash of the document decides."""
 
-_BATCH_BYTES = 1 << 18
+_BATCH_BYTES = 1 << 19
 _BATCH_ROWS = 2048
 _EARLY_ROWS = 1000
 """Rows read before too many rejections stop a source; before that, at its end."""
@@ -135,7 +135,7 @@ def decode_body(body: Any) -> Any:
 
 
 def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    """Rows in batches of about a quarter of a megabyte."""
+    """Rows in batches of about half a megabyte."""
     batch: list[RawRow] = []
     weight = 0
     for row in rows:

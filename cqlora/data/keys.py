@@ -4,8 +4,9 @@ import hashlib
 
 import numpy as np
 
-_ASCII_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
+_SPACES = b"\t\n\v\f\r\x1c\x1d\x1e\x1f "
 _WIDE_SPACES = ("\u3000".encode(), "\u00a0".encode())
+_SMALL = bytes(range(256)).lower()
 
 
 def content_key(text: str) -> int:
@@ -14,8 +15,11 @@ def content_key(text: str) -> int:
 
 
 def fold_text(text: str) -> bytes:
-    """UTF-8 of the text without case and white space; cleaning has already made widths and compositions alike."""
-    folded = text.casefold().encode("utf-8", "surrogatepass").translate(None, _ASCII_SPACES)
+    """UTF-8 of the text without white space, and without the case of the letters A to Z.
+
+    Cleaning has already made widths and compositions alike.
+    """
+    folded = text.encode("utf-8", "surrogatepass").translate(_SMALL, _SPACES)
     for space in _WIDE_SPACES:
         folded = folded.replace(space, b"")
     return folded
