@@ -66,7 +66,14 @@ class PlainTokenizer:
     @cached_property
     def text(self) -> Tokenizer:
         """For whole texts."""
-        return build_tokenizer(self._document)
+        file = self._folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        controls = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        named = {name for name in self._names.values() if tokenizer.token_to_id(name) is not None}
+        return tokenizer if named <= controls else build_tokenizer(self._document)
 
     @cached_property
     def segment(self) -> Tokenizer:
