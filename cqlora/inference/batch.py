@@ -7,7 +7,8 @@ import torch
 
 from cqlora.errors import DataError
 from cqlora.inference.choice import TokenChooser
-from cqlora.inference.decoder import Decoder, Segment
+from cqlora.inference.decoder import Decoder, KeyValueCache, Segment
+from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling
 from cqlora.inference.text import ReplyText
 
@@ -18,8 +19,14 @@ PREFILL_TOKENS = 512
 class Reply:
     """One reply on its way: how many tokens it has and why it ended."""
 
-    def __init__(self, prompt_ids: list[int], sampling: Sampling, decoder: Decoder, text: ReplyText) -> None:
+    def __init__(
+        self, prompt_ids: list[int], sampling: Sampling, decoder: Decoder, text: ReplyText, cache: KeyValueCache
+    ) -> None:
+        self.ids = list(prompt_ids)
+        """Prompt and reply; the first of them are in `cache`."""
         self.prompt_tokens = len(prompt_ids)
+        self.reused_tokens = cache.length
+        """Tokens of the prompt that had been read for another reply."""
         self.completion_tokens = 0
         """Tokens generated, the end token among them."""
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -30,8 +37,8 @@ class Reply:
         room = decoder.architecture.max_length - len(prompt_ids)
         self.max_tokens = min(sampling.max_new_tokens, room)
         self.chooser = TokenChooser(sampling, prompt_ids, decoder.architecture.vocab_size)
-        self.cache = decoder.new_cache()
-        self.pending = list(prompt_ids)
+        self.cache = cache
+        self.pending = self.ids[cache.length :]
         """Tokens that the model has not seen yet."""
 
 
@@ -39,9 +46,15 @@ class ContinuousBatch:
     """Up to `slots` replies; every step gives each of them one token."""
 
     def __init__(
-        self, decoder: Decoder, end_ids: frozenset[int], new_text: Callable[[tuple[str, ...]], ReplyText], slots: int
+        self,
+        decoder: Decoder,
+        prefixes: PrefixCache,
+        end_ids: frozenset[int],
+        new_text: Callable[[tuple[str, ...]], ReplyText],
+        slots: int,
     ) -> None:
         self._decoder = decoder
+        self._prefixes = prefixes
         self._end_ids = end_ids
         self._new_text = new_text
         self._slots = slots
@@ -69,7 +82,9 @@ class ContinuousBatch:
                 f"the prompt has {len(prompt_ids)} tokens and the model holds {longest} with the reply; shorten it, "
                 "or drop the earliest messages."
             )
-        reply = Reply(prompt_ids, sampling, self._decoder, self._new_text(sampling.stop))
+        # What was read in other portions differs in its last bits, and a seed promises the same reply to the letter.
+        cache = self._decoder.new_cache() if sampling.seed is not None else self._prefixes.open(prompt_ids)
+        reply = Reply(prompt_ids, sampling, self._decoder, self._new_text(sampling.stop), cache)
         self._replies.append(reply)
         return reply
 
@@ -92,12 +107,12 @@ class ContinuousBatch:
         return produced
 
     def release(self, reply: Reply) -> None:
-        """Drop a reply that nobody waits for any more: its slot and its memory are free at once.
+        """Drop a reply that nobody waits for any more: its slot is free at once, its memory goes to the prefix cache.
 
         Nothing happens where it has left already.
         """
         self._replies = [other for other in self._replies if other is not reply]
-        reply.cache.clear()
+        self._prefixes.keep(reply.ids, reply.cache)
 
     def _read_prompt(self, reply: Reply) -> torch.Tensor:
         pending = reply.pending
@@ -109,6 +124,7 @@ class ContinuousBatch:
         """Choose a reply's next token; return the text that it completes."""
         token = reply.chooser.choose(logits)
         reply.completion_tokens += 1
+        reply.ids.append(token)
         reply.pending = [token]
         if token in self._end_ids and not reply.ignore_end:
             reply.finish_reason = "stop"

@@ -7,6 +7,7 @@ fifth of bfloat16's time there, stay on one thread, and lose nothing.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,12 @@ class KeyValueCache:
         self.length = 0
         self.store = like.new_empty(architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one position."""
+        layers, both, heads, _, head_dim = self.store.shape
+        return layers * both * heads * head_dim * self.store.itemsize
+
     def reserve(self, length: int) -> None:
         """Make room for `length` positions."""
         held = self.store.shape[3]
@@ -69,6 +76,18 @@ class KeyValueCache:
         """Forget the sequence and give its memory back, though somebody may still hold this object."""
         self.length = 0
         self.store = self.store.new_empty((*self.store.shape[:3], 0, self.store.shape[4]))
+
+    def copy(self, length: int) -> "KeyValueCache":
+        """The first `length` positions, in memory of their own and with room for no more."""
+        copied = copy(self)
+        copied.length, copied.store = length, self.store[:, :, :, :length].clone()
+        return copied
+
+    def hand_over(self) -> "KeyValueCache":
+        """The same sequence for another holder; this one is empty afterwards."""
+        handed = copy(self)
+        self.clear()
+        return handed
 
 
 @dataclass(frozen=True, slots=True)
