@@ -1,4 +1,4 @@
-"""What ended replies leave is used where the tokens are the same, changes no reply, and takes no more than its limit."""
+"""What ended replies leave is used where tokens are the same, changes no reply, and takes no more than its limit."""
 
 import threading
 
@@ -63,7 +63,7 @@ def test_a_conversation_is_the_same_with_and_without_and_later_turns_read_only_w
 def test_logits_after_a_reused_beginning_are_those_of_the_whole_prompt(plain, prefixes):
     ids = list(range(20, 80))
     prefixes.keep(ids, read(plain, ids))
-    for going_on in (ids + [7, 8, 9], ids[:50] + list(range(100, 130)), ids, ids[:40]):
+    for going_on in ([*ids, 7, 8, 9], ids[:50] + list(range(100, 130)), ids, ids[:40]):
         cache = prefixes.open(going_on)
         assert cache.length >= min(len(going_on) - 1, 50)
         logits = plain._decoder.next_logits([Segment(cache, going_on[cache.length :])])
@@ -90,7 +90,7 @@ def test_a_seeded_reply_has_the_same_bits_whatever_was_said_before(base, nf4_ada
 def test_only_the_tokens_that_two_conversations_share_are_shared(plain, prefixes):
     system, mine, yours = [5] * 20, list(range(20, 60)), list(range(30, 70))
     prefixes.keep(system + mine, read(plain, system + mine))
-    assert prefixes.open([6] + system + mine).length == 0
+    assert prefixes.open([6, *system, *mine]).length == 0
     assert prefixes.open(mine).length == 0
     copied = prefixes.open(system + yours)
     assert copied.length == len(system)
