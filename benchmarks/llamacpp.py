@@ -38,8 +38,10 @@ QUESTIONS = [
     "def add(a, b): 这段代码做什么？", "用一句话介绍 Python 3.12。", "The word 模型 means what?", "你好 👋",
 ]  # fmt: skip
 TEXTS = [
-    *QUESTIONS, "  two  leading spaces", "trailing space ", "\n", "\n\n\tindented\r\n", "   ", "1234567890 3.14159 1,000",
-    "😀 👨‍👩‍👧 🇨🇳 e\u0301 é", "龘𠀀㐀 rare 汉字", "全角：ＡＢＣ１２３，。！", "no\u00a0break\u3000wide\u200bzero", "it's DON'T they'RE",
+    *QUESTIONS, "  two  leading spaces", "trailing space ", "\n", "\n\n\tindented\r\n", "   ",
+    "1234567890 3.14159 1,000",
+    "😀 👨‍👩‍👧 🇨🇳 e\u0301 é", "龘𠀀㐀 rare 汉字", "全角：ＡＢＣ１２３，。！", "no\u00a0break\u3000wide\u200bzero",
+    "it's DON'T they'RE",
     "<|im_end|> <|im_start|>system </s> <s>", "def f(x):\n    return {k: v for k, v in x}\n", "كتاب ספר книга 本 책",
     "https://example.org/a?b=c&d=1#x", "a" * 200, "北京是中国的首都，上海是中国最大的城市。" * 4,
 ]  # fmt: skip
@@ -205,8 +207,8 @@ def report_logits(name: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -
     agreed = one.argmax(1) == other.argmax(1)
     difference = np.abs(one - other)
     print(
-        f"  {name}: first token's logits differ by up to {first:.4f}; {len(one)} places: up to {difference.max():.4f}, "
-        f"mean {difference.mean():.4f} (logits' deviation {one.std():.2f}); top 1 agrees at {agreed.sum()} of {len(one)}"
+        f"  {name}: first token's logits differ by up to {first:.4f}, all places' by {difference.max():.4f}, mean "
+        f"{difference.mean():.4f} (their deviation is {one.std():.2f}); top 1 agrees at {agreed.sum()} of {len(one)}"
     )
 
 

@@ -17,6 +17,8 @@ from cqlora.engine import LlamaEngine
 from cqlora.inference.requests import Sampling
 
 REPLY_TOKENS = 48
+QUESTION_TOKENS = 20
+"""Of the last message."""
 Turn = tuple[float, int, int, str]
 """Seconds to the first token, tokens of the prompt, how many of them were not read again, and the reply."""
 
@@ -50,9 +52,10 @@ def cut_messages(engine: LlamaEngine, turns: int, history: int) -> list[str]:
     lines = (SAMPLE_DIR / "sample_en" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split(" ")
     messages = []
-    for _ in range(turns):
+    for turn in range(1, turns + 1):
+        wanted = QUESTION_TOKENS if turn == turns else history / (turns - 1) - REPLY_TOKENS - 8
         count = 1
-        while len(engine.encode_text(" ".join(words[:count]))) < history / (turns - 1) - REPLY_TOKENS - 8:
+        while len(engine.encode_text(" ".join(words[:count]))) < wanted:
             count += 1
         messages.append(" ".join(words[:count]))
         words = words[count:]
