@@ -33,6 +33,8 @@ CHAT = [
 ]  # fmt: skip
 TOLERANCE = {GgufType.f16: 0.01, GgufType.q8_0: 0.25}
 """Of logits, in their standard deviations: llama.cpp rounds what it multiplies as the file's matrices are rounded."""
+AGREEMENT = {GgufType.f16: 0.98, GgufType.q8_0: 0.9}
+"""Share of the places whose likeliest token is the same; a random model's tokens are about equally likely."""
 
 
 def write_extended_base(folder: Path, pieces: bool, tied: bool) -> Path:
@@ -118,15 +120,14 @@ def test_logits_after_a_prompt_and_greedy_tokens_are_those_of_transformers(merge
     found = np.array(llama.scores[: len(ids)])
     tolerance = TOLERANCE[kind] * expected.std()
     assert np.abs(found - expected).max() < tolerance
-    # Where the likeliest token leads by more than both may be off, it is the likeliest for llama.cpp too.
+    assert (found.argmax(1) == expected.argmax(1)).mean() > AGREEMENT[kind]
     ordered = np.sort(expected, axis=1)
-    certain = ordered[:, -1] - ordered[:, -2] > 2 * tolerance
-    assert (found.argmax(1) == expected.argmax(1))[certain].all() and certain.sum() > len(ids) / 3
+    lead = ordered[:, -1] - ordered[:, -2]
     llama.reset()
     llama.eval(merged.prompt)
     for place in range(len(merged.prompt) - 1, len(ids) - 1):
         token = int(llama.scores[place].argmax())
         if token != ids[place + 1]:
-            assert not certain[place], f"parts at token {place + 1 - len(merged.prompt)}"
+            assert lead[place] < 2 * tolerance, f"parts at token {place + 1 - len(merged.prompt)}, and not at a tie"
             break
         llama.eval([token])
