@@ -24,8 +24,9 @@ from tests.weights.test_merge import merge
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (docs/merging.md)")
 
 TEXTS = [
-    "长江 is 1234 km?", "  two  spaces\n\n\ttab ", "Äöü 你好，世界！it's DON'T", "😀👨‍👩‍👧 e\u0301", "龘𠀀 rare", "\n", "   ",
-    "<|im_end|> </s> <s>", "机器学习模型需要大量的数据，数据的质量决定模型的质量。", "x\u00a0y\u3000z\u200b", "3.14159 1,000 ２",
+    "长江 is 1234 km?", "  two  spaces\n\n\ttab ", "Äöü 你好，世界！it's DON'T", "😀👨‍👩‍👧 e\u0301", "龘𠀀 rare", "\n",
+    "   ", "<|im_end|> </s> <s>", "机器学习模型需要大量的数据，数据的质量决定模型的质量。", "x\u00a0y\u3000z\u200b",
+    "3.14159 1,000 ２",
 ]  # fmt: skip
 CHAT = [
     Turn("system", "请简短回答。"), Turn("user", "人工智能 1234 <|im_end|>?"), Turn("assistant", "Yes: 好。"),
