@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 from cqlora.choices import GgufType, ModelFormat
@@ -132,3 +133,26 @@ def test_logits_after_a_prompt_and_greedy_tokens_are_those_of_transformers(merge
             assert lead[place] < 2 * tolerance, f"parts at token {place + 1 - len(merged.prompt)}, and not at a tie"
             break
         llama.eval([token])
+
+
+def test_q8_0_is_what_llama_cpp_itself_makes_of_the_f16_file(merged, tmp_path):
+    """Of numbers that float16 holds, that is: ours are rounded once, from float32."""
+    base = tmp_path / "base"
+    load(merged.folder).half().save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        if (merged.folder / name).is_file():
+            (base / name).write_bytes((merged.folder / name).read_bytes())
+    ours = {}
+    for kind in GgufType:
+        output = merge(base, [], tmp_path / kind.value, format=ModelFormat.gguf, gguf_type=kind)
+        ours[kind] = output / f"{kind.value}.{kind.value}.gguf"
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, 1
+    theirs = tmp_path / "theirs.gguf"
+    names = (str(ours[GgufType.f16]).encode(), str(theirs).encode())
+    assert llama_cpp.llama_model_quantize(*names, parameters) == 0
+    expected = {tensor.name: tensor for tensor in GGUFReader(theirs).tensors}
+    found = {tensor.name: tensor for tensor in GGUFReader(ours[GgufType.q8_0]).tensors}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].tensor_type == tensor.tensor_type and np.array_equal(found[name].data, tensor.data), name
