@@ -60,6 +60,7 @@ def main() -> None:
     if options.job:
         answer_job(options.base, options.job)
         return
+    os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         compare(options, Path(folder))
 
