@@ -69,6 +69,9 @@ class PrefixCache:
 
     def keep(self, ids: list[int], cache: KeyValueCache) -> None:
         """Take over what a cache holds, whose first tokens are `ids`; the cache is empty afterwards."""
+        if not self._limit:
+            cache.clear()
+            return
         cache = cache.hand_over()
         if cache.length and cache.store.nbytes > self._limit:
             cache = cache.copy(min(cache.length, self._limit // cache.bytes_per_token))
