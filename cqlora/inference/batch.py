@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 
 from cqlora.errors import DataError
+from cqlora.inference.cache import KeyValueCache, Shelf
 from cqlora.inference.choice import TokenChooser
-from cqlora.inference.decoder import Decoder, KeyValueCache, Segment
+from cqlora.inference.decoder import Decoder, Segment
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling
 from cqlora.inference.text import ReplyText
@@ -59,6 +60,7 @@ class ContinuousBatch:
         self._new_text = new_text
         self._slots = slots
         self._replies: list[Reply] = []
+        self._shelf = Shelf(slots)
 
     @property
     def free_slots(self) -> int:
@@ -98,9 +100,7 @@ class ContinuousBatch:
         going = [reply for reply in self._replies if reply.completion_tokens > 0]
         logits = {id(reply): self._read_prompt(reply) for reply in fresh}
         if going:
-            segments = [Segment(reply.cache, reply.pending) for reply in going]
-            rows = self._decoder.next_logits(segments, steady=any(reply.seeded for reply in going))
-            logits |= {id(reply): row for reply, row in zip(going, rows, strict=True)}
+            logits |= self._read_tokens(going)
         produced = [(reply, self._advance(reply, logits[id(reply)])) for reply in self._replies]
         for reply in [reply for reply in self._replies if reply.finish_reason]:
             self.release(reply)
@@ -113,6 +113,17 @@ class ContinuousBatch:
         """
         self._replies = [other for other in self._replies if other is not reply]
         self._prefixes.keep(reply.ids, reply.cache)
+        self._shelf.leave(reply.cache)
+
+    def _read_tokens(self, replies: list[Reply]) -> dict[int, torch.Tensor]:
+        """Logits after the newest token of each, by the reply's id."""
+        self._shelf.arrange([reply.cache for reply in replies])
+        rows = {id(cache): row for row, cache in enumerate(self._shelf.caches)}
+        ordered = sorted(replies, key=lambda reply: rows.get(id(reply.cache), len(rows)))
+        segments = [Segment(reply.cache, reply.pending) for reply in ordered]
+        steady = any(reply.seeded for reply in replies)
+        logits = self._decoder.next_logits(segments, steady, shelf=None if len(rows) == 1 else self._shelf)
+        return {id(reply): row for reply, row in zip(ordered, logits, strict=True)}
 
     def _read_prompt(self, reply: Reply) -> torch.Tensor:
         pending = reply.pending

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cqlora.inference.decoder import Decoder, KeyValueCache
+from cqlora.inference.cache import KeyValueCache
+from cqlora.inference.decoder import Decoder
 
 LEAST_TOKENS = 16
 """A beginning shorter than this is read again: that is as quick."""
