@@ -160,6 +160,23 @@ def test_memory_is_flat_over_many_conversations(base, adapter):
     assert engine._prefixes.nbytes > 2 * 2**20
 
 
+def test_replies_that_end_one_after_the_other_in_a_batch_each_leave_their_own(engine):
+    batch = engine.open_batch(4)
+    prompts = [engine.encode_messages([{"role": "user", "text": f"{number} {CHAT[0][1]}"}]) for number in range(4)]
+    lengths = (4, 9, 2, 6)
+    replies = [
+        batch.admit(prompt, Sampling(temperature=0, max_new_tokens=length, ignore_end=True))
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    while batch.free_slots < 4:
+        batch.step()
+    for reply in replies:
+        kept, expected = engine._prefixes.open(reply.ids), read(engine, reply.ids[:-1])
+        assert kept.length == expected.length
+        own = (cache.store[:, :, :, : cache.length] for cache in (kept, expected))
+        torch.testing.assert_close(*own, atol=1e-4, rtol=1e-4)
+
+
 def test_a_reply_that_is_left_half_way_leaves_its_prompt(engine):
     message = [{"role": "user", "text": CHAT[0][1]}]
     stream = engine.stream(message, temperature=0, ignore_end=True)
