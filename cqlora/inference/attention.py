@@ -46,19 +46,20 @@ class Together:
         device = shelf.store.device
         lengths = torch.tensor([cache.length for cache in shelf.caches], device=device)
         longest = max(cache.length for cache in shelf.caches) + 1
-        self._index = torch.arange(self.tokens, device=device), lengths
-        self._stores = shelf.store.unbind()
+        _, pair, rows, heads, positions, head_dim = shelf.store.shape
+        starts = torch.arange(pair * rows * heads, device=device).view(pair, rows, heads)[:, : self.tokens] * positions
+        self._places = (starts + lengths[:, None]).transpose(0, 1).flatten()
+        self._stores = shelf.store.view(-1, pair * rows * heads * positions, head_dim).unbind()
         held = shelf.store[:, :, : self.tokens].flatten(2, 3)[:, :, :, :longest]
         self._keys, self._values = held[:, 0].transpose(2, 3).unbind(), held[:, 1].unbind()
         hidden = torch.arange(longest, device=device) > lengths[:, None]
         mask = shelf.store.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-        self._mask = mask.repeat_interleave(shelf.store.shape[3], dim=0)[:, None]
+        self._mask = mask.repeat_interleave(heads, dim=0)[:, None]
 
     def __call__(self, layer: int, queries: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        rows, places = self._index
-        self._stores[layer][:, rows, :, places] = kept
         head_dim = queries.shape[2]
+        self._stores[layer].index_copy_(0, self._places, kept.reshape(-1, head_dim))
         grouped = queries.reshape(len(self._mask), -1, head_dim)
         scores = torch.baddbmm(self._mask, grouped, self._keys[layer], alpha=head_dim**-0.5)
         return torch.bmm(scores.softmax(dim=-1), self._values[layer]).view(self.tokens, -1)

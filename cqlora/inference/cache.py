@@ -11,6 +11,7 @@ SHELF_LENGTH = 512
 """Positions up to which replies stand side by side: reading so few keys costs less than calling operators."""
 _SHELF_ROW_BYTES = 64 << 20
 _STEP = 256
+_FINITE_STEP = 64
 
 
 class KeyValueCache:
@@ -70,6 +71,8 @@ class Shelf:
         self.store = torch.empty(0)
         """(layers, 2, rows, key_value_heads, SHELF_LENGTH, head_dim); empty while nobody stands here."""
         self._rows = rows
+        self._finite = 0
+        """Positions up to which every row that is taken holds numbers."""
 
     def arrange(self, caches: Sequence[KeyValueCache]) -> None:
         """Take in those of the caches that are short enough for another token, and let those go that no longer are."""
@@ -82,6 +85,8 @@ class Shelf:
             for cache in short:
                 if not any(cache is other for other in self.caches):
                     self._take(cache)
+        if self.caches:
+            self._make_finite(max(cache.length for cache in self.caches) + 1)
 
     def leave(self, cache: KeyValueCache) -> None:
         """Free a cache's row, whose contents are lost; nothing happens where it has none."""
@@ -92,7 +97,7 @@ class Shelf:
         if last is not cache:
             self._place(last, row)
         if not self.caches:
-            self.store = torch.empty(0)
+            self.store, self._finite = torch.empty(0), 0
 
     def _take(self, cache: KeyValueCache) -> None:
         if not self.caches:
@@ -105,9 +110,18 @@ class Shelf:
         self.caches[row] = cache
         place = self.store[:, :, row]
         place[:, :, :, : cache.length] = cache.store[:, :, :, : cache.length]
-        # What is masked is still multiplied, and fresh memory may hold anything.
-        place[:, :, :, cache.length :] = 0
+        place[:, :, :, cache.length : self._finite] = 0
         cache.store = place
+        self._make_finite(cache.length)
+
+    def _make_finite(self, length: int) -> None:
+        # What is masked is still multiplied, and fresh memory may hold anything. What no sequence reaches stays
+        # untouched, and so takes no memory.
+        if length > self._finite:
+            reached = min(-(-length // _FINITE_STEP) * _FINITE_STEP, SHELF_LENGTH)
+            for cache in self.caches:
+                cache.store[:, :, :, max(cache.length, self._finite) : reached] = 0
+            self._finite = reached
 
 
 def _fits(cache: KeyValueCache) -> bool:

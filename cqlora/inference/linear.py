@@ -46,7 +46,8 @@ class Packed:
         """See Linear."""
         rows = len(inputs)
         typed = _in_steps(inputs.to(torch.bfloat16))
-        return torch.ops.mkldnn._linear_pointwise(typed, self.weight, None, "none", [], "")[:rows].to(inputs.dtype)
+        outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(typed, self.weight, None, "none", [], "")
+        return outputs[:rows].to(inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
