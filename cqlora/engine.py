@@ -11,6 +11,7 @@ from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
 from cqlora.inference.opening import Request, open_decoder
+from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
 
@@ -37,15 +38,18 @@ class LlamaEngine:
         dtype: str = "auto",
         device: str = "auto",
         cache: bool = False,
+        prefix_cache_gib: float = 0.0,
     ) -> None:
         """Load the model.
 
         `quantization` is `auto` (the base as the adapter was trained on it, a merged model as it is), `nf4` or
         `none`; `dtype` is `auto` (what computes fastest here), `float32` or `bfloat16`; `cache` keeps a snapshot
-        that the next load maps.
+        that the next load maps; `prefix_cache_gib` is the memory in which keys and values of ended replies wait for
+        prompts that begin with the same tokens.
         """
         request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
         self._decoder, form = open_decoder(request)
+        self._prefixes = PrefixCache(self._decoder, int(prefix_cache_gib * 2**30))
         self.name = request.model_dir.resolve().name
         self.form = str(form)
         """How the matrices are held and computed."""
@@ -78,7 +82,9 @@ class LlamaEngine:
 
     def open_batch(self, slots: int) -> ContinuousBatch:
         """A batch of up to `slots` replies that come and go."""
-        return ContinuousBatch(self._decoder, self._end_ids, lambda stop: ReplyText(self._token_bytes, stop), slots)
+        return ContinuousBatch(
+            self._decoder, self._prefixes, self._end_ids, lambda stop: ReplyText(self._token_bytes, stop), slots
+        )
 
     def encode_messages(self, messages: Messages) -> list[int]:
         """Ids of a conversation in the training template, up to where the assistant's words come.
@@ -147,7 +153,11 @@ def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:
 
 
 def _drain(batch: ContinuousBatch, reply: Reply) -> Iterator[str]:
-    while reply.finish_reason is None:
-        for _, text in batch.step():
-            if text:
-                yield text
+    try:
+        while reply.finish_reason is None:
+            for _, text in batch.step():
+                if text:
+                    yield text
+    finally:
+        # A reply that nobody reads to its end leaves its keys and values too.
+        batch.release(reply)

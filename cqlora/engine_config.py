@@ -1,6 +1,7 @@
 """Which model to generate with and how it is held: the keys that `chat` and `serve` share."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +31,13 @@ class EngineConfig:
     device: str = "auto"
     cache: bool = True
     """Keep a snapshot, in the user's cache folder, that the next start maps."""
+    prefix_cache_gib: float = 1.0
+    """Memory in which keys and values of ended replies wait for prompts that begin with the same tokens; 0 is none."""
 
     def __post_init__(self) -> None:
         check_held(self.quantization, self.dtype, self.device)
+        if not 0 <= self.prefix_cache_gib < math.inf:
+            raise ConfigError(f"prefix_cache_gib={self.prefix_cache_gib} is no size; give GiB, or 0 to keep nothing.")
 
     def check_folders(self) -> None:
         """Raise for what can be known to be wrong without torch: missing folders, another base's adapter."""
@@ -64,4 +69,5 @@ class EngineConfig:
             dtype=self.dtype,
             device=self.device,
             cache=self.cache,
+            prefix_cache_gib=self.prefix_cache_gib,
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cqlora.chat import ChatConfig, chat
+from cqlora.engine import LlamaEngine
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import HELP, Conversation, PipedTerminal, printable, talk
@@ -73,6 +74,17 @@ def test_replies_are_heard_again_and_reset_forgets_all_but_the_system():
     system = ("system", "Be kind.")
     assert said[1] == [system, ("user", "你好"), ("assistant", "你好"), ("user", "Go on")]
     assert said[2] == [system, ("user", "New")]
+
+
+def test_reset_begins_anew_though_the_engine_keeps_what_it_has_read(base):
+    lines = ["The longest river in Asia", "长江", "/reset", "长江", "The longest river in Asia"]
+    asked = Sampling(temperature=0, max_new_tokens=6)
+    written = []
+    for gib in (0.0, 0.1):
+        engine, script = LlamaEngine(base, "", use_lora=False, dtype="float32", prefix_cache_gib=gib), Script(*lines)
+        talk(Conversation("Be kind."), lambda engine=engine: engine, asked, script)
+        written.append(script.written)
+    assert written[0] == written[1] and "forgotten" in written[0]
 
 
 def test_ctrl_c_stops_a_reply_keeps_what_was_said_and_does_not_end_the_program():
@@ -147,8 +159,9 @@ def test_lines_from_a_pipe_are_answered(base, tmp_path):
     "arguments, told, code",
     [(["base=nowhere"], "nowhere does not exist", 1), (["base={base}", "adapter={base}"], "no adapter_config.json", 2),
      (["base={base}", "temperature=-1"], "temperature=-1", 2), (["base={base}", "dtype=int4"], "dtype=int4", 2),
-     (["base={base}", "device=gpu"], "device=gpu is unknown", 2)],
-    ids=["base", "adapter", "temperature", "dtype", "device"],
+     (["base={base}", "device=gpu"], "device=gpu is unknown", 2),
+     (["base={base}", "prefix_cache_gib=-1"], "prefix_cache_gib=-1", 2)],
+    ids=["base", "adapter", "temperature", "dtype", "device", "prefix cache"],
 )  # fmt: skip
 def test_mistakes_are_told_before_the_prompt(arguments, told, code, base, tmp_path):
     done = run_verb(tmp_path, "chat", *(argument.format(base=base) for argument in arguments), expect=code)

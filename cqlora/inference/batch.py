@@ -6,8 +6,10 @@ from typing import Literal
 import torch
 
 from cqlora.errors import DataError
+from cqlora.inference.cache import KeyValueCache, Shelf
 from cqlora.inference.choice import TokenChooser
 from cqlora.inference.decoder import Decoder, Segment
+from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling
 from cqlora.inference.text import ReplyText
 
@@ -18,8 +20,14 @@ PREFILL_TOKENS = 512
 class Reply:
     """One reply on its way: how many tokens it has and why it ended."""
 
-    def __init__(self, prompt_ids: list[int], sampling: Sampling, decoder: Decoder, text: ReplyText) -> None:
+    def __init__(
+        self, prompt_ids: list[int], sampling: Sampling, decoder: Decoder, text: ReplyText, cache: KeyValueCache
+    ) -> None:
+        self.ids = list(prompt_ids)
+        """Prompt and reply; the first of them are in `cache`."""
         self.prompt_tokens = len(prompt_ids)
+        self.reused_tokens = cache.length
+        """Tokens of the prompt that had been read for another reply."""
         self.completion_tokens = 0
         """Tokens generated, the end token among them."""
         self.finish_reason: Literal["stop", "length"] | None = None
@@ -30,8 +38,8 @@ class Reply:
         room = decoder.architecture.max_length - len(prompt_ids)
         self.max_tokens = min(sampling.max_new_tokens, room)
         self.chooser = TokenChooser(sampling, prompt_ids, decoder.architecture.vocab_size)
-        self.cache = decoder.new_cache()
-        self.pending = list(prompt_ids)
+        self.cache = cache
+        self.pending = self.ids[cache.length :]
         """Tokens that the model has not seen yet."""
 
 
@@ -39,13 +47,20 @@ class ContinuousBatch:
     """Up to `slots` replies; every step gives each of them one token."""
 
     def __init__(
-        self, decoder: Decoder, end_ids: frozenset[int], new_text: Callable[[tuple[str, ...]], ReplyText], slots: int
+        self,
+        decoder: Decoder,
+        prefixes: PrefixCache,
+        end_ids: frozenset[int],
+        new_text: Callable[[tuple[str, ...]], ReplyText],
+        slots: int,
     ) -> None:
         self._decoder = decoder
+        self._prefixes = prefixes
         self._end_ids = end_ids
         self._new_text = new_text
         self._slots = slots
         self._replies: list[Reply] = []
+        self._shelf = Shelf(slots)
 
     @property
     def free_slots(self) -> int:
@@ -69,7 +84,9 @@ class ContinuousBatch:
                 f"the prompt has {len(prompt_ids)} tokens and the model holds {longest} with the reply; shorten it, "
                 "or drop the earliest messages."
             )
-        reply = Reply(prompt_ids, sampling, self._decoder, self._new_text(sampling.stop))
+        # What was read in other portions differs in its last bits, and a seed promises the same reply to the letter.
+        cache = self._decoder.new_cache() if sampling.seed is not None else self._prefixes.open(prompt_ids)
+        reply = Reply(prompt_ids, sampling, self._decoder, self._new_text(sampling.stop), cache)
         self._replies.append(reply)
         return reply
 
@@ -83,21 +100,30 @@ class ContinuousBatch:
         going = [reply for reply in self._replies if reply.completion_tokens > 0]
         logits = {id(reply): self._read_prompt(reply) for reply in fresh}
         if going:
-            segments = [Segment(reply.cache, reply.pending) for reply in going]
-            rows = self._decoder.next_logits(segments, steady=any(reply.seeded for reply in going))
-            logits |= {id(reply): row for reply, row in zip(going, rows, strict=True)}
+            logits |= self._read_tokens(going)
         produced = [(reply, self._advance(reply, logits[id(reply)])) for reply in self._replies]
         for reply in [reply for reply in self._replies if reply.finish_reason]:
             self.release(reply)
         return produced
 
     def release(self, reply: Reply) -> None:
-        """Drop a reply that nobody waits for any more: its slot and its memory are free at once.
+        """Drop a reply that nobody waits for any more: its slot is free at once, its memory goes to the prefix cache.
 
         Nothing happens where it has left already.
         """
         self._replies = [other for other in self._replies if other is not reply]
-        reply.cache.clear()
+        self._prefixes.keep(reply.ids, reply.cache)
+        self._shelf.leave(reply.cache)
+
+    def _read_tokens(self, replies: list[Reply]) -> dict[int, torch.Tensor]:
+        """Logits after the newest token of each, by the reply's id."""
+        self._shelf.arrange([reply.cache for reply in replies])
+        rows = {id(cache): row for row, cache in enumerate(self._shelf.caches)}
+        ordered = sorted(replies, key=lambda reply: rows.get(id(reply.cache), len(rows)))
+        segments = [Segment(reply.cache, reply.pending) for reply in ordered]
+        steady = any(reply.seeded for reply in replies)
+        logits = self._decoder.next_logits(segments, steady, shelf=None if len(rows) == 1 else self._shelf)
+        return {id(reply): row for reply, row in zip(ordered, logits, strict=True)}
 
     def _read_prompt(self, reply: Reply) -> torch.Tensor:
         pending = reply.pending
@@ -109,6 +135,7 @@ class ContinuousBatch:
         """Choose a reply's next token; return the text that it completes."""
         token = reply.chooser.choose(logits)
         reply.completion_tokens += 1
+        reply.ids.append(token)
         reply.pending = [token]
         if token in self._end_ids and not reply.ignore_end:
             reply.finish_reason = "stop"

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from cqlora.inference.architecture import Architecture, rotary_frequencies
-from cqlora.inference.linear import Dense, Linear
+from cqlora.inference.attention import Alone, Attention, Together
+from cqlora.inference.cache import KeyValueCache, Shelf
+from cqlora.inference.linear import Linear
 
-_CACHE_STEP = 256
 _STEADY_ROWS = 4
 """Matrix products give a row the same bits in any batch whose rows are a multiple of this, and not in others."""
 
@@ -42,33 +43,8 @@ class Weights:
     """(vocab_size, hidden)."""
     layers: list[Layer]
     norm: torch.Tensor
-    head: Dense
-    """hidden to vocab_size; it holds the embedding itself where the two are tied."""
-
-
-class KeyValueCache:
-    """Keys and values of one sequence, for every layer; grows as the sequence does."""
-
-    def __init__(self, architecture: Architecture, like: torch.Tensor) -> None:
-        self.length = 0
-        self.store = like.new_empty(architecture.layers, 2, architecture.key_value_heads, 0, architecture.head_dim)
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions."""
-        held = self.store.shape[3]
-        if length <= held:
-            return
-        # Growing by half keeps the copies of a long reply few, and what lies unused small.
-        wanted = max(length, held + held // 2)
-        wanted = -(-wanted // _CACHE_STEP) * _CACHE_STEP
-        grown = self.store.new_empty((*self.store.shape[:3], wanted, self.store.shape[4]))
-        grown[:, :, :, : self.length] = self.store[:, :, :, : self.length]
-        self.store = grown
-
-    def clear(self) -> None:
-        """Forget the sequence and give its memory back, though somebody may still hold this object."""
-        self.length = 0
-        self.store = self.store.new_empty((*self.store.shape[:3], 0, self.store.shape[4]))
+    head: Linear
+    """hidden to vocab_size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,35 +73,40 @@ class Decoder:
         return KeyValueCache(self.architecture, self.weights.norm)
 
     @torch.inference_mode()
-    def next_logits(self, segments: Sequence[Segment], steady: bool = False) -> torch.Tensor:
+    def next_logits(
+        self, segments: Sequence[Segment], steady: bool = False, shelf: Shelf | None = None
+    ) -> torch.Tensor:
         """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens.
 
         `steady` is for segments of one token: their logits are the same to the last bit whatever other segments
-        there are, at the price of a few empty rows.
+        there are, at the price of a few empty rows, and of attention one by one. Without it the caches on `shelf`,
+        where one is given, are those of the first segments, of one token each.
         """
         if steady:
-            return self.weights.head(self._run(segments, -len(segments) % _STEADY_ROWS))[: len(segments)].float().cpu()
-        hidden = self._run(segments)
+            hidden = self._run(segments, _each(segments), -len(segments) % _STEADY_ROWS)
+            return self.weights.head(hidden)[: len(segments)].float().cpu()
+        together = len(shelf.caches) if shelf else 0
+        first = [Together(shelf)] if shelf and together else []
+        hidden = self._run(segments, [*first, *_each(segments[together:])])
         ends = torch.tensor([len(segment.ids) for segment in segments], device=self.device).cumsum(0) - 1
         return self.weights.head(hidden[ends]).float().cpu()
 
     @torch.inference_mode()
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """float32 (tokens, vocab_size): logits after every token of one sequence."""
-        return self.weights.head(self._run([Segment(self.new_cache(), ids)])).float()
+        segments = [Segment(self.new_cache(), ids)]
+        return self.weights.head(self._run(segments, _each(segments))).float()
 
-    def _run(self, segments: Sequence[Segment], empty_rows: int = 0) -> torch.Tensor:
+    def _run(self, segments: Sequence[Segment], attentions: Sequence[Attention], empty_rows: int = 0) -> torch.Tensor:
         """(tokens of all segments and empty rows, hidden): after the last norm."""
         starts = [segment.cache.length for segment in segments]
-        for start, segment in zip(starts, segments, strict=True):
-            segment.cache.reserve(start + len(segment.ids))
         tokens = [token for segment in segments for token in segment.ids]
         places = [start + n for start, segment in zip(starts, segments, strict=True) for n in range(len(segment.ids))]
         ids, positions = (torch.tensor(row + [0] * empty_rows, device=self.device) for row in (tokens, places))
         rotation = self._cosine[positions, None], self._sine[positions, None]
         hidden = F.embedding(ids, self.weights.embedding).to(self.dtype)
         for number, layer in enumerate(self.weights.layers):
-            hidden = hidden + self._attend(number, layer, hidden, segments, rotation)
+            hidden = hidden + self._attend(number, layer, hidden, attentions, rotation)
             hidden = hidden + self._feed_forward(layer, hidden)
         for segment in segments:
             segment.cache.length += len(segment.ids)
@@ -136,7 +117,7 @@ class Decoder:
         number: int,
         layer: Layer,
         hidden: torch.Tensor,
-        segments: Sequence[Segment],
+        attentions: Sequence[Attention],
         rotation: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         shape = self.architecture
@@ -146,14 +127,10 @@ class Decoder:
         rotated.copy_(self._rotate(rotated, *rotation))
         queries = projected[:, : shape.heads]
         kept = projected[:, shape.heads :].view(len(hidden), 2, shape.key_value_heads, shape.head_dim)
-        kept = kept.permute(1, 2, 0, 3)
         attended, first = [], 0
-        for segment in segments:
-            last = first + len(segment.ids)
-            end = segment.cache.length + len(segment.ids)
-            held = segment.cache.store[number, :, :, :end]
-            held[:, :, segment.cache.length :] = kept[:, :, first:last]
-            attended.append(attend(queries[first:last], held[0], held[1]))
+        for attention in attentions:
+            last = first + attention.tokens
+            attended.append(attention(number, queries[first:last], kept[first:last]))
             first = last
         if first < len(hidden):
             attended.append(hidden.new_zeros(len(hidden) - first, shape.heads * shape.head_dim))
@@ -174,26 +151,8 @@ class Decoder:
         return heads * cosine + heads.roll(self.architecture.head_dim // 2, dims=-1) * sine
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads · head_dim): new tokens attend to all before them and to themselves.
-
-    `queries` is (tokens, heads, head_dim); `keys` and `values` are (key_value_heads, positions, head_dim), the
-    new tokens' own among them, at the end.
-    """
-    tokens, heads, head_dim = queries.shape
-    key_value_heads, positions, _ = keys.shape
-    if tokens == 1:
-        # Heads that share keys stand where tokens stood: no copy of the keys for each of them. The fused operator
-        # takes longer to hand one token's work to its threads than these take to do it.
-        grouped = queries.reshape(key_value_heads, heads // key_value_heads, head_dim)
-        scores = torch.bmm(grouped, keys.transpose(1, 2)).mul_(head_dim**-0.5)
-        return torch.bmm(scores.softmax(dim=-1), values).view(1, -1)
-    repeats = heads // key_value_heads
-    many = keys.repeat_interleave(repeats, dim=0)[None], values.repeat_interleave(repeats, dim=0)[None]
-    mask = None
-    if positions > tokens:
-        mask = torch.ones(tokens, positions, dtype=torch.bool, device=queries.device).tril(positions - tokens)
-    attended = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], *many, attn_mask=mask, is_causal=mask is None
-    )
-    return attended[0].transpose(0, 1).reshape(tokens, -1)
+def _each(segments: Sequence[Segment]) -> list[Attention]:
+    """Attention one by one, with room in every cache."""
+    for segment in segments:
+        segment.cache.reserve(segment.cache.length + len(segment.ids))
+    return [Alone(segment.cache, len(segment.ids)) for segment in segments]

@@ -79,7 +79,9 @@ def choose_form(architecture: Architecture, quantised: bool, dtype: str, device:
 def needed_bytes(architecture: Architecture, form: Form) -> float:
     """Memory of the weights in a form."""
     per_number = form.dtype.itemsize if form.layout is Layout.dense else _NF4_BYTES
-    rows = architecture.vocab_size * architecture.hidden * (1 if architecture.tied else 2)
+    # oneDNN multiplies by a copy in its own order, from which no embedding can be read.
+    twice = not architecture.tied or (form.dtype is torch.bfloat16 and form.device.type == "cpu")
+    rows = architecture.vocab_size * architecture.hidden * (2 if twice else 1)
     return architecture.block_numbers * per_number + rows * form.dtype.itemsize
 
 

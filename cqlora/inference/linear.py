@@ -31,10 +31,23 @@ class Dense:
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See Linear."""
         rows = len(inputs)
-        typed = inputs.to(self.weight.dtype)
-        if rows > ROW_STEP and self.weight.device.type == "cpu":
-            typed = F.pad(typed, (0, 0, 0, -rows % ROW_STEP))
+        typed = _in_steps(inputs.to(self.weight.dtype))
         return F.linear(typed, self.weight)[:rows].to(inputs.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bfloat16 matrix in oneDNN's own order: half the time of one as it is, wherever a row's numbers are the same."""
+
+    weight: torch.Tensor
+    """(out, in), of torch's mkldnn layout."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See Linear."""
+        rows = len(inputs)
+        typed = _in_steps(inputs.to(torch.bfloat16))
+        outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(typed, self.weight, None, "none", [], "")
+        return outputs[:rows].to(inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +55,23 @@ class LowRankPart:
     """What an adapter adds to a quantised matrix, which cannot be merged into it exactly; in the activations' type."""
 
     down: torch.Tensor
-    """(r, in): the A of every matrix that was joined, one below the other."""
+    """(in, r): the A of every matrix that was joined, transposed, side by side."""
     up: torch.Tensor
-    """(r, out): their scaled B, transposed, each beside zeros where the others' outputs are."""
+    """(r, out): their scaled B, transposed, each beside zeros where the others' outputs are; or (n, r / n, out / n)
+    without the zeros, where n matrices of one shape were joined."""
     row_scale: torch.Tensor | None
     """(out,): DoRA's magnitude over the norm of each merged row (2402.09353, section 4)."""
 
     def add_to(self, outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
         """The adapted layer's outputs from the quantised matrix' own."""
-        added = outputs.addmm_(F.linear(inputs, self.down), self.up)
-        return added if self.row_scale is None else added * self.row_scale
+        between = torch.mm(inputs, self.down)
+        if self.up.dim() == 2:
+            outputs.addmm_(between, self.up)
+        else:
+            parts, rank, height = self.up.shape
+            by_part = outputs.view(-1, parts, height).transpose(0, 1)
+            by_part.baddbmm_(between.view(-1, parts, rank).transpose(0, 1), self.up)
+        return outputs if self.row_scale is None else outputs * self.row_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +106,22 @@ class BitsandbytesNf4:
 
         outputs: torch.Tensor = matmul_4bit(inputs, self.packed.t(), quant_state=self.state)
         return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
+
+
+def pack_dense(linear: Linear) -> Linear:
+    """The layer in oneDNN's own order, where it is of a kind that has one here; else as it is."""
+    if not isinstance(linear, Dense) or linear.weight.device.type != "cpu" or linear.weight.dtype != torch.bfloat16:
+        return linear
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return linear
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(linear.weight, ROW_STEP))
+
+
+def _in_steps(inputs: torch.Tensor) -> torch.Tensor:
+    """(tokens, in) with as many empty rows below as make its rows a multiple of ROW_STEP; a few stay as they are."""
+    if len(inputs) <= ROW_STEP or inputs.device.type != "cpu":
+        return inputs
+    return F.pad(inputs, (0, 0, 0, -len(inputs) % ROW_STEP))
 
 
 def pack_for_kernel(packed: torch.Tensor) -> torch.Tensor:

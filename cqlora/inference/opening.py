@@ -15,7 +15,7 @@ from cqlora.inference.decoder import Decoder, Weights
 from cqlora.inference.form import Form, Layout, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
-from cqlora.inference.weights import Model, build_weights
+from cqlora.inference.weights import Model, build_weights, pack_weights
 from cqlora.weights.merge import is_tied, plan_merge
 from cqlora.weights.merge_adapter import open_adapter
 from cqlora.weights.merge_lineage import read_training
@@ -67,7 +67,7 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
         if file is not None:
             weights = keep_snapshot(weights, file)
     logger.info("%s: %s", request.model_dir, form)
-    return Decoder(architecture, weights), form
+    return Decoder(architecture, pack_weights(weights)), form
 
 
 def keep_snapshot(weights: Weights, file: Path) -> Weights:

@@ -21,7 +21,7 @@ from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
 from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
 
-_VERSION = 3
+_VERSION = 4
 _NORMS = ("attention_norm", "feed_forward_norm")
 _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 
@@ -94,8 +94,9 @@ def _restore_layer(groups: dict[str, dict[str, torch.Tensor]], number: int) -> L
 def _flatten(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     yield "embedding/weight", weights.embedding
     yield "norm/weight", weights.norm
-    if weights.head.weight is not weights.embedding:
-        yield "head/weight", weights.head.weight
+    head = tensors_of(weights.head)["weight"]
+    if head is not weights.embedding:
+        yield "head/weight", head
     for number, layer in enumerate(weights.layers):
         for norm in _NORMS:
             yield f"{number}.{norm}/weight", getattr(layer, norm)

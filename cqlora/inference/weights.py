@@ -10,7 +10,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
-from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Linear, LowRankPart, pack_for_kernel
+from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Linear, LowRankPart, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
 from cqlora.weights.merge_changes import LowRank
 from cqlora.weights.merge_plan import MergedSource
@@ -75,6 +75,21 @@ def build_weights(model: Model, architecture: Architecture, form: Form) -> Weigh
     )
 
 
+def pack_weights(weights: Weights) -> Weights:
+    """The weights with every bfloat16 matrix in oneDNN's own order; the layers of `weights` are used up."""
+    for number, layer in enumerate(weights.layers):
+        # One by one, so that no more than one of them is held twice.
+        weights.layers[number] = Layer(
+            attention_norm=layer.attention_norm,
+            query_key_value=pack_dense(layer.query_key_value),
+            attention_output=pack_dense(layer.attention_output),
+            feed_forward_norm=layer.feed_forward_norm,
+            gate_up=pack_dense(layer.gate_up),
+            down=pack_dense(layer.down),
+        )
+    return Weights(weights.embedding, weights.layers, weights.norm, pack_dense(weights.head))
+
+
 def build_layer(model: Model, prefix: str, form: Form) -> Layer:
     """One block's weights; `prefix` is its name with a dot at the end."""
 
@@ -125,9 +140,11 @@ def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: F
     if any(scale is not None for scale in scales):
         filled = [torch.ones(n) if scale is None else scale for scale, n in zip(scales, rows, strict=True)]
         row_scale = torch.cat(filled).to(form.device, form.activations)
+    alike = len(ups) > 1 and len({up.shape for up in ups}) == 1
+    up = torch.stack(ups).transpose(1, 2) if alike else torch.block_diag(*ups).T
     return LowRankPart(
-        down=torch.cat(downs).to(form.device, form.activations),
-        up=torch.block_diag(*ups).T.contiguous().to(form.device, form.activations),
+        down=torch.cat(downs).T.contiguous().to(form.device, form.activations),
+        up=up.contiguous().to(form.device, form.activations),
         row_scale=row_scale,
     )
 

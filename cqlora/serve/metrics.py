@@ -21,6 +21,9 @@ class Metrics:
         )
         self.abandoned = Counter("cqlora_abandoned", "Clients that went before their reply's end", registry=registry)
         self.prompt_tokens = Counter("cqlora_prompt_tokens", "Tokens of prompts taken in", registry=registry)
+        self.reused_tokens = Counter(
+            "cqlora_reused_tokens", "Tokens of prompts that the prefix cache held", registry=registry
+        )
         self.completion_tokens = Counter("cqlora_completion_tokens", "Tokens generated", registry=registry)
         self.first_token = Histogram(
             "cqlora_first_token_seconds", "From request to first token", buckets=_SECONDS, registry=registry

@@ -101,6 +101,8 @@ class Exchange:
         async for progress in self.job.progress():
             if not self._answer.completion_tokens:
                 self._metrics.first_token.observe(time.monotonic() - self._began)
+                assert self.job.reply is not None
+                self._metrics.reused_tokens.inc(self.job.reply.reused_tokens)
             self._metrics.completion_tokens.inc(progress.completion_tokens - self._answer.completion_tokens)
             self._answer.completion_tokens = progress.completion_tokens
             yield progress

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cqlora.base import read_base
 from cqlora.inference.architecture import read_architecture
+from cqlora.inference.cache import Shelf
 from cqlora.inference.decoder import Decoder, Segment
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.weights import Model, build_weights
@@ -89,6 +90,25 @@ def test_sequences_of_any_lengths_share_a_pass_without_seeing_each_other(tmp_pat
     rows = decoder.next_logits([Segment(cache, ids) for cache, ids in zip(caches, waiting, strict=True)])
     for row, ids in zip(rows, sequences, strict=True):
         torch.testing.assert_close(row, stock_logits(stock, ids)[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_short_sequences_on_a_shelf_are_computed_as_each_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("cqlora.inference.cache.SHELF_LENGTH", 24)
+    stock, decoder = build(tmp_path)
+    sequences = [torch.randint(0, 200, (n,)).tolist() for n in (32, 40, 13, 20)]
+    lengths = [22, 35, 3, 10]
+    caches, shelf = [decoder.new_cache() for _ in sequences], Shelf(4)
+    for cache, ids, length in zip(caches, sequences, lengths, strict=True):
+        decoder.next_logits([Segment(cache, ids[:length])])
+    for step in range(5):
+        shelf.arrange(caches)
+        assert len(shelf.caches) == (3 if step < 2 else 2), "the first outgrows it"
+        ordered = sorted(range(4), key=lambda n: shelf.caches.index(caches[n]) if caches[n] in shelf.caches else 4)
+        segments = [Segment(caches[n], [sequences[n][lengths[n] + step]]) for n in ordered]
+        rows = decoder.next_logits(segments, shelf=shelf)
+        for row, n in zip(rows, ordered, strict=True):
+            expected = stock_logits(stock, sequences[n][: lengths[n] + step + 1])[-1]
+            torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_steady_logits_are_the_same_to_the_last_bit_in_every_batch(tmp_path):

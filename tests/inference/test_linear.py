@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 
 from cqlora.inference.kernel import find_fused_nf4, fused_nf4_product
-from cqlora.inference.linear import pack_for_kernel
+from cqlora.inference.linear import Dense, Packed, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import quantise_rows
 from cqlora.weights.nf4 import Nf4Format
 
@@ -43,3 +43,19 @@ def test_the_fused_product_is_the_product(matrix, tokens):
     found = fused_nf4_product(inputs, pack_for_kernel(parts.packed), scales)
     expected = inputs.float() @ parts.dense().T
     assert (found.float() - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_packed_matrix_gives_a_row_the_same_bits_in_any_company_and_those_of_the_product(matrix):
+    packed = pack_dense(Dense(matrix.bfloat16()))
+    if not isinstance(packed, Packed):
+        pytest.skip("this processor multiplies no bfloat16 numbers")
+    inputs = torch.randn(40, COLUMNS)
+    together = packed(inputs)
+    expected = inputs.bfloat16().float() @ matrix.bfloat16().float().T
+    assert (together - expected).norm() / expected.norm() < 0.003
+    assert all(torch.equal(packed(inputs[:rows]), packed(inputs[:16])[:rows]) for rows in range(1, 17))
+
+
+def test_a_float32_matrix_stays_as_it_is(matrix):
+    dense = Dense(matrix)
+    assert pack_dense(dense) is dense

@@ -14,7 +14,7 @@ from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.kernel import find_fused_nf4
-from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4
+from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Packed
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.model.tiny import build_tiny
 from tests.inference.conftest import TEXTS, build_adapter, build_base, load_stock, peft_model
@@ -107,7 +107,7 @@ def test_matrices_whose_groups_lie_across_rows_are_quantised_as_in_training(tmp_
     base = build_tiny(shape, TEXTS, CHAT_TEMPLATE)
     folder = build_adapter(base, tmp_path / "adapter", quantized=True)
     decoder, form = open_decoder(Request(folder, base, "auto", "auto", cache=False, device=CPU))
-    assert form.layout is Layout.dense and isinstance(decoder.weights.layers[0].down, Dense)
+    assert form.layout is Layout.dense and isinstance(decoder.weights.layers[0].down, Dense | Packed)
     expected = theirs(peft_model(base, folder, quantized=True))
     torch.testing.assert_close(ours(folder, base), expected, atol=1e-4, rtol=1e-4)
 

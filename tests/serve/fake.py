@@ -19,6 +19,7 @@ from cqlora.serve.server import Server
 class FakeReply:
     prompt_ids: list[int]
     sampling: Sampling
+    reused_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
 

@@ -8,7 +8,9 @@ from tests.serve.fake import fake_config, running
 
 
 def test_sixteen_clients_of_which_a_third_hangs_up_leave_nothing_behind(tiny):
-    with running(LlamaEngine(tiny, "", use_lora=False), fake_config(slots=8, queue=32)) as run:
+    limit = 2**20
+    engine = LlamaEngine(tiny, "", use_lora=False, prefix_cache_gib=limit / 2**30)
+    with running(engine, fake_config(slots=8, queue=32)) as run:
         load = Load(max_tokens=32, hang_up=0.42, most_words=12)
         asyncio.run(put_under_load(run.url, load, clients=16, seconds=3, process=None))
         assert load.errors == []
@@ -20,3 +22,4 @@ def test_sixteen_clients_of_which_a_third_hangs_up_leave_nothing_behind(tiny):
         requests = {name: value for name, value in metrics.items() if name.startswith("cqlora_requests_total")}
         assert not [name for name in requests if 'status="5' in name or 'status="429"' in name]
         assert run.scheduler._batch.free_slots == 8
+        assert limit / 2 < engine._prefixes.nbytes <= limit

@@ -5,6 +5,7 @@ import asyncio
 import openai
 import pytest
 
+from benchmarks.serve_load import read_metrics
 from cqlora.engine import LlamaEngine
 from tests.serve.fake import fake_config, running
 
@@ -110,3 +111,17 @@ def test_control_tokens_in_a_message_change_no_role(client, served, engine, monk
     # A start and an end for each message that was sent, a start for the reply; none in a text.
     assert (starts, ends) == ([3, 5, 0], [2, 4, 0])
     assert reply.usage.prompt_tokens == len(admitted[0])
+
+
+def test_a_conversation_goes_on_from_what_was_read_before_with_the_same_replies(tiny, engine):
+    turns = [{"role": "user", "content": "The model answers over HTTP."}]
+    reusing = LlamaEngine(tiny, "", use_lora=False, prefix_cache_gib=0.1)
+    with running(reusing, fake_config(max_tokens=64)) as run, openai.OpenAI(
+        base_url=run.url + "/v1", api_key="none", max_retries=0
+    ) as client:  # fmt: skip
+        for _ in range(3):
+            said = client.chat.completions.create(**ASKED | {"messages": turns}).choices[0].message.content
+            assert said == engine.generate(turns, max_new_tokens=12, temperature=0.0)
+            turns += [{"role": "assistant", "content": said}, {"role": "user", "content": "And 模型?"}]
+        reused = asyncio.run(read_metrics(run.url))["cqlora_reused_tokens_total"]
+    assert reused >= len(engine.encode_messages(turns[:1])) + len(engine.encode_messages(turns[:3])) - 32
