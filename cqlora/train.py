@@ -108,7 +108,7 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, output_dir: Path
     if config.lora.method is AdapterMethod.pissa:
         state, rank_factor = convert_to_lora(model, state, output_dir), 2
     if trainer.worker.is_main:
-        save_adapter(model, output_dir / "adapter", base, state, rank_factor)
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name)
     trainer.worker.wait()
 
 

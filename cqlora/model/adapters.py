@@ -126,12 +126,13 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor], rank_factor: int = 1
+    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor], rank_factor: int = 1, stage: str = ""
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
     `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
-    which PiSSA's conversion doubles at the same scaling.
+    which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
+    `sft` the chat template that it was trained in.
     """
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -141,7 +142,7 @@ def save_adapter(
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     config.save_pretrained(staging)
     save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_card(staging, base, describe_training(model, rank_factor))
+    write_card(staging, base, describe_training(model, rank_factor) | ({"stage": stage} if stage else {}))
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)

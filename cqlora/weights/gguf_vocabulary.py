@@ -13,8 +13,8 @@ from cqlora.weights.gguf_tokenizer import CONTROL, USER_DEFINED, split_rules
 NORMAL, UNUSED = 1, 5
 
 
-def add_vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Give a GGUF writer a folder's tokenizer, special tokens and chat template.
+def add_vocabulary(writer: Any, folder: Path, config: dict[str, Any], template: str = "") -> None:
+    """Give a GGUF writer a folder's tokenizer, special tokens and chat template, or another template.
 
     Raises:
         ModelError: a tokenizer that is no LLaMA's, or that splits text by a rule llama.cpp has no known name for.
@@ -32,7 +32,7 @@ def add_vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
         if token_id is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id[0] if isinstance(token_id, list) else token_id)
     writer.add_add_bos_token(begins_with(folder, config.get("bos_token_id")))
-    template = read_template(folder, files.settings)
+    template = template or read_template(folder, files.settings)
     if template:
         writer.add_chat_template(template)
 

@@ -24,8 +24,12 @@ _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 _GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
 
 
-def write_gguf(file: Path, source: TensorSource, config: dict[str, Any], tokenizer: Path, kind: GgufType) -> None:
+def write_gguf(
+    file: Path, source: TensorSource, config: dict[str, Any], tokenizer: Path, kind: GgufType, template: str = ""
+) -> None:
     """Write `source` with the shape that `config` (config.json) says and the tokenizer of a model folder.
+
+    `template` is the chat template where it is not that folder's own.
 
     Raises:
         ModelError: a tensor, a tokenizer or a rotary scaling that llama.cpp's LLaMA does not have, or numbers
@@ -38,7 +42,7 @@ def write_gguf(file: Path, source: TensorSource, config: dict[str, Any], tokeniz
     writer = GGUFWriter(None, "llama")
     writer.add_name(file.name.removesuffix(f".{kind.value}.gguf"))
     add_shape(writer, config, kind)
-    add_vocabulary(writer, tokenizer, config)
+    add_vocabulary(writer, tokenizer, config, template)
     tensors = {gguf_name(name): spec for name, spec in source.specs.items() if not name.endswith(DERIVED)}
     factors = rope_factors(config)
     if factors is not None:

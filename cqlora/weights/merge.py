@@ -1,5 +1,6 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 
 from cqlora.base import CARD, Base, fingerprint_weights, read_base, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError, ModelError
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
@@ -49,6 +51,11 @@ class Merge:
     def config(self) -> dict[str, Any]:
         """`config.json` of the merged model."""
         return self.base.config | {"tie_word_embeddings": self.source.plan.tied}
+
+    def template(self) -> str:
+        """The chat template that an adapter was instruction-tuned in, which is not the base's own; empty: none was."""
+        stages = [adapter.card.get("trained_on", {}).get("stage") for adapter in self.adapters]
+        return CHAT_TEMPLATE if "sft" in stages else ""
 
     def changed(self) -> int:
         """Matrices that an adapter changes."""
@@ -116,10 +123,12 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
             from cqlora.weights.gguf_write import write_gguf
 
             file = staging / f"{output_dir.name}.{options.gguf_type.value}.gguf"
-            write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type)
+            write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type, merge.template())
         else:
             config = write_folder(merge, staging, options)
             carry_over(merge.base.path, staging)
+            if merge.template():
+                write_template(staging, merge.template())
             card["weights_sha256"] = fingerprint_weights(staging)
             write_json(staging / "config.json", config)
         write_json(staging / CARD, card)
@@ -154,6 +163,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Put a chat template in place of the folder's own."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_json(file, settings | {"chat_template": template})
 
 
 def carry_over(base: Path, staging: Path) -> None:

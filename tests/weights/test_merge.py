@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cqlora.base import read_base
-from cqlora.choices import AdapterMethod, Device, Embeddings, MergeOnto, Precision, Quantization
+from cqlora.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder
+from cqlora.data.records import Turn
+from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.merge import MergeConfig
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
@@ -226,6 +229,31 @@ def test_tokenizer_template_generation_settings_and_added_rows_go_along(untied, 
     messages = [{"role": "user", "content": "长江"}]
     asked = AutoTokenizer.from_pretrained(output).apply_chat_template(messages, tokenize=False)
     assert "<|im_start|>user\n长江<|im_end|>" in asked
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_instruction_tuning_leaves_the_template_that_it_was_done_in_and_pretraining_the_bases_own(
+    stage, untied, tmp_path
+):
+    base = tmp_path / "base"
+    shutil.copytree(untied, base)
+    own = "{{ '<|im_start|>system\nof the base<|im_end|>\n' }}" + CHAT_TEMPLATE
+    (base / "chat_template.jinja").write_text(own)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    (adapter / "cqlora.json").write_text(json.dumps({"trained_on": {"quantization": "none", "stage": stage}}))
+    output = merge(base, [adapter], tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    messages = [{"role": "user", "content": "长江"}]
+    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ("of the base" in asked) == (stage == "pretrain")
+    if stage == "sft":
+        ids = ChatEncoder(PlainTokenizer(output)).encode_prompt([Turn("user", "长江")])
+        assert tokenizer(asked, add_special_tokens=False)["input_ids"] == ids
+    file = next(merge(base, [adapter], tmp_path / "gguf", format=ModelFormat.gguf).glob("*.gguf"))
+    from gguf import GGUFReader
+
+    template = GGUFReader(file).get_field("tokenizer.chat_template").contents()
+    assert template == (CHAT_TEMPLATE if stage == "sft" else own)
 
 
 def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_merged(untied, tmp_path):
