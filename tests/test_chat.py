@@ -177,7 +177,15 @@ def test_a_person_at_a_terminal_writes_chinese_interrupts_a_reply_and_goes_on(ba
         "PROMPT_TOOLKIT_NO_CPR": "1",
         "XDG_CACHE_HOME": str(tmp_path),
     }
-    command = [sys.executable, "-m", "cqlora.chat", f"base={base}", f"adapter={nf4_adapter}", "max_new_tokens=200"]
+    command = [
+        sys.executable,
+        "-m",
+        "cqlora.chat",
+        f"base={base}",
+        f"adapter={nf4_adapter}",
+        "max_new_tokens=200",
+        "seed=1",
+    ]
     child, terminal = pty.fork()
     if child == 0:
         os.execvpe(sys.executable, command, environment)
