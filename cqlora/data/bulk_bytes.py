@@ -19,7 +19,6 @@ _SINGLE_DIGITS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?
 
 HAN = [chr(point) for low, high in ((0x3400, 0x4DB5), (0x4E00, 0x9FA5)) for point in range(low, high + 1)]
 """Chinese characters that every version of Unicode in use holds for letters; all are three bytes of UTF-8."""
-HAN_TABLE = character_table(HAN)
 _HAN_BYTES = [*range(0x80, 0xC0), *range(0xE3, 0xEA)]
 
 
@@ -44,7 +43,7 @@ def open_byte_encoder(document: dict[str, Any], tokenizer: Tokenizer, dtype: np.
     widths = np.array(list(map(len, words)))
     spelling = Spelling(known.astype(np.int64), ids, widths[known], np.where(known, 0, widths))
     lone = lone_letters(words) if takes_letters_alike(pattern) and known[_HAN_BYTES].all() else ""
-    return build_encoder(pattern, ranks, spelling, lone[:-1], lone[-1:], HAN_TABLE, words)
+    return build_encoder(pattern, ranks, spelling, lone[:-1], lone[-1:], character_table(HAN), words)
 
 
 def takes_letters_alike(pattern: str) -> bool:

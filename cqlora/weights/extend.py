@@ -1,6 +1,5 @@
 """Add a vocabulary to a base by streaming: the embedding matrices change, all else is passed on."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ import torch
 
 from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, write_json
 from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
 from cqlora.vocab.config import VocabConfig
 from cqlora.vocab.extension import Extension, extend_tokenizer
@@ -147,14 +147,14 @@ def write_descriptions(
 ) -> None:
     """Write config.json, generation_config.json, the chat template and the card of an extended base."""
     config = config | {"vocab_size": extension.matrix_rows}
-    generation = _read_object(staging / "generation_config.json")
+    generation = read_json(staging / "generation_config.json")
     if extension.pad_token_id is not None:
         config["pad_token_id"] = generation["pad_token_id"] = extension.pad_token_id
     if extension.turn_end_id is not None:
         eos = generation.get("eos_token_id", config.get("eos_token_id"))
         known = [eos] if isinstance(eos, int) else list(eos or [])
         generation["eos_token_id"] = list(dict.fromkeys([*known, extension.turn_end_id]))
-    settings = _read_object(staging / "tokenizer_config.json")
+    settings = read_json(staging / "tokenizer_config.json")
     if "chat_template" not in settings and not (staging / "chat_template.jinja").is_file():
         settings["chat_template"] = CHAT_TEMPLATE
         write_json(staging / "tokenizer_config.json", settings)
@@ -205,8 +205,3 @@ def carry_over(folder: Path, staging: Path) -> None:
         )
         if file.is_file() and (file.name == "generation_config.json" or other) and file.suffix != ".gguf":
             shutil.copyfile(file, staging / file.name)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found

@@ -1,6 +1,5 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from cqlora.base import CARD, Base, fingerprint_weights, read_base, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
@@ -169,8 +169,7 @@ def write_template(folder: Path, template: str) -> None:
     """Put a chat template in place of the folder's own."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_json(file, settings | {"chat_template": template})
+    write_json(file, read_json(file) | {"chat_template": template})
 
 
 def carry_over(base: Path, staging: Path) -> None:
