@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cqlora.disk import sync, write_durably
 from cqlora.errors import CheckpointError
+from cqlora.system.durable import recover_folders, swap_in, sync, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +55,7 @@ class CheckpointStore:
             digests = {file.name: hash_file(file) for file in sorted(staging.iterdir())}
             write_durably(staging / MANIFEST, json.dumps(digests, indent=2).encode())
             sync(staging)
-            if folder.exists():
-                shutil.rmtree(folder)
-            staging.rename(folder)
-            sync(self.root)
+            swap_in(staging, folder)
         except OSError as error:
             raise self._not_written(step, error) from error
         self._prune()
@@ -76,6 +73,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there are checkpoints and none is whole.
         """
+        recover_folders(self.root)
         folders = self.committed()
         for folder in folders:
             damage = find_damage(folder)

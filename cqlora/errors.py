@@ -25,6 +25,10 @@ class CheckpointError(CqloraError):
     """A checkpoint that cannot be written, read or continued from."""
 
 
+class DiskError(CqloraError):
+    """A file or folder that the operating system would not read or write, or that another process is writing."""
+
+
 class TrainingError(CqloraError):
     """A run that cannot go on, such as one whose loss stays non-finite."""
 

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from cqlora.system.durable import replace_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -25,9 +27,7 @@ def rewind_metrics(folder: Path, step: int) -> None:
     Events stay, since they happened. The record is replaced whole, so a kill here loses nothing.
     """
     rows = [row for row in read_metrics(folder) if row["kind"] == "event" or row["step"] <= step]
-    staged = folder / f".{METRICS_FILE}.staging"
-    staged.write_text("".join(to_line(row) for row in rows), encoding="utf-8")
-    staged.replace(folder / METRICS_FILE)
+    replace_file(folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:

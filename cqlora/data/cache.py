@@ -1,12 +1,7 @@
 """The token cache: found by what it was made from, built once, trusted only when whole."""
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,8 +18,8 @@ from cqlora.data.records import SPLITS
 from cqlora.data.sources.location import Location, find_sources
 from cqlora.data.store import Pack, Split
 from cqlora.data.tokenizer import read_special_names
-from cqlora.disk import sync, sync_tree
 from cqlora.errors import DataError
+from cqlora.system.durable import hold, stage
 
 __all__ = ["Pack", "SourceInfo", "Split", "TokenCache", "prepare_cache"]
 
@@ -72,7 +67,7 @@ def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = Non
     folder = cache_dir / fingerprint[:32]
     manifest = read_manifest(folder)
     if manifest is None:
-        with lock(cache_dir / f"{folder.name}.lock"):
+        with hold(folder, wait=True):
             manifest = read_manifest(folder)
             if manifest is None:
                 build_folder(config, base, locations, folder, fingerprint, progress or ignore_progress)
@@ -126,24 +121,17 @@ def build_folder(
     progress: Progress,
 ) -> None:
     """Build into a staging folder and rename it when every byte is on the disk."""
-    staging = folder.with_name(f"{folder.name}.partial")
-    for leftover in (staging, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging.mkdir()
     kept_rejections = folder.with_name(f"{folder.name}.rejected.jsonl")
-    try:
-        description = build_cache(config, locations, base.path, staging, kept_rejections, progress)
-    except DataError:
-        if (staging / "rejected.jsonl").is_file():
-            (staging / "rejected.jsonl").replace(kept_rejections)
-        shutil.rmtree(staging)
-        raise
-    write_json(staging / "summary.json", description.pop("summary"))
-    description |= {"fingerprint": fingerprint, "files": file_sizes(staging)}
-    write_json(staging / MANIFEST, description)
-    sync_tree(staging)
-    staging.rename(folder)
-    sync(folder.parent)
+    with stage(folder, replace=True) as staging:
+        try:
+            description = build_cache(config, locations, base.path, staging, kept_rejections, progress)
+        except DataError:
+            if (staging / "rejected.jsonl").is_file():
+                (staging / "rejected.jsonl").replace(kept_rejections)
+            raise
+        write_json(staging / "summary.json", description.pop("summary"))
+        description |= {"fingerprint": fingerprint, "files": file_sizes(staging)}
+        write_json(staging / MANIFEST, description)
     kept_rejections.unlink(missing_ok=True)
 
 
@@ -162,17 +150,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     sizes = file_sizes(folder)
     whole = all(sizes.get(name) == size for name, size in manifest["files"].items())
     return manifest if whole else None
-
-
-@contextmanager
-def lock(file: Path) -> Iterator[None]:
-    """Hold a lock that the system releases when its holder ends, however it ends."""
-    descriptor = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def ignore_progress(part: str, done: int, total: int | None) -> None:

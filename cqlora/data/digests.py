@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
+
+from cqlora.system.durable import replace_file
 
 MEMORY = "file_hashes.json"
 
@@ -22,9 +23,7 @@ def hash_files(files: list[Path], cache_dir: Path) -> dict[Path, str]:
             new[identity] = hash_file(file)
         hashes[file] = memory.get(identity) or new[identity]
     if new:
-        staged = memory_file.with_name(f"{MEMORY}.{os.getpid()}")
-        staged.write_text(json.dumps(memory | new, indent=0))
-        staged.replace(memory_file)
+        replace_file(memory_file, json.dumps(memory | new, indent=0).encode())
     return hashes
 
 

@@ -9,7 +9,7 @@ import torch
 
 from cqlora.base import CARD, Base, fingerprint_weights, read_base
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
-from cqlora.errors import ConfigError, ModelError
+from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
 from cqlora.inference.decoder import Decoder, Weights
 from cqlora.inference.form import Form, Layout, choose_form
@@ -77,7 +77,7 @@ def keep_snapshot(weights: Weights, file: Path) -> Weights:
     """
     try:
         write_snapshot(weights, file)
-    except ModelError as error:
+    except DiskError as error:
         logger.warning("%s", error)
         return weights
     logger.info("snapshot written to %s", file)

@@ -11,14 +11,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cqlora.disk import sync
 from cqlora.errors import ModelError
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
+from cqlora.system.durable import remove_leftovers, staged_file
 from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
 
 _VERSION = 4
@@ -37,31 +36,14 @@ def write_snapshot(weights: Weights, file: Path) -> None:
     """Write the weights, whole or not at all.
 
     Raises:
-        ModelError: the disk refused.
+        DiskError: the disk refused.
     """
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(file.parent)
-        tensors = dict(_flatten(weights))
-        specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-        write_shard(partial, specs, lambda spec: [tensors[spec.name]])
-        sync(partial)
-        partial.rename(file)
-    except OSError as error:
-        raise ModelError(
-            f"the snapshot {file} cannot be written ({error}); free some space or use cache=false."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that have ended left half written."""
-    for file in folder.glob("*.*.partial"):
-        owner = file.suffixes[-2].removeprefix(".")
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            file.unlink(missing_ok=True)
+    tensors = dict(_flatten(weights))
+    specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with staged_file(file, sum(spec.nbytes for spec in specs)) as staged:
+        # Also other models' files, which nobody may ask for again.
+        remove_leftovers(file.parent)
+        write_shard(staged, specs, lambda spec: [tensors[spec.name]])
 
 
 def map_snapshot(file: Path) -> Weights:

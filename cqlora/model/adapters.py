@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model.load import find_decoder
 from cqlora.preflight import check_fingerprints
+from cqlora.system.durable import staged_folder
 
 logger = logging.getLogger(__name__)
 
@@ -134,18 +134,14 @@ def save_adapter(
     which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
     `sft` the chat template that it was trained in.
     """
-    staging = folder.with_name(f".{folder.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
-    config.save_pretrained(staging)
-    save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_card(staging, base, describe_training(model, rank_factor) | ({"stage": stage} if stage else {}))
-    if folder.exists():
-        shutil.rmtree(folder)
-    staging.rename(folder)
+    trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
+    with staged_folder(folder, replace=True) as staging:
+        config.save_pretrained(staging)
+        save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_card(staging, base, trained_on)
     logger.info("adapter written to %s", folder)
 
 

@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from cqlora.base import Base, list_weight_files
 from cqlora.errors import CheckpointError
+from cqlora.system.durable import replace_file
 
 INITIAL_FILE = "pissa_initial.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -43,9 +44,7 @@ def initialise_pissa(model: PeftModel, base: Base, run_folder: Path, iterations:
         _set_layer(layer, down, up, weight - layer.scaling["default"] * (up @ down))
     torch.set_rng_state(generator_state)
     if not stored:
-        partial = file.with_suffix(".partial")
-        save_file(initial, partial)
-        partial.rename(file)
+        replace_file(file, save(initial))
 
 
 def principal_part(

@@ -1,8 +1,6 @@
 """`model=tiny`: a small random LLaMA and a tokenizer trained on the bundled sample, so that all runs anywhere."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging as transformers_logging
 
 from cqlora.config import ModelConfig
+from cqlora.system.durable import hold, stage
 
 _CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]
 
@@ -23,8 +22,15 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
     """
     folder = Path(model.path)
     transformers_logging.disable_progress_bar()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with hold(folder, wait=True):
+        if not (folder / "config.json").is_file():
+            with stage(folder) as staging:
+                write_tiny(model, texts, chat_template, seed, staging)
+    return folder
+
+
+def write_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: int, staging: Path) -> None:
+    """Fill a folder with the tokenizer and the weights."""
     tokenizer = train_tokenizer(texts, model.vocab_size)
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(staging)
@@ -38,12 +44,6 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
         pad_token_id=tokenizer.pad_token_id,
     )
     weights.save_pretrained(staging)
-    if (folder / "config.json").is_file():
-        # Another process finished first; its folder is the same as this one.
-        shutil.rmtree(staging)
-    else:
-        staging.rename(folder)
-    return folder
 
 
 def llama_config(model: ModelConfig, **options: Any) -> LlamaConfig:

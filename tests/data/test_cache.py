@@ -305,6 +305,7 @@ from cqlora.choices import SourceKind
 from cqlora.config import *
 from cqlora.data import build, cache as caches, collect
 from cqlora.data.cache import prepare_cache
+from cqlora.system import durable
 collect._BATCH_BYTES = build._TASK_BYTES = 20_000
 file, folder, cache_dir, kill_at = sys.argv[1:]
 shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 8)
@@ -326,7 +327,7 @@ def progress(what, done, total):
     if str(len(built)) == kill_at:
         die()
 if kill_at == "rename":
-    caches.sync_tree = die
+    durable.sync_tree = die
 cache = prepare_cache(config, base, progress)
 print("built" if built else "opened", cache.folder, flush=True)
 """

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from cqlora.errors import ModelError
 from cqlora.inference.linear import tensors_of
 from cqlora.inference.opening import Request, open_decoder
+from cqlora.system.durable import staged_file
 from tests.inference.conftest import build_adapter
 
 IDS = list(range(20, 60))
@@ -89,15 +87,12 @@ def test_a_damaged_snapshot_is_told_and_a_full_disk_is_done_without(base, nf4_ad
 
 
 def test_what_an_ended_process_left_half_written_is_removed(base, nf4_adapter, tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
     folder = tmp_path / "cache" / "cqlora" / "engine"
     folder.mkdir(parents=True)
-    kept = folder / f"a.{os.getpid()}.partial"
-    for file in (kept, folder / f"a.{ended.pid}.partial"):
-        file.touch()
-    open_cached(nf4_adapter, base)
-    assert [file for file in files(tmp_path) if file.suffix == ".partial"] == [kept]
+    (folder / f".a.{'0' * 16}.partial").touch()
+    with staged_file(folder / "b") as kept:
+        open_cached(nf4_adapter, base)
+        assert [file for file in files(tmp_path) if file.suffix == ".partial"] == [kept]
 
 
 def test_a_model_that_is_not_quantised_is_not_kept_a_second_time(base, adapter, merged, tmp_path):

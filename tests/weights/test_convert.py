@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cqlora.errors import ConfigError, ModelError
+from cqlora.system.durable import staged_folder
 from cqlora.vocab.config import VocabConfig
 from cqlora.weights.convert import convert
 from cqlora.weights.meta import MetaCheckpoint, list_shards
-from cqlora.weights.staging import staged_folder
 from tests.weights.meta_reference import (
     Shape,
     forward,
@@ -198,7 +198,7 @@ def test_interrupted_conversion_leaves_nothing_that_loads(tmp_path: Path) -> Non
 
 def test_what_a_killed_conversion_left_is_started_over(tmp_path: Path) -> None:
     write_model(tmp_path / "raw", "llama")
-    left = tmp_path / ".out.partial"
+    left = tmp_path / ".out.0123456789abcdef.partial"
     left.mkdir()
     (left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     convert_here(tmp_path / "raw", tmp_path / "out")

@@ -1,0 +1,104 @@
+"""What the operating system refuses, told in one sentence: the path, the reason, what to do."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cqlora.errors import CqloraError, DiskError
+
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors and tokenizers, which are written in Rust, end what an operating system told them."""
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota of disk space is used up",
+    errno.EFBIG: "the file system or `ulimit -f` allows no file as large as that",
+    errno.EROFS: "it lies on a read-only file system; give a folder that can be written to",
+    errno.EACCES: "this user has no right to; change the rights or give another path",
+    errno.EPERM: "this user has no right to; change the rights or give another path",
+    errno.ENAMETOOLONG: "the name is too long; give a shorter one",
+    errno.ENOTDIR: "a part of the path is a file and not a folder; give another path",
+    errno.EISDIR: "it is a folder where a file is expected; give another path or move it away",
+    errno.EEXIST: "something else is there already; give another path or move it away",
+    errno.ENOTEMPTY: "something else is there already; give another path or move it away",
+    errno.ENOENT: "it does not exist; give another path or make it first",
+    errno.ELOOP: "its links lead in a circle; give another path",
+    errno.EIO: "the disk failed to read or write; look at the system's log before trusting it again",
+    errno.EBUSY: "it is in use, perhaps as a mount point; give a folder inside it",
+    errno.EXDEV: "it lies on another file system; give another path",
+    errno.ESTALE: "the file server no longer knows it; mount it again",
+    errno.EMFILE: "too many files are open; raise the limit with `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine; close other programs",
+    errno.ENOLCK: "the file system has no locks; give a folder on another one",
+    errno.ENOSYS: "the file system cannot do that; give a folder on another one",
+    errno.EOPNOTSUPP: "the file system cannot do that; give a folder on another one",
+}
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def explain_os_error(error: OSError, path: Path | None = None, needed_bytes: int = 0) -> DiskError:
+    """The error as a sentence about `path`, or where that is None about the path that it carries.
+
+    `needed_bytes` is how much was to be written, where that is known.
+    """
+    place = path or (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None)
+    subject = shorten(place) if place else "a file"
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
+    if error.errno in _OUT_OF_SPACE:
+        room = f" and {needed_bytes:,} bytes are needed" if needed_bytes else ""
+        free = f"; {free_bytes(place):,} bytes are free{room}" if place else ""
+        reason += f"{free}: make room and type the same command again"
+    return DiskError(f"{subject} could not be read or written: {reason}.")
+
+
+def find_os_error(error: BaseException) -> OSError | None:
+    """The operating system's error that `error` is or was made from; None where it has nothing to do with one."""
+    if isinstance(error, OSError):
+        return error if error.errno else None
+    told = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
+    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+
+
+@contextmanager
+def told_as_sentence(path: Path, staging: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
+    """Raise what the operating system refuses in the block as a DiskError.
+
+    It is about `path` unless the error names another; what lies in `staging`, which will be gone, is not named.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = find_os_error(error)
+        if refused is None:
+            raise
+        named = refused.filename if isinstance(refused.filename, str) else None
+        own = named is None or (staging is not None and Path(named).is_relative_to(staging))
+        raise explain_os_error(refused, path if own else None, needed_bytes) from error
+
+
+def require_space(folder: Path, needed_bytes: int, path: Path | None = None) -> None:
+    """Raise DiskError where `folder` has no room for so many bytes, before the work that they come of is done."""
+    free = free_bytes(folder)
+    if 0 <= free < needed_bytes:
+        raise explain_os_error(OSError(errno.ENOSPC, ""), path or folder, needed_bytes)
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` lies or would lie; -1 where nothing is known of it."""
+    for folder in (path, *path.absolute().parents):
+        try:
+            usage = shutil.disk_usage(folder)
+        except OSError:
+            continue
+        return usage.free if usage.total else -1
+    return -1
+
+
+def shorten(path: Path) -> str:
+    """A path as a sentence can hold it."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:90]}…{text[-90:]}"
