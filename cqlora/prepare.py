@@ -19,6 +19,7 @@ def prepare(config: RunConfig) -> None:
     from cqlora.data.examples import pick_examples, render_html
     from cqlora.data.sources import find_sources
     from cqlora.progress import StageDisplay
+    from cqlora.system.durable import replace_file
 
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
@@ -26,7 +27,7 @@ def prepare(config: RunConfig) -> None:
         cache = prepare_cache(config, base, display.show)
     examples = pick_examples(cache, Tokenizer.from_file(str(base.tokenizer_file)))
     page = cache.folder / "examples.html"
-    page.write_text(render_html(f"data={config.data.name} stage={config.stage.name}", examples), encoding="utf-8")
+    replace_file(page, render_html(f"data={config.data.name} stage={config.stage.name}", examples).encode())
 
     console = Console()
     show_sources(console, cache.summary["sources"])

@@ -77,13 +77,13 @@ def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
 
 
 def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
-    """The run's token cache, built by rank 0 where it is missing.
+    """The run's token cache, built by rank 0 where it is missing, and read whole once on each node to verify it.
 
     Raises:
         DataError: the cache holds nothing to train on.
     """
     with StageDisplay(worker.is_main) as display:
-        cache = worker.first(lambda: prepare_cache(config, base, display.show))
+        cache = worker.first(lambda: prepare_cache(config, base, display.show, verify=worker.leads_node))
     if not len(cache.splits["train"]):
         raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
     return cache

@@ -39,6 +39,11 @@ class Worker:
         """Whether this worker writes what is written once."""
         return self.rank == 0
 
+    @property
+    def leads_node(self) -> bool:
+        """Whether this worker does what is done once on each machine."""
+        return self.is_main or os.environ.get("LOCAL_RANK") == "0"
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element by element over all workers; `values` is float64 on the host."""
         if self.world_size == 1:

@@ -1,7 +1,8 @@
-"""The token cache: found by what it was made from, built once, trusted only when whole."""
+"""The token cache: found by what it was made from, built once, trusted only when every byte is as it was written."""
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,17 +14,21 @@ from cqlora.base import Base, fingerprint_tokenizer, write_json
 from cqlora.config import RunConfig
 from cqlora.data.build import Progress, build_cache
 from cqlora.data.chat import TEMPLATE_VERSION
-from cqlora.data.digests import hash_files
+from cqlora.data.digests import digest_files, hash_files
 from cqlora.data.records import SPLITS
 from cqlora.data.sources.location import Location, find_sources
 from cqlora.data.store import Pack, Split
 from cqlora.data.tokenizer import read_special_names
 from cqlora.errors import DataError
-from cqlora.system.durable import hold, stage
+from cqlora.system.durable import hold, make_folder, stage, write_durably
+from cqlora.system.refusals import told_as_sentence
+from cqlora.system.sealed import read_sealed, seal_document
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Pack", "SourceInfo", "Split", "TokenCache", "prepare_cache"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Counts up whenever the same choices would give other bytes."""
 
 MANIFEST = "cache.json"
@@ -41,7 +46,10 @@ class SourceInfo:
 class TokenCache:
     """A whole cache, open for reading."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
+        """Open a folder in which `find_damage` found none."""
+        manifest = read_sealed(folder / MANIFEST)
+        assert manifest is not None, "it has just been read, or written"
         self.folder = folder
         self.fingerprint: str = manifest["fingerprint"]
         self.sources = [SourceInfo(**source) for source in manifest["sources"]]
@@ -53,27 +61,34 @@ class TokenCache:
         }
 
 
-def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = None) -> TokenCache:
-    """Open the cache of these choices, building it first where there is none that is whole.
+def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = None, verify: bool = True) -> TokenCache:
+    """Open the cache of these choices, building it first where there is none that is as it was written.
+
+    Args:
+        config: the run's configuration.
+        base: the model whose tokenizer makes the tokens.
+        progress: told of what is being done.
+        verify: read every byte of it and compare, rather than sizes alone.
 
     Raises:
         DataError: a source is missing or cannot be read, or nothing is left to train on.
         ModelError: the base's tokenizer cannot encode what the stage asks for.
+        DiskError: the cache cannot be written.
     """
-    cache_dir = Path(config.data.cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir, progress = Path(config.data.cache_dir), progress or ignore_progress
     locations = find_sources(config.data, config.stage.name)
-    fingerprint = fingerprint_choices(config, base, locations, cache_dir)
-    folder = cache_dir / fingerprint[:32]
-    manifest = read_manifest(folder)
-    if manifest is None:
-        with hold(folder, wait=True):
-            manifest = read_manifest(folder)
-            if manifest is None:
-                build_folder(config, base, locations, folder, fingerprint, progress or ignore_progress)
-                manifest = read_manifest(folder)
-                assert manifest is not None, "a cache just built is whole"
-    return TokenCache(folder, manifest)
+    with told_as_sentence(cache_dir):
+        make_folder(cache_dir)
+        fingerprint = fingerprint_choices(config, base, locations, cache_dir)
+        folder = cache_dir / fingerprint[:32]
+        if find_damage(folder, verify, progress):
+            with hold(folder, wait=True):
+                damage = find_damage(folder, verify, progress)
+                if damage and folder.exists():
+                    logger.warning("the token cache %s is damaged (%s) and is built anew", folder, damage)
+                if damage:
+                    build_folder(config, base, locations, folder, fingerprint, progress)
+        return TokenCache(folder)
 
 
 def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Location], cache_dir: Path) -> str:
@@ -130,26 +145,42 @@ def build_folder(
                 (staging / "rejected.jsonl").replace(kept_rejections)
             raise
         write_json(staging / "summary.json", description.pop("summary"))
-        description |= {"fingerprint": fingerprint, "files": file_sizes(staging)}
-        write_json(staging / MANIFEST, description)
+        digests = digest_files(list_files(staging))
+        description |= {
+            "fingerprint": fingerprint,
+            "files": {
+                file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+                for file, digest in digests.items()
+            },
+        }
+        write_durably(staging / MANIFEST, seal_document(description))
     kept_rejections.unlink(missing_ok=True)
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file under `folder`, by relative path."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+def list_files(folder: Path) -> list[Path]:
+    """Every file under `folder`."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The cache's description, or None unless every file is there at its full size."""
-    file = folder / MANIFEST
-    if not file.is_file():
-        return None
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    sizes = file_sizes(folder)
-    whole = all(sizes.get(name) == size for name, size in manifest["files"].items())
-    return manifest if whole else None
+def find_damage(folder: Path, verify: bool, progress: Progress) -> str:
+    """What is wrong with the cache in `folder`, in a few words; empty where it is as it was written.
+
+    Sizes are always compared; with `verify` every byte is read.
+    """
+    manifest = read_sealed(folder / MANIFEST)
+    if manifest is None:
+        return f"{MANIFEST} is missing or not as it was written"
+    files = {folder / name: entry for name, entry in manifest["files"].items()}
+    for file, entry in files.items():
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return f"{file.relative_to(folder)} is missing or cut short"
+    if verify:
+        total = sum(entry["bytes"] for entry in files.values())
+        digests = digest_files(files, lambda done: progress("checking", done, total))
+        for file, entry in files.items():
+            if digests[file] != entry["sha256"]:
+                return f"{file.relative_to(folder)} is not as it was written"
+    return ""
 
 
 def ignore_progress(part: str, done: int, total: int | None) -> None:

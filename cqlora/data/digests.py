@@ -1,18 +1,28 @@
-"""Content hashes of files, remembered so that a second start reads no file again."""
+"""Content hashes of sources, remembered so that a second start reads none again, and of a cache's own files."""
 
 import hashlib
-import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cqlora.errors import DiskError
 from cqlora.system.durable import replace_file
+from cqlora.system.sealed import read_sealed, seal_document
+
+logger = logging.getLogger(__name__)
 
 MEMORY = "file_hashes.json"
+
+BLOCK_BYTES = 32 << 20
+_READ_BYTES = 1 << 20
 
 
 def hash_files(files: list[Path], cache_dir: Path) -> dict[Path, str]:
     """sha256 of each file; one whose size, times and inode are known from before is not read."""
     memory_file = cache_dir / MEMORY
-    memory: dict[str, str] = json.loads(memory_file.read_text()) if memory_file.is_file() else {}
+    memory: dict[str, str] = read_sealed(memory_file) or {}
     hashes: dict[Path, str] = {}
     new: dict[str, str] = {}
     for file in files:
@@ -23,11 +33,50 @@ def hash_files(files: list[Path], cache_dir: Path) -> dict[Path, str]:
             new[identity] = hash_file(file)
         hashes[file] = memory.get(identity) or new[identity]
     if new:
-        replace_file(memory_file, json.dumps(memory | new, indent=0).encode())
+        remember(memory_file, memory | new)
     return hashes
+
+
+def remember(memory_file: Path, memory: dict[str, str]) -> None:
+    """Keep hashes for the next start, where the folder can be written to."""
+    try:
+        replace_file(memory_file, seal_document(memory))
+    except DiskError as error:
+        logger.warning("the sources will be read for their hashes again at the next start: %s", error)
 
 
 def hash_file(file: Path) -> str:
     """sha256 of the file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_files(files: Iterable[Path], tick: Callable[[int], None] = lambda done: None) -> dict[Path, str]:
+    """A digest of each file: sha256 over the sha256 of its blocks of BLOCK_BYTES, computed on all cores.
+
+    One core does about 1.5 GB/s (0.4 without the processor's instructions for it), so that a few do what a disk
+    reads. `tick` is told the bytes done so far.
+    """
+    sizes = {file: file.stat().st_size for file in files}
+    blocks = [(file, start) for file, size in sizes.items() for start in range(0, size, BLOCK_BYTES)]
+    joined = {file: hashlib.sha256() for file in sizes}
+    done = 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        for (file, start), digest in zip(blocks, pool.map(_digest_block, blocks), strict=True):
+            joined[file].update(digest)
+            done += min(BLOCK_BYTES, sizes[file] - start)
+            tick(done)
+    return {file: digest.hexdigest() for file, digest in joined.items()}
+
+
+def _digest_block(block: tuple[Path, int]) -> bytes:
+    # Read and not mapped: where the disk fails, a mapped page ends the process instead of raising.
+    file, start = block
+    digest, left = hashlib.sha256(), BLOCK_BYTES
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while left and (count := stream.readinto(buffer[: min(left, _READ_BYTES)])):
+            digest.update(buffer[:count])
+            left -= count
+    return digest.digest()

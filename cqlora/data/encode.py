@@ -1,5 +1,6 @@
 """Records to pieces of at most `sequence_length` tokens, with their label masks and the text they cover."""
 
+import hashlib
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from cqlora.data.language import han_characters
 from cqlora.data.pieces import EncodedBatch, Pieces, join_batches
 from cqlora.data.records import Conversation, Document, Record, load_record, text_of
 from cqlora.data.tokenizer import PlainTokenizer
+from cqlora.errors import DataError
 
 MEASURED_CHARACTERS = 4096
 
@@ -77,16 +79,17 @@ class SharedEncoder:
     Reading it takes a fraction of the time in which an encoder is built from the base's folder.
     """
 
-    def __init__(self, encoder: RecordEncoder, file: Path) -> None:
+    def __init__(self, encoder: RecordEncoder, file: Path, sha256: str = "") -> None:
         self.encoder = encoder
         self._file = file
+        self._sha256 = sha256
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if not self._file.exists():
-            staged = self._file.with_suffix(".partial")
-            staged.write_bytes(pickle.dumps((self.encoder.settings, self.encoder.tokenizer)))
-            staged.rename(self._file)
-        return read_encoder, (self._file,)
+        if not self._sha256:
+            content = pickle.dumps((self.encoder.settings, self.encoder.tokenizer))
+            self._file.write_bytes(content)
+            self._sha256 = hashlib.sha256(content).hexdigest()
+        return read_encoder, (self._file, self._sha256)
 
     def close(self) -> None:
         """Remove the file."""
@@ -94,9 +97,16 @@ class SharedEncoder:
 
 
 @lru_cache(maxsize=1)
-def read_encoder(file: Path) -> SharedEncoder:
-    """The encoder that another process wrote; one is held."""
-    return SharedEncoder(RecordEncoder(*pickle.loads(file.read_bytes())), file)
+def read_encoder(file: Path, sha256: str) -> SharedEncoder:
+    """The encoder that the process which started this one wrote; one is held.
+
+    Raises:
+        DataError: the file holds something else, which is not unpickled: others may write where a cache lies.
+    """
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{file} was changed while the token cache was being built; type the same command again.")
+    return SharedEncoder(RecordEncoder(*pickle.loads(content)), file, sha256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
+import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,13 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cqlora.base import Base
 from cqlora.choices import SourceKind
 from cqlora.config import RunConfig, SourceConfig
-from cqlora.data import build, cache, collect, store, workers
+from cqlora.data import build, cache, collect, digests, store, workers
 from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.encode import EncodeSettings, RecordEncoder, SharedEncoder, read_encoder
 from cqlora.errors import DataError
+from cqlora.worker import Worker
 from tests.data.conftest import MakeConfig, sample_texts, write_jsonl
 
 SAMPLE = {
@@ -297,6 +303,90 @@ def test_a_damaged_cache_is_not_trusted(byte_base: Base, make_config: MakeConfig
     assert digest(prepare_cache(config, byte_base).folder) == before
 
 
+def flip(file: Path, place: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1 << int(place * 7)
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_of_a_cache_is_found_and_the_cache_built_anew(
+    byte_base: Base, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+):
+    config = make_config(SAMPLE, val_fraction=0.1)
+    folder = prepare_cache(config, byte_base).folder
+    before, manifest = digest(folder), (folder / "cache.json").read_bytes()
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file() and file.stat().st_size]
+    assert {"cache.json", "summary.json", "train/tokens-00000.bin", "val/pack_offsets.bin"} <= set(map(str, names))
+    places = random.Random(5)
+    for name in names:
+        flip(folder / name, places.random())
+        with caplog.at_level(logging.WARNING):
+            assert prepare_cache(config, byte_base).folder == folder
+        assert f"{name} is" in caplog.text and caplog.text.count("built anew") == 1
+        assert digest(folder) == before and (folder / "cache.json").read_bytes() == manifest
+        caplog.clear()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"files": 3}', b"[" * 100_000])
+def test_a_manifest_or_a_memory_of_hashes_that_says_anything_else_is_made_anew(
+    content: bytes, byte_base: Base, make_config: MakeConfig
+):
+    config = make_config(SAMPLE)
+    made = prepare_cache(config, byte_base)
+    before = digest(made.folder)
+    (made.folder / "cache.json").write_bytes(content)
+    (made.folder.parent / "file_hashes.json").write_bytes(content)
+    again = prepare_cache(config, byte_base)
+    assert again.folder == made.folder and digest(again.folder) == before
+
+
+def test_a_damaged_memory_of_hashes_gives_no_other_fingerprint(byte_base: Base, make_config: MakeConfig):
+    config = make_config(SAMPLE)
+    first = prepare_cache(config, byte_base)
+    memory = first.folder.parent / "file_hashes.json"
+    content = memory.read_text()
+    digit = re.search(r'": "([0-9a-f])', content)
+    assert digit is not None
+    memory.write_text(content[: digit.start(1)] + f"{int(digit[1], 16) ^ 1:x}" + content[digit.end(1) :])
+    assert prepare_cache(config, byte_base).fingerprint == first.fingerprint
+
+
+def test_a_digest_is_of_every_block_of_a_file_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(digests, "BLOCK_BYTES", 1000)
+    contents = [b"", b"x" * 1000, random.Random(1).randbytes(4321)]
+    files = [tmp_path / str(number) for number in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    told: list[int] = []
+    found = digests.digest_files(files, told.append)
+    for file, content in zip(files, contents, strict=True):
+        blocks = [content[start : start + 1000] for start in range(0, len(content), 1000)]
+        joined = b"".join(hashlib.sha256(block).digest() for block in blocks)
+        assert found[file] == hashlib.sha256(joined).hexdigest()
+    assert told[-1] == 5321 and told == sorted(told)
+
+
+def test_only_the_first_worker_of_a_node_reads_the_whole_cache(monkeypatch: pytest.MonkeyPatch):
+    device = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert Worker(0, 1, device).leads_node and not Worker(1, 2, device).leads_node
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert Worker(4, 8, device).leads_node
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert not Worker(3, 8, device).leads_node
+
+
+def test_an_encoder_that_somebody_else_has_put_into_the_cache_folder_is_not_unpickled(tmp_path: Path, byte_base: Base):
+    settings = EncodeSettings(folder=str(byte_base.path), sequence_length=64, all_tokens=True)
+    shared = SharedEncoder(RecordEncoder(settings), tmp_path / "encoder.pickle")
+    sent = pickle.dumps(shared)
+    assert pickle.loads(sent).encoder.settings == settings
+    read_encoder.cache_clear()
+    (tmp_path / "encoder.pickle").write_bytes(b"cos\nsystem\n(S'touch planted'\ntR.")
+    with pytest.raises(DataError, match="was changed"):
+        pickle.loads(sent)
+
+
 PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
@@ -322,6 +412,8 @@ built = []
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 def progress(what, done, total):
+    if what == "checking":
+        return
     built.append(what)
     print(what, done, flush=True)
     if str(len(built)) == kill_at:
