@@ -1,0 +1,106 @@
+"""Two processes that write one output folder: it ends whole and of one of them, and the other is told.
+
+`CQLORA_PAIRS` sets how many pairs of each verb are tried (3).
+"""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from cqlora.choices import MergeOnto
+from cqlora.errors import CqloraError
+from cqlora.merge import MergeConfig
+from cqlora.vocab.config import VocabConfig, VocabKind
+from cqlora.weights import shards
+from cqlora.weights.extend import extend
+from cqlora.weights.merge import plan_merge, write_merge
+from tests.weights.adapters import write_adapter, write_tiny_base
+
+PAIRS = int(os.environ.get("CQLORA_PAIRS", "3"))
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.weights.test_two_writers"])
+
+
+def merge_one(base: Path, given: Path, output: Path) -> None:
+    config = MergeConfig(base=str(base), adapter=[str(given)], output_dir=str(output), max_shard_size="100KB")
+    plan = plan_merge(base, [given], MergeOnto["16bit"], True, config.precision)
+    write_merge(plan, output, config)
+
+
+def extend_one(base: Path, given: Path, output: Path) -> None:
+    corpus = str(given / "corpus.txt")
+    extend(base, output, VocabConfig(kind=VocabKind.bpe, size=6, corpus=[corpus], min_frequency=1), 10**9, copy=True)
+
+
+VERBS = {"merge": merge_one, "extend": extend_one}
+
+
+def write(verb: str, base: Path, given: Path, output: Path, gate: Barrier, log: Path) -> None:
+    os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 2)
+    shards.READ_BYTES = 600
+    gate.wait(60)
+    try:
+        VERBS[verb](base, given, output)
+    except CqloraError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def digest(folder: Path) -> str:
+    told = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        told.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return told.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_base(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory) -> list[Path]:
+    """Two of them, each with a text for `extend` to learn from beside it."""
+    folder = tmp_path_factory.mktemp("given")
+    made = [write_adapter(base, folder / str(seed), seed=seed) for seed in (1, 2)]
+    for adapter, words in zip(made, ("山高水长", "风花雪月"), strict=True):
+        (adapter / "corpus.txt").write_text("\n\n".join([words * 20] * 20))
+    return made
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_folder_is_whole_and_of_one_of_two_writers_and_the_other_is_told(
+    verb, base, adapters, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "READ_BYTES", 600)
+    alone = []
+    for number, given in enumerate(adapters):
+        # One name for all, since a folder may say what it is called.
+        VERBS[verb](base, given, tmp_path / f"alone{number}" / "out")
+        alone.append(digest(tmp_path / f"alone{number}" / "out"))
+    assert alone[0] != alone[1]
+    for pair in range(PAIRS):
+        parent, gate = tmp_path / f"pair{pair}", _context.Barrier(2)
+        parent.mkdir()
+        logs = [tmp_path / f"pair{pair}-{number}.txt" for number in range(2)]
+        children = [
+            _context.Process(target=write, args=(verb, base, given, parent / "out", gate, log))
+            for given, log in zip(adapters, logs, strict=True)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        codes, told = [child.exitcode for child in children], [log.read_text() for log in logs]
+        assert sorted(codes) == [0, 1], told
+        assert digest(parent / "out") == alone[codes.index(0)], "the folder is not the one that its writer makes"
+        loser = told[codes.index(1)]
+        assert loser.startswith("error: ") and loser.count("\n") == 1
+        assert "another process is writing" in loser or "already there" in loser
+        assert [path.name for path in parent.iterdir()] == ["out"]
