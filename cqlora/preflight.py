@@ -5,11 +5,12 @@ import subprocess
 from pathlib import Path
 from shutil import which
 
-from cqlora.base import Base, read_base, read_card
+from cqlora.base import Base, read_base, read_card, verify_adapter
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.system.fingerprints import VERSION
 
 
 def check_run(config: RunConfig) -> None:
@@ -106,16 +107,23 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:
-    """Raise ModelError when an adapter's card names another tokenizer or base than the one at hand."""
+    """Raise ModelError when an adapter was damaged, or its card names another tokenizer or base than these."""
+    verify_adapter(adapter)
     card = read_card(adapter)
     for key, actual, what in (
         ("tokenizer_sha256", tokenizer_sha256, "tokenizer"),
         ("base_sha256", base_sha256, "base"),
     ):
-        if key in card and card[key] != actual:
+        stated = str(card.get(key, actual))
+        if not stated.startswith(VERSION):
+            raise ModelError(
+                f"adapter {adapter} names its {what} by samples of its bytes, as an older cqlora did, which cannot be "
+                f"checked; if its base is surely this one, remove {key} and card_sha256 from its cqlora.json."
+            )
+        if stated != actual:
             raise ModelError(
                 f"adapter {adapter} was trained on another {what} ({card.get('base', 'unknown')}, {what} "
-                f"{card[key][:12]}, here {actual[:12]}); give the base that it was trained on."
+                f"{stated[:15]}, here {actual[:15]}); give the base that it was trained on."
             )
 
 

@@ -62,7 +62,7 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
 
     trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
     seed_everything(config.seed, worker.rank)
-    trainer.resume(identify(config, base, cache, trainer.total_steps))
+    trainer.resume(worker.first(lambda: identify(config, base, cache, trainer.total_steps)))
     trainer.fit()
     save_final(config, trainer, base, output_dir)
 

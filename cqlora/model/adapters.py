@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, write_json
+from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_card, seal_card
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
@@ -196,4 +196,4 @@ def write_card(folder: Path, base: Base, trained_on: dict[str, Any]) -> None:
         "trained_on": trained_on,
     }
     merged = read_card(base.path).get("merged")
-    write_json(folder / CARD, card | ({"base_merged": merged} if merged else {}))
+    seal_card(folder, card | ({"base_merged": merged} if merged else {}))
