@@ -102,7 +102,7 @@ def read_token_ids(tokenizer_file: Path) -> dict[str, int]:
         ModelError: the file is damaged or holds something else.
     """
     document = read_object(tokenizer_file)
-    vocab = take(take(document, "model", tokenizer_file, dict), "vocab", tokenizer_file, (dict, list))
+    vocab = take(take(document, "model", tokenizer_file, dict, {}), "vocab", tokenizer_file, (dict, list), {})
     if isinstance(vocab, list):
         pieces = [piece[0] if isinstance(piece, list) and piece else None for piece in vocab]
         ids = {piece: number for number, piece in enumerate(pieces) if isinstance(piece, str)}

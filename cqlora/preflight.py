@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from shutil import which
 
+from cqlora.architectures import Part, require_known
 from cqlora.base import Base, read_base, read_card, verify_adapter
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
 from cqlora.cluster import find_place
@@ -18,7 +19,8 @@ def check_run(config: RunConfig) -> None:
 
     Raises:
         ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
-        ModelError: the base's folder or the adapter to continue from is missing or unfit.
+        ModelError: the base's folder or the adapter to continue from is missing or unfit, or the base is of a kind
+            that cqlora does not train.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run.
     """
@@ -28,6 +30,8 @@ def check_run(config: RunConfig) -> None:
     check_device_support(config)
     unbuilt = config.model.random_init and not Path(config.model.path).exists()
     base = None if unbuilt else read_base(config.model.path)
+    if base is not None:
+        require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     settle_embeddings(config, base)
     settle_memory(config, base.added_rows if base else 0)
     if config.stage.init_adapter:

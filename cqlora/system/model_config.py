@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.errors import ModelError
-from cqlora.system.documents import take, take_number
+from cqlora.system.documents import shorten, take, take_number
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SIZES = {
@@ -24,7 +24,9 @@ def check_config(config: dict[str, Any], file: Path) -> None:
     Raises:
         ModelError: see above.
     """
-    take(config, "model_type", file, str)
+    kind = take(config, "model_type", file, str)
+    if "text_config" in config or "vision_config" in config:
+        raise ModelError(f"{file} is of a {shorten(kind)} model, which is multi-modal; give a model of text alone.")
     for key, high in _SIZES.items():
         take_number(config, key, file, 1, high)
     for key, high in _OPTIONAL_SIZES.items():
@@ -131,6 +133,8 @@ def _check_heads(config: dict[str, Any], file: Path) -> None:
         raise ModelError(
             f"{file} has num_attention_heads={heads}, which is no multiple of num_key_value_heads={keys}; correct it."
         )
+    if config["model_type"] != "llama":
+        return
     if not config.get("head_dim") and hidden % heads:
         raise ModelError(
             f"{file} has hidden_size={hidden}, which is no multiple of num_attention_heads={heads}; fetch it again."
