@@ -150,7 +150,7 @@ def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, told)
     ids=str,
 )  # fmt: skip
 def test_engine_and_gguf_take_plain_llama_only(part, config):
-    with pytest.raises(ModelError, match="llama only|layers without bias only|silu only"):
+    with pytest.raises(ModelError, match=r"llama only|layers without bias only|silu only"):
         require_known(part, config, Path("models/mine"))
     require_known(part, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}, Path("models/mine"))
 
