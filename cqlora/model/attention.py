@@ -124,28 +124,11 @@ def attend_by_document(
                 "**document_kwargs(position_ids, device) to the model."
             )
         output: tuple[Tensor, None] = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            sliding_window=sliding_window,
-            **kwargs,
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
     batch, heads, length, width = query.shape
-    if sum(document_lengths) != batch * length:
-        raise ModelError(
-            f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
-            f"{length} tokens; build document_kwargs from this batch."
-        )
-    if sliding_window is not None and max(document_lengths) > sliding_window:
-        raise ModelError(
-            f"a document of {max(document_lengths)} tokens is longer than the layer's window of {sliding_window}; cut "
-            f"documents with stage.sequence_length={sliding_window}."
-        )
+    _check_lengths(document_lengths, batch, length, sliding_window)
     runs = [(size, len(list(group))) for size, group in groupby(document_lengths)]
     tokens = [size * count for size, count in runs]
     # The backward pass of a split is one concatenation; slices would each fill a whole gradient with zeros.
@@ -156,6 +139,20 @@ def attend_by_document(
     ]
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return packed.view(batch, length, heads, width), None
+
+
+def _check_lengths(document_lengths: list[int], batch: int, length: int, sliding_window: int | None) -> None:
+    """Raise ModelError where documents do not fill the batch, or one is longer than the layer's window."""
+    if sum(document_lengths) != batch * length:
+        raise ModelError(
+            f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
+            f"{length} tokens; build document_kwargs from this batch."
+        )
+    if sliding_window is not None and max(document_lengths) > sliding_window:
+        raise ModelError(
+            f"a document of {max(document_lengths)} tokens is longer than the layer's window of {sliding_window}; cut "
+            f"documents with stage.sequence_length={sliding_window}."
+        )
 
 
 def _attend_within(
