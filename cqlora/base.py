@@ -1,15 +1,22 @@
 """What a base model's folder says of itself, read without torch: shape, tokenizer, added rows, fingerprints."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cqlora.errors import ModelError
+from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number
+from cqlora.system.fingerprints import VERSION, combine, hash_document, hash_tensors, hash_whole
+from cqlora.system.model_config import check_config, check_tensors
+from cqlora.system.tensor_files import list_tensor_files, read_tensors
 
 CARD = "cqlora.json"
 """Beside a base that cqlora wrote: which rows were added. Beside an adapter: what it was trained on."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_SEAL = "card_sha256"
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ADAPTER_DIGESTS = {"adapter_sha256": ADAPTER_WEIGHTS, "adapter_config_sha256": ADAPTER_CONFIG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +44,11 @@ class Base:
 
 
 def read_base(path: str | Path) -> Base:
-    """Read a base folder's own description.
+    """Read a base folder's own description, and check that configuration, tensors and tokenizer are of one model.
 
     Raises:
-        ModelError: the folder, its config.json, its weights or its tokenizer.json is missing.
+        ModelError: the folder, its config.json, its weights or its tokenizer.json is missing, damaged, or does not
+            belong to the others.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -53,27 +61,87 @@ def read_base(path: str | Path) -> Base:
                 f"{folder} has no {file.name}, so it holds no Hugging Face {what}; give the folder of a "
                 "converted model (`cqlora convert`)."
             )
-    if not list_weight_files(folder):
+    config = read_object(config_file)
+    check_config(config, config_file)
+    check_tensors(config, {name: tensor.shape for name, tensor in read_tensors(folder).items()}, folder)
+    check_token_ids(tokenizer_file, config["vocab_size"])
+    first, added = read_added_rows(folder, config["vocab_size"])
+    return Base(folder, config, tokenizer_file, first, added)
+
+
+def read_added_rows(folder: Path, rows: int) -> tuple[int | None, int]:
+    """First row that an extension added and how many tokens use, as the folder's card says; None and 0 without one.
+
+    Raises:
+        ModelError: the card is damaged, or names rows that the embedding does not have.
+    """
+    card, file = read_card(folder), folder / CARD
+    added = take_number(card, "added_rows", file, 0, rows, default=0)
+    first = take_number(card, "first_added_row", file, 0, rows - added, default=None)
+    return first, added if first is not None else 0
+
+
+def check_token_ids(tokenizer_file: Path, rows: int) -> None:
+    """Refuse a tokenizer with an id beyond the embedding's rows, which would end whatever meets it.
+
+    Raises:
+        ModelError: such an id, or a file that is no tokenizer.
+    """
+    token, token_id = max(read_token_ids(tokenizer_file).items(), key=lambda item: item[1], default=("", -1))
+    if token_id >= rows:
         raise ModelError(
-            f"{folder} has no *.safetensors, so it holds no weights; give the folder of a converted model."
+            f"{tokenizer_file} gives {shorten(token)} the id {token_id:,} and the model has {rows:,} rows for tokens; "
+            "give the tokenizer that belongs to the weights."
         )
-    card = read_card(folder)
-    return Base(
-        path=folder,
-        config=json.loads(config_file.read_text(encoding="utf-8")),
-        tokenizer_file=tokenizer_file,
-        first_added_row=card.get("first_added_row"),
-        added_rows=int(card.get("added_rows", 0)),
-    )
+
+
+def read_token_ids(tokenizer_file: Path) -> dict[str, int]:
+    """Every token of a tokenizer.json and its id.
+
+    Raises:
+        ModelError: the file is damaged or holds something else.
+    """
+    document = read_object(tokenizer_file)
+    vocab = take(take(document, "model", tokenizer_file, dict, {}), "vocab", tokenizer_file, (dict, list), {})
+    if isinstance(vocab, list):
+        pieces = [piece[0] if isinstance(piece, list) and piece else None for piece in vocab]
+        ids = {piece: number for number, piece in enumerate(pieces) if isinstance(piece, str)}
+    else:
+        ids = dict(vocab)
+    for token in take(document, "added_tokens", tokenizer_file, list, default=[]):
+        if not isinstance(token, dict):
+            raise ModelError(f"{tokenizer_file} has added_tokens that are no objects; fetch it again.")
+        take(token, "special", tokenizer_file, bool)
+        ids[take(token, "content", tokenizer_file, str)] = take(token, "id", tokenizer_file, int)
+    for token, token_id in ids.items():
+        if type(token_id) is not int or token_id < 0:
+            raise ModelError(f"{tokenizer_file} gives {shorten(token)} the id {shorten(token_id)}; fetch it again.")
+    return ids
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The folder's cqlora.json, or nothing where there is none."""
+    """The folder's cqlora.json, or nothing where there is none.
+
+    Raises:
+        ModelError: it is damaged, or was changed since it was sealed.
+    """
     file = folder / CARD
-    if not file.is_file():
-        return {}
-    card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    card = read_object_if_there(file)
+    seal = card.pop(_SEAL, None)
+    if seal is not None and seal != hash_document(card):
+        raise ModelError(
+            f"{file} is not as it was written; restore it, or remove {_SEAL} from it if you changed it yourself."
+        )
     return card
+
+
+def seal_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write cqlora.json with a digest of itself and, beside an adapter, of the adapter's two files."""
+    card = {key: value for key, value in card.items() if key != _SEAL}
+    for key, name in _ADAPTER_DIGESTS.items():
+        if (folder / name).is_file():
+            card[key] = hash_whole(folder / name)
+    write_json(folder / CARD, card | {_SEAL: hash_document(card)})
 
 
 def write_json(file: Path, document: object) -> None:
@@ -83,31 +151,67 @@ def write_json(file: Path, document: object) -> None:
 
 def list_weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, in the order of their names."""
-    return sorted(folder.glob("*.safetensors"))
+    return list_tensor_files(folder)
+
+
+def verify_adapter(folder: Path) -> None:
+    """Compare an adapter's files with the digests in its card; one without a card has nothing to compare with.
+
+    Raises:
+        ModelError: a file is not the one that the card was written for.
+    """
+    card = read_card(folder)
+    for key, name in _ADAPTER_DIGESTS.items():
+        if key in card and hash_whole(folder / name) != card[key]:
+            raise ModelError(
+                f"{folder / name} is not the file that its {CARD} was written for; restore it, or remove {CARD} to use "
+                "the adapter unchecked."
+            )
+
+
+def fingerprint_adapter(folder: Path) -> str:
+    """sha256 of an adapter's weights, by which cards name it."""
+    return hash_whole(folder / ADAPTER_WEIGHTS)
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
-    """sha256 of what decides token ids: tokenizer.json, by meaning and not by white space."""
-    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    """The fingerprint of what decides token ids: tokenizer.json, by meaning, and the names of the special tokens.
+
+    Raises:
+        ModelError: a file is damaged, or the folder's card says another fingerprint.
+    """
+    document = read_object(folder / "tokenizer.json")
     for key in ("truncation", "padding"):
         document.pop(key, None)
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = read_object_if_there(folder / name)
+        document[name] = {key: _token_text(settings[key]) for key in _SPECIAL if key in settings}
+    return _check_stated(folder, "tokenizer_sha256", VERSION + hash_document(document), "tokenizer")
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """sha256 over each weight file's name, size, header and samples of its bytes.
+    """The fingerprint of what decides a model's numbers: config.json and every byte of every tensor.
 
-    Reading 130 GB to know a 65B model again would cost minutes at every start; 64 samples of 4 KiB per
-    file, evenly spaced, tell two models apart all the same.
+    Reads all of the weights, unless they are remembered (system/fingerprints).
+
+    Raises:
+        ModelError: a file is damaged, or the folder's card says another fingerprint.
     """
-    digest = hashlib.sha256()
-    for file in list_weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(header_bytes))
-            for sample in range(64):
-                stream.seek(8 + header_bytes + (size - 8 - header_bytes) * sample // 64)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()
+    tensors = read_tensors(folder)
+    found = combine(read_object(folder / "config.json"), tensors.values(), hash_tensors(tensors.values()))
+    return _check_stated(folder, "weights_sha256", found, "config.json or weights")
+
+
+def _check_stated(folder: Path, key: str, found: str, what: str) -> str:
+    """The fingerprint that was found, which must be the one that a base's own card states."""
+    stated = read_card(folder).get(key)
+    if isinstance(stated, str) and stated.startswith(VERSION) and stated != found:
+        raise ModelError(
+            f"{folder}: {what} changed since {CARD} was written; fetch or convert the model again, or remove {key} and "
+            f"{_SEAL} from {CARD} if the change is meant."
+        )
+    return found
+
+
+def _token_text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token

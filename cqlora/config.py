@@ -52,6 +52,8 @@ class ModelConfig:
     num_hidden_layers: int = MISSING
     num_attention_heads: int = MISSING
     num_key_value_heads: int = MISSING
+    head_dim: int | None = None
+    """Width of one attention head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: int = MISSING
     tie_word_embeddings: bool = False
     sequence_length: int = 2048
@@ -63,8 +65,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         require_positive(self, "num_attention_heads", "num_key_value_heads", "sequence_length")
-        require_divides(self, "model", "num_attention_heads", "hidden_size")
+        if self.head_dim is None:
+            require_divides(self, "model", "num_attention_heads", "hidden_size")
+        else:
+            require_positive(self, "head_dim")
         require_divides(self, "model", "num_key_value_heads", "num_attention_heads")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,11 +5,13 @@ import subprocess
 from pathlib import Path
 from shutil import which
 
-from cqlora.base import Base, read_base, read_card
+from cqlora.architectures import Part, require_known
+from cqlora.base import Base, read_base, read_card, verify_adapter
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.system.fingerprints import VERSION
 
 
 def check_run(config: RunConfig) -> None:
@@ -17,7 +19,8 @@ def check_run(config: RunConfig) -> None:
 
     Raises:
         ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
-        ModelError: the base's folder or the adapter to continue from is missing or unfit.
+        ModelError: the base's folder or the adapter to continue from is missing or unfit, or the base is of a kind
+            that cqlora does not train.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run.
     """
@@ -27,6 +30,8 @@ def check_run(config: RunConfig) -> None:
     check_device_support(config)
     unbuilt = config.model.random_init and not Path(config.model.path).exists()
     base = None if unbuilt else read_base(config.model.path)
+    if base is not None:
+        require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     settle_embeddings(config, base)
     settle_memory(config, base.added_rows if base else 0)
     if config.stage.init_adapter:
@@ -106,16 +111,23 @@ def check_adapter_folder(folder: Path) -> None:
 
 
 def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:
-    """Raise ModelError when an adapter's card names another tokenizer or base than the one at hand."""
+    """Raise ModelError when an adapter was damaged, or its card names another tokenizer or base than these."""
+    verify_adapter(adapter)
     card = read_card(adapter)
     for key, actual, what in (
         ("tokenizer_sha256", tokenizer_sha256, "tokenizer"),
         ("base_sha256", base_sha256, "base"),
     ):
-        if key in card and card[key] != actual:
+        stated = str(card.get(key, actual))
+        if not stated.startswith(VERSION):
+            raise ModelError(
+                f"adapter {adapter} names its {what} by samples of its bytes, as an older cqlora did, which cannot be "
+                f"checked; if its base is surely this one, remove {key} and card_sha256 from its cqlora.json."
+            )
+        if stated != actual:
             raise ModelError(
                 f"adapter {adapter} was trained on another {what} ({card.get('base', 'unknown')}, {what} "
-                f"{card[key][:12]}, here {actual[:12]}); give the base that it was trained on."
+                f"{stated[:15]}, here {actual[:15]}); give the base that it was trained on."
             )
 
 

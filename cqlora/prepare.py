@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
 from cqlora.random_base import open_base
@@ -23,6 +24,7 @@ def prepare(config: RunConfig) -> None:
 
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
+    require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     with StageDisplay(is_main=True) as display:
         cache = prepare_cache(config, base, display.show)
     examples = pick_examples(cache, Tokenizer.from_file(str(base.tokenizer_file)))

@@ -14,6 +14,7 @@ from cqlora.config import RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache
 from cqlora.errors import CqloraError, DataError
 from cqlora.frozen import load_frozen
+from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fusion import fuse_blocks
 from cqlora.model.load import checkpoint_activations, choose_compute_dtype, open_model
@@ -48,6 +49,7 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
     seed_everything(config.seed)
     base = worker.first(lambda: open_base(config.model))
     cache = open_cache(config, base, worker)
+    lineage = describe_lineage(config.stage.init_adapter)
 
     dtype = choose_compute_dtype(worker.device, config.hardware.precision)
     frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
@@ -62,9 +64,9 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
 
     trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
     seed_everything(config.seed, worker.rank)
-    trainer.resume(identify(config, base, cache, trainer.total_steps))
+    trainer.resume(worker.first(lambda: identify(config, base, cache, trainer.total_steps)))
     trainer.fit()
-    save_final(config, trainer, base, output_dir)
+    save_final(config, trainer, base, lineage, output_dir)
 
 
 def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
@@ -101,14 +103,14 @@ def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int)
     return describe_identity(config, fingerprints, total_steps)
 
 
-def save_final(config: RunConfig, trainer: Trainer, base: Base, output_dir: Path) -> None:
+def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], output_dir: Path) -> None:
     """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
     model = unwrap(trainer.module).model
     state, rank_factor = adapter_state(model), 1
     if config.lora.method is AdapterMethod.pissa:
         state, rank_factor = convert_to_lora(model, state, output_dir), 2
     if trainer.worker.is_main:
-        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name)
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage)
     trainer.worker.wait()
 
 

@@ -187,7 +187,7 @@ MISTAKES = [
     (no_weights, "has no .*safetensors"),
     (truncated, "truncated"),
     (missing_tensor, "up_proj"),
-    (other_architecture, "qwen2 model; the engine runs LLaMA"),
+    (other_architecture, "qwen2 model; the engine runs llama only"),
     (lambda base, adapter, tmp_path: (base, base, True), "holds no adapter"),
     (lambda base, adapter, tmp_path: (adapter, "", True), "needs its base"),
     (lambda base, adapter, tmp_path: (adapter, "", False), "is an adapter and no whole model"),

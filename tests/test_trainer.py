@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cqlora.base import read_base
+from cqlora.base import read_base, read_card
 from cqlora.config import PretrainConfig
 from cqlora.data.cache import prepare_cache
 from cqlora.data.order import StepOrder, share_among_ranks
@@ -143,7 +143,7 @@ def test_weight_decay_is_what_was_configured(workspace, tmp_path):
         torch.testing.assert_close(decayed[name], plain[name] * (1 - 0.1 * 0.5))
 
 
-def test_sft_trains_and_a_pretraining_adapter_can_be_continued(workspace, tmp_path):
+def test_sft_trains_and_continues_a_pretraining_adapter_whose_lineage_its_card_tells(workspace, tmp_path):
     assert finish_run(typed_run(workspace, *PLAIN), tmp_path / "pretrain") == 0
     adapter = tmp_path / "pretrain" / "adapter"
     config = typed_run(workspace, "stage=sft", "stage.max_steps=2", "model.quantization=none",
@@ -151,6 +151,18 @@ def test_sft_trains_and_a_pretraining_adapter_can_be_continued(workspace, tmp_pa
     assert finish_run(config, tmp_path / "sft") == 0
     assert {row["source"] for row in evaluations(tmp_path / "sft")} == {"sample_dialog"}
     assert adapter_sha256(tmp_path / "sft") != adapter_sha256(tmp_path / "pretrain")
+    more = typed_run(workspace, "stage=sft", "stage.max_steps=1", "model.quantization=none",
+                     f"stage.init_adapter={tmp_path / 'sft' / 'adapter'}")  # fmt: skip
+    assert finish_run(more, tmp_path / "more") == 0
+    cards = [read_card(tmp_path / name / "adapter") for name in ("pretrain", "sft", "more")]
+    first, second = (adapter_sha256(tmp_path / name) for name in ("pretrain", "sft"))
+    assert [card["lineage"] for card in cards] == [
+        [],
+        [{"adapter_sha256": first, "how": "continued"}],
+        [{"adapter_sha256": first, "how": "continued"}, {"adapter_sha256": second, "how": "continued"}],
+    ]
+    assert cards[0]["init_adapter"] is None
+    assert cards[1]["init_adapter"] == {"path": str(adapter), "adapter_sha256": first}
     wrong = typed_run(workspace, "stage=sft", "lora.rank=8", f"stage.init_adapter={adapter}")
     assert finish_run(wrong, tmp_path / "wrong") == 2
     assert "use lora.rank=4" in (tmp_path / "wrong" / "stderr.txt").read_text()

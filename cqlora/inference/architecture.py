@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cqlora.architectures import Part, require_known
 from cqlora.errors import ModelError
 from cqlora.weights.rope import read_rope
 
@@ -43,13 +44,7 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     Raises:
         ModelError: another architecture, or a part of one that the decoder does not have.
     """
-    if config.get("model_type") != "llama":
-        raise ModelError(f"{folder} holds a {config.get('model_type')} model; the engine runs LLaMA models only.")
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise ModelError(f"{folder} has {key}=true, which LLaMA's layers do not have; give another model.")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{folder} has hidden_act={config['hidden_act']}; the engine runs LLaMA's silu only.")
+    require_known(Part.engine, config, folder)
     heads = config["num_attention_heads"]
     return Architecture(
         layers=config["num_hidden_layers"],

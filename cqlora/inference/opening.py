@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from cqlora.base import CARD, Base, fingerprint_weights, read_base
+from cqlora.base import CARD, Base, fingerprint_adapter, fingerprint_weights, read_base
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
@@ -131,7 +131,7 @@ def identify(request: Request, onto: Nf4Format | None, form: Form) -> dict[str, 
     identity = {"weights": fingerprint_weights(request.folder), "onto": str(onto), "form": str(form)}
     files = [request.folder / "config.json", request.folder / "tokenizer.json"]
     if request.base_dir is not None:
-        identity["adapter"] = fingerprint_weights(request.model_dir)
+        identity["adapter"] = fingerprint_adapter(request.model_dir)
         files += [request.model_dir / "adapter_config.json", request.model_dir / CARD]
     for file in files:
         if file.is_file():

@@ -14,10 +14,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, write_json
+from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_card, seal_card
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
+from cqlora.lineage import describe_lineage
 from cqlora.model.load import find_decoder
 from cqlora.preflight import check_fingerprints
 from cqlora.system.durable import staged_folder
@@ -126,13 +127,19 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor], rank_factor: int = 1, stage: str = ""
+    model: PeftModel,
+    folder: Path,
+    base: Base,
+    state: dict[str, torch.Tensor],
+    rank_factor: int = 1,
+    stage: str = "",
+    lineage: dict[str, Any] | None = None,
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
     `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
     which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
-    `sft` the chat template that it was trained in.
+    `sft` the chat template that it was trained in. `lineage` is what `describe_lineage` found when the run started.
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
@@ -141,7 +148,7 @@ def save_adapter(
     with staged_folder(folder, replace=True) as staging:
         config.save_pretrained(staging)
         save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_card(staging, base, trained_on)
+        write_card(staging, base, trained_on, lineage or describe_lineage(""))
     logger.info("adapter written to %s", folder)
 
 
@@ -183,13 +190,14 @@ def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
     }
 
 
-def write_card(folder: Path, base: Base, trained_on: dict[str, Any]) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to, and how that base was held."""
+def write_card(folder: Path, base: Base, trained_on: dict[str, Any], lineage: dict[str, Any]) -> None:
+    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, what it continues."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
         "trained_on": trained_on,
+        **lineage,
     }
     merged = read_card(base.path).get("merged")
-    write_json(folder / CARD, card | ({"base_merged": merged} if merged else {}))
+    seal_card(folder, card | ({"base_merged": merged} if merged else {}))

@@ -96,6 +96,7 @@ def attend_by_document(
     dropout: float = 0.0,
     scaling: float | None = None,
     document_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document: a function for transformers' `ALL_ATTENTION_FUNCTIONS`.
@@ -107,12 +108,14 @@ def attend_by_document(
         key, value: (B, K, T, d), where K divides H: neighbouring query heads share one of the K.
         attention_mask: what `_document_mask` made.
         document_lengths: the B rows' documents, one row after another, from `document_kwargs`.
+        sliding_window: tokens that the layer looks back over, itself included; None is all.
 
     Returns:
         (B, T, H, d), and no attention weights.
 
     Raises:
-        ModelError: rows hold several documents and `document_lengths` is missing, or is of another batch.
+        ModelError: rows hold several documents and `document_lengths` is missing, or is of another batch; or a
+            document is longer than the window.
     """
     if document_lengths is None:
         if attention_mask is not None and attention_mask.numel() == 0:
@@ -125,11 +128,7 @@ def attend_by_document(
         )
         return output
     batch, heads, length, width = query.shape
-    if sum(document_lengths) != batch * length:
-        raise ModelError(
-            f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
-            f"{length} tokens; build document_kwargs from this batch."
-        )
+    _check_lengths(document_lengths, batch, length, sliding_window)
     runs = [(size, len(list(group))) for size, group in groupby(document_lengths)]
     tokens = [size * count for size, count in runs]
     # The backward pass of a split is one concatenation; slices would each fill a whole gradient with zeros.
@@ -140,6 +139,20 @@ def attend_by_document(
     ]
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return packed.view(batch, length, heads, width), None
+
+
+def _check_lengths(document_lengths: list[int], batch: int, length: int, sliding_window: int | None) -> None:
+    """Raise ModelError where documents do not fill the batch, or one is longer than the layer's window."""
+    if sum(document_lengths) != batch * length:
+        raise ModelError(
+            f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
+            f"{length} tokens; build document_kwargs from this batch."
+        )
+    if sliding_window is not None and max(document_lengths) > sliding_window:
+        raise ModelError(
+            f"a document of {max(document_lengths)} tokens is longer than the layer's window of {sliding_window}; cut "
+            f"documents with stage.sequence_length={sliding_window}."
+        )
 
 
 def _attend_within(

@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from cqlora.architectures import find_head_dim
 from cqlora.base import Base
 from cqlora.choices import Checkpointing, Precision, Quantization, Strategy
 from cqlora.config import HardwareConfig, ModelConfig
@@ -144,12 +145,17 @@ def check_shape(base: Base, model: ModelConfig) -> None:
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
+        "head_dim",
     ):
-        default = base.config.get("num_attention_heads") if key == "num_key_value_heads" else None
-        actual = base.config.get(key, default)
-        if actual != getattr(model, key):
+        actual, composed = base.config.get(key), getattr(model, key)
+        if key == "num_key_value_heads" and actual is None:
+            actual = base.config.get("num_attention_heads")
+        if key == "head_dim":
+            composed = model.head_size
+            actual = find_head_dim(base.config)
+        if actual != composed:
             raise ModelError(
-                f"model={model.name} has {key}={getattr(model, key)} and {base.path} has {actual}; choose the "
+                f"model={model.name} has {key}={composed} and {base.path} has {actual}; choose the "
                 f"model group of that folder, or set model.{key}={actual}."
             )
 

@@ -5,6 +5,7 @@ from enum import Enum
 
 from hydra.core.config_store import ConfigStore
 
+from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
 from cqlora.errors import DoesNotFit
@@ -12,6 +13,7 @@ from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory, settle_checkpointing
 from cqlora.plan.time import plan_time
 from cqlora.plan.verdict import judge
+from cqlora.plan.workload import find_base
 
 
 class Mode(Enum):
@@ -39,6 +41,9 @@ def plan(config: PlanConfig) -> int:
     from cqlora.plan.layouts import suggest_layouts
     from cqlora.plan.table import options_table, print_plan
 
+    base = find_base(config.model)
+    if base is not None:
+        require_known(Part.plan, base.config, base.path, config.stage.sequence_length)
     settled = settle_checkpointing(config, config.added_rows)
     time = plan_time(settled, config.added_rows, config.tokens)
     verdict = judge(settled, config.added_rows)

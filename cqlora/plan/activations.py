@@ -8,7 +8,7 @@ one does.
 from cqlora.choices import AdapterMethod
 from cqlora.config import LoraConfig, ModelConfig
 from cqlora.plan.program import Program
-from cqlora.plan.shapes import adapted_matrices, key_size, largest_matrix
+from cqlora.plan.shapes import adapted_matrices, key_size, largest_matrix, query_size
 
 _ATTENTION_INPUT = ("q_proj", "k_proj", "v_proj")
 _MLP_INPUT = ("gate_proj", "up_proj")
@@ -23,7 +23,7 @@ def kept_per_token(model: ModelConfig, lora: LoraConfig, program: Program) -> in
     mlp = (2 if program.lean_mlp else 3) * size * wide
     inputs = (
         _kept_input(_ATTENTION_INPUT, hidden, model, lora, program)
-        + _kept_input(("o_proj",), hidden, model, lora, program, already_kept=True)
+        + _kept_input(("o_proj",), query_size(model), model, lora, program, already_kept=True)
         + _kept_input(_MLP_INPUT, hidden, model, lora, program)
         + _kept_input(("down_proj",), wide, model, lora, program) * (not program.lean_mlp)
     )
@@ -32,10 +32,11 @@ def kept_per_token(model: ModelConfig, lora: LoraConfig, program: Program) -> in
 
 def _kept_by_attention(model: ModelConfig, program: Program) -> int:
     """Rotated queries and keys, values, the output, and a float32 log-sum of exponentials per head."""
-    keys = model.hidden_size if program.repeats_keys else key_size(model)
-    numbers = model.hidden_size + 2 * keys + program.attention_copies * model.hidden_size
+    queries = query_size(model)
+    keys = queries if program.repeats_keys else key_size(model)
+    numbers = queries + 2 * keys + program.attention_copies * queries
     if program.fused_projections:
-        numbers += model.hidden_size + key_size(model)
+        numbers += queries + key_size(model)
     return program.compute_bytes * numbers + 4 * model.num_attention_heads
 
 

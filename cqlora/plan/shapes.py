@@ -22,21 +22,26 @@ class Matrix:
 
 def block_matrices(model: ModelConfig) -> dict[str, Matrix]:
     """The linear layers of one block, by the names that `lora.target_modules` takes."""
-    hidden, wide, keys = model.hidden_size, model.intermediate_size, key_size(model)
+    hidden, wide, queries, keys = model.hidden_size, model.intermediate_size, query_size(model), key_size(model)
     return {
-        "q_proj": Matrix(hidden, hidden),
+        "q_proj": Matrix(hidden, queries),
         "k_proj": Matrix(hidden, keys),
         "v_proj": Matrix(hidden, keys),
-        "o_proj": Matrix(hidden, hidden),
+        "o_proj": Matrix(queries, hidden),
         "gate_proj": Matrix(hidden, wide),
         "up_proj": Matrix(hidden, wide),
         "down_proj": Matrix(wide, hidden),
     }
 
 
+def query_size(model: ModelConfig) -> int:
+    """Width of a token's queries: the hidden size in LLaMA, not in every kind of model."""
+    return model.head_size * model.num_attention_heads
+
+
 def key_size(model: ModelConfig) -> int:
-    """Width of a token's keys, which grouped queries make smaller than the hidden size."""
-    return model.hidden_size // model.num_attention_heads * model.num_key_value_heads
+    """Width of a token's keys, which grouped queries make smaller than that of the queries."""
+    return model.head_size * model.num_key_value_heads
 
 
 def block_parameters(model: ModelConfig) -> int:

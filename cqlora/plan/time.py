@@ -8,7 +8,7 @@ from cqlora.plan.activations import kept_per_token
 from cqlora.plan.estimate import packed_bytes, trainable_parameters
 from cqlora.plan.machine import measure_host_tflops
 from cqlora.plan.memory import settle_checkpointing
-from cqlora.plan.shapes import embedding_parameters, linear_parameters
+from cqlora.plan.shapes import embedding_parameters, linear_parameters, query_size
 from cqlora.plan.workload import Workload, describe_run, settle_device
 
 MATMUL_EFFICIENCY = 0.6
@@ -147,7 +147,7 @@ def flops_per_token(work: Workload) -> float:
     frozen = 4 * linear_parameters(model) + 2 * again * repeated
     adapter = (6 + 2 * again) * (trainable_parameters(work) - work.trained_embedding)
     head = 4 * model.vocab_size * model.hidden_size
-    attention = (3.5 + again) * 2 * model.hidden_size * work.pack_tokens * model.num_hidden_layers
+    attention = (3.5 + again) * 2 * query_size(model) * work.pack_tokens * model.num_hidden_layers
     return frozen + adapter + head + attention
 
 

@@ -1,1 +1,1 @@
-"""The ground floor: files, folders and what the operating system says of them."""
+"""The ground floor: files, folders, and what the operating system says of them; no torch, no room above."""

@@ -1,7 +1,6 @@
 """A tokenizer as files: `tokenizer.json`, `tokenizer_config.json`, for SentencePiece `tokenizer.model`."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from cqlora.errors import ModelError
+from cqlora.system.documents import copy_inside
 
 PIECE_MODEL = "tokenizer.model"
 _OTHER_FILES = ("chat_template.jinja",)
@@ -56,7 +56,7 @@ class TokenizerFiles:
             (folder / PIECE_MODEL).write_bytes(self.pieces.SerializeToString())
         for name in _OTHER_FILES:
             if (self.folder / name).is_file() and self.folder != folder:
-                shutil.copyfile(self.folder / name, folder / name)
+                copy_inside(self.folder / name, folder / name)
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:

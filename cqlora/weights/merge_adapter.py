@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import fingerprint_weights, read_card
+from cqlora.base import ADAPTER_CONFIG as CONFIG
+from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
+from cqlora.base import fingerprint_adapter, read_card
 from cqlora.errors import ModelError
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
 from cqlora.weights.shards import ShardReader
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROWS = "token_adapter.trainable_tokens_delta"
 _NAME = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\.(?:(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector)(?:\.weight)?"
@@ -45,7 +46,7 @@ class Adapter:
 
     def fingerprint(self) -> str:
         """sha256 that tells the adapter's weights from others."""
-        return fingerprint_weights(self.folder)
+        return fingerprint_adapter(self.folder)
 
 
 def open_adapter(folder: Path) -> Adapter:

@@ -1,47 +1,92 @@
 """Whether an adapter belongs to a base, how it was trained, and what a merged model says of itself."""
 
-import json
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_card
+from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, read_token_ids
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ModelError
 from cqlora.preflight import check_fingerprints
+from cqlora.system.documents import shorten, take
 from cqlora.weights.merge_adapter import Adapter
 from cqlora.weights.nf4 import Nf4Format
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MERGED = "merged"
 """Key of a merged model's card: the base it came from, the adapters that went in, in order, and onto what."""
 
 
-def check_lineage(base: Base, adapters: list[Adapter]) -> list[str]:
-    """Refuse an adapter that was trained on something else; return what could not be checked, a sentence each.
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """How adapters that are to be merged stand to each other."""
+
+    notes: list[str]
+    """What could not be checked, or is worth knowing, a sentence each."""
+    apart: list[bool]
+    """For each adapter, whether it was trained on the base itself though others are merged before it."""
+
+
+def check_lineage(base: Base, adapters: list[Adapter]) -> Lineage:
+    """Refuse an adapter that was trained on something else, or that another one holds already.
 
     Each adapter belongs to the base, or to what the base becomes with the adapters before it.
 
     Raises:
-        ModelError: an adapter of another base or tokenizer.
+        ModelError: an adapter of another base or tokenizer, or two of which one was continued from the other.
     """
+    refuse_held_twice(adapters)
     tokenizer, weights = fingerprint_tokenizer(base.path), fingerprint_weights(base.path)
-    history = history_of(base)
-    notes = []
+    history, notes, apart = history_of(base), [], []
     for place, adapter in enumerate(adapters):
-        if "base_sha256" not in adapter.card:
+        told = "base_sha256" in adapter.card
+        if not told:
             check_foreign_tokenizer(adapter, base)
             notes.append(f"{adapter.folder} does not say which base it was trained on; its shapes fit {base.path}.")
         follows = place > 0 and adapter.card.get("base_merged") == history
         check_fingerprints(adapter.folder, tokenizer, adapter.card["base_sha256"] if follows else weights)
+        apart.append(place > 0 and told and not follows)
         history = add_to_history(history, adapter, MergeOnto["16bit"])
-    return notes
+    if any(apart):
+        notes.append("adapters that were trained apart on one base: what each adds is added up.")
+    return Lineage(notes, apart)
+
+
+def refuse_held_twice(adapters: list[Adapter]) -> None:
+    """Raise ModelError where an adapter was continued from another one that is to be merged too, or both from a third.
+
+    A continued adapter holds what it began from: merging both would add that twice.
+    """
+    held = [{adapter.fingerprint(), *continued_from(adapter)} for adapter in adapters]
+    for place, adapter in enumerate(adapters):
+        for other_place, other in enumerate(adapters[:place]):
+            if not held[place] & held[other_place]:
+                continue
+            for whole, part, pasts in ((adapter, other, held[place]), (other, adapter, held[other_place])):
+                if part.fingerprint() in pasts:
+                    raise ModelError(
+                        f"adapter={whole.folder} was continued from {part.folder} and holds it already, so both would "
+                        f"add it twice; use adapter={whole.folder}."
+                    )
+            raise ModelError(
+                f"{other.folder} and {adapter.folder} were continued from one adapter, which would be added twice; "
+                f"use adapter={other.folder} or adapter={adapter.folder}."
+            )
+
+
+def continued_from(adapter: Adapter) -> list[str]:
+    """sha256 of each adapter that this one was continued from, the oldest first, as its card says."""
+    file = adapter.folder / CARD
+    entries = take(adapter.card, "lineage", file, list, default=[])
+    return [take(entry if isinstance(entry, dict) else {}, "adapter_sha256", file, str) for entry in entries]
 
 
 def history_of(base: Base) -> dict[str, Any]:
     """What a base was merged from; a base that was not is the beginning of its own history."""
-    found: dict[str, Any] | None = read_card(base.path).get(MERGED)
-    return found or {"base_sha256": fingerprint_weights(base.path), "adapters": []}
+    found: dict[str, Any] = take(read_card(base.path), MERGED, base.path / CARD, dict, default={})
+    take(found, "adapters", base.path / CARD, list, default=[])
+    return found if "adapters" in found else {"base_sha256": fingerprint_weights(base.path), "adapters": []}
 
 
 def add_to_history(history: dict[str, Any], adapter: Adapter, onto: MergeOnto) -> dict[str, Any]:
@@ -54,21 +99,13 @@ def check_foreign_tokenizer(adapter: Adapter, base: Base) -> None:
     file = adapter.folder / "tokenizer.json"
     if not file.is_file():
         return
-    theirs, ours = read_ids(file), read_ids(base.tokenizer_file)
+    theirs, ours = read_token_ids(file), read_token_ids(base.tokenizer_file)
     for token, token_id in theirs.items():
         if ours.get(token, token_id) != token_id or token_id >= base.vocab_size:
             raise ModelError(
                 f"adapter={adapter.folder} has a tokenizer in which {token!r} is {token_id}, and {base.path} has "
                 f"{ours.get(token, 'no such token')}; give the base that it was trained on."
             )
-
-
-def read_ids(tokenizer_file: Path) -> dict[str, int]:
-    """Every token of a tokenizer.json and its id."""
-    document = json.loads(tokenizer_file.read_text(encoding="utf-8"))
-    vocab = document["model"]["vocab"]
-    ids = dict(vocab) if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    return ids | {token["content"]: token["id"] for token in document.get("added_tokens") or []}
 
 
 def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[str, Any]:
@@ -94,14 +131,17 @@ def read_training(adapter: Adapter, double_quantization: bool, precision: Precis
     Raises:
         ModelError: PiSSA, which trains beside what it leaves of the base and not beside the base.
     """
-    trained = adapter.card.get("trained_on")
+    file = adapter.folder / CARD
+    trained = take(adapter.card, "trained_on", file, dict, default=None)
     if trained is None:
         dtype = torch.float32 if precision is Precision.auto else getattr(torch, precision.value)
         return Quantization.nf4, Nf4Format(double_quantization, dtype)
-    if trained["method"] == AdapterMethod.pissa.value:
+    if trained.get("method") == AdapterMethod.pissa.value:
         raise ModelError(
             f"adapter={adapter.folder} was trained by PiSSA, beside a part of the base that is kept nowhere; merge it "
             "with onto=16bit and without measure."
         )
-    form = Nf4Format(trained["double_quantization"], getattr(torch, trained["dtype"]))
-    return Quantization[trained["quantization"]], form
+    quantization, dtype = (take(trained, key, file, str) for key in ("quantization", "dtype"))
+    if quantization not in Quantization.__members__ or dtype not in _DTYPES:
+        raise ModelError(f"{file} says quantization={shorten(quantization)}, dtype={shorten(dtype)}; restore the file.")
+    return Quantization[quantization], Nf4Format(take(trained, "double_quantization", file, bool), _DTYPES[dtype])

@@ -8,7 +8,7 @@ import torch
 
 from cqlora.errors import ModelError
 from cqlora.weights.merge_adapter import Adapter, find_changes
-from cqlora.weights.merge_changes import Change, RowStream, TokenRows
+from cqlora.weights.merge_changes import Change, LowRank, RowStream, TokenRows
 from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
 from cqlora.weights.shards import DTYPES, ShardReader, TensorSpec
@@ -20,21 +20,52 @@ class MergePlan:
 
     tied: bool
     changes: dict[str, list[Change]] = field(default_factory=dict)
+    of_tied_base: bool = field(init=False)
+    """Whether they were one in the base."""
 
-    def add(self, adapter: Adapter, base: Path, specs: Mapping[str, TensorSpec]) -> None:
+    def __post_init__(self) -> None:
+        self.of_tied_base = self.tied
+
+    def add(self, adapter: Adapter, base: Path, specs: Mapping[str, TensorSpec], apart: bool = False) -> None:
         """Put an adapter's changes behind those of the adapters before it.
 
+        An adapter that was trained `apart`, on the base itself, can only be added up with them: what both put in
+        place of the base's numbers, or rescale, would be lost of one of them.
+
         Raises:
-            ModelError: see find_changes.
+            ModelError: see find_changes; or two that were trained apart and cannot be added up.
         """
         shapes = {name: spec.shape for name, spec in specs.items()}
         found = find_changes(adapter, base, shapes | ({OUTPUT: shapes[INPUT]} if self.tied else {}))
         if self.tied and not changes_alike(found.get(INPUT, []), found.get(OUTPUT), adapter):
             self.tied = False
             self.changes[OUTPUT] = list(self.changes.get(INPUT, []))
+        if apart:
+            self._refuse_lost(found, adapter)
         for name, changes in found.items():
             if not (self.tied and name == OUTPUT):
                 self.changes.setdefault(name, []).extend(changes)
+
+    def _refuse_lost(self, found: Mapping[str, list[Change]], adapter: Adapter) -> None:
+        parted = self.of_tied_base and not self.tied
+        for name, changes in found.items():
+            # What was one matrix in the base may have been changed for both its uses under the other's name.
+            both = parted and name in (INPUT, OUTPUT)
+            before = [
+                change for known in ((INPUT, OUTPUT) if both else (name,)) for change in self.changes.get(known, [])
+            ]
+            sums = not both and all(is_sum(change) for change in (*before, *changes))
+            if before and not sums:
+                raise ModelError(
+                    f"adapter={adapter.folder} was trained apart from those before it and both change {name} by more "
+                    "than adding to it, so what one learned would be lost; merge one of them, or train the second "
+                    "on what merging the first gives."
+                )
+
+
+def is_sum(change: Change) -> bool:
+    """Whether a change adds the same to whatever matrix, so that several may be added up in any order."""
+    return isinstance(change, LowRank) and change.magnitude is None
 
 
 def changes_alike(of_input: list[Change], of_output: list[Change] | None, adapter: Adapter) -> bool:

@@ -17,8 +17,12 @@ STATE_BYTES = 256
 """Room for a matrix's quant_state, JSON whose length depends on a number in it: blanks fill it up."""
 
 
-def write_snapshot(folder: Path, source: TensorSource, form: Nf4Format, max_shard_size: int) -> None:
-    """Write `source` with its blocks' matrices in NF4, quantised from its own 16-bit numbers, one at a time."""
+def write_snapshot(folder: Path, source: TensorSource, form: Nf4Format, max_shard_size: int) -> dict[str, str]:
+    """Write `source` with its blocks' matrices in NF4, quantised from its own 16-bit numbers, one at a time.
+
+    Returns:
+        sha256 of each tensor's bytes by its name.
+    """
     parts = {name: list(stored_specs(spec, form)) for name, spec in source.specs.items()}
     owners = {part.name: source.specs[name] for name, specs in parts.items() for part in specs}
     waiting: dict[str, torch.Tensor] = {}
@@ -32,7 +36,7 @@ def write_snapshot(folder: Path, source: TensorSource, form: Nf4Format, max_shar
             waiting.update(quantised_tensors(source, owner, form))
         yield waiting.pop(part.name)
 
-    write_shards(folder, [part for specs in parts.values() for part in specs], produce, max_shard_size)
+    return write_shards(folder, [part for specs in parts.values() for part in specs], produce, max_shard_size)
 
 
 def quantised_tensors(source: TensorSource, spec: TensorSpec, form: Nf4Format) -> dict[str, torch.Tensor]:

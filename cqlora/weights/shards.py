@@ -4,6 +4,7 @@ The format (huggingface/safetensors, "Format"): eight bytes of header length, a 
 shapes and byte ranges, then the data. As shapes are known beforehand, the header is written before any data.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -14,12 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cqlora.base import write_json
 from cqlora.errors import ModelError
+from cqlora.system.tensor_files import INDEX, StoredTensor, open_plain, read_header, read_tensors
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -69,18 +69,14 @@ class ShardReader:
             ModelError: a shard that the index names is missing or cannot be read, or none is there.
         """
         self.folder = folder
-        self.files = _list_shards(folder) if file is None else [file]
-        self._places: dict[str, tuple[Path, int]] = {}
-        self.specs: dict[str, TensorSpec] = {}
-        for shard in self.files:
-            start, header = _read_header(shard)
-            for name, entry in header.items():
-                self.specs[name] = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-                self._places[name] = (shard, start + entry["data_offsets"][0])
+        self.stored: dict[str, StoredTensor] = (
+            read_tensors(folder) if file is None else {tensor.name: tensor for tensor in read_header(file)}
+        )
+        self.specs = {name: TensorSpec(name, stored.dtype, stored.shape) for name, stored in self.stored.items()}
 
     def file_of(self, name: str) -> Path:
         """The shard that holds a tensor."""
-        return self._places[name][0]
+        return self.stored[name].file
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
@@ -94,14 +90,14 @@ class ShardReader:
         return self._read_rows(name, max(1, READ_BYTES // max(1, row_bytes)))
 
     def _read_rows(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        spec, (file, offset) = self.specs[name], self._places[name]
+        spec, stored = self.specs[name], self.stored[name]
         total = spec.shape[0] if spec.shape else 1
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(offset)
+        with open_plain(stored.file) as stream:
+            stream.seek(stored.start)
             for start in range(0, max(1, total), max(1, rows)):
                 shape = (min(rows, total - start), *spec.shape[1:]) if spec.shape else ()
                 block = torch.empty(shape, dtype=DTYPES[spec.dtype])
-                _fill(stream, block, file)
+                _fill(stream, block, stored.file)
                 yield block
 
 
@@ -133,17 +129,19 @@ def write_shards(
     specs: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Iterable[torch.Tensor]],
     max_shard_size: int = 4 * 10**9,
-) -> None:
-    """Write tensors as `model*.safetensors` with an index where there are several.
+) -> dict[str, str]:
+    """Write tensors as `model*.safetensors` with an index where there are several; return each one's sha256.
 
     `produce` is asked for one tensor after the other, in order, and gives it in blocks of rows.
     """
     shards = plan_shards(specs, max_shard_size)
     names = shard_names(len(shards))
+    digests: dict[str, str] = {}
     for name, shard in zip(names, shards, strict=True):
-        write_shard(folder / name, shard, produce)
+        digests |= write_shard(folder / name, shard, produce)
     if len(shards) > 1:
         write_index(folder, dict(zip(names, shards, strict=True)))
+    return digests
 
 
 def shard_names(count: int) -> list[str]:
@@ -153,11 +151,17 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def write_shard(file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]) -> None:
+def write_shard(
+    file: Path, specs: list[TensorSpec], produce: Callable[[TensorSpec], Iterable[torch.Tensor]]
+) -> dict[str, str]:
     """Write one safetensors file: the header of `specs`, then each tensor's blocks as they come.
 
     A block is still read after the next one was asked for: `produce` gives each in memory that stays as it is.
+
+    Returns:
+        sha256 of each tensor's bytes by its name, taken where they are written.
     """
+    digests = {spec.name: hashlib.sha256() for spec in specs}
     with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[Any] = writer.submit(stream.write, _encode_header(specs))
         for spec in specs:
@@ -166,11 +170,12 @@ def write_shard(file: Path, specs: list[TensorSpec], produce: Callable[[TensorSp
                 _check_block(spec, block)
                 # One block is written while the next is made; a longer queue would only hold memory.
                 pending.result()
-                pending = writer.submit(_write_all, stream, block)
+                pending = writer.submit(_write_all, stream, block, digests[spec.name])
                 rows += block.shape[0] if block.dim() else 1
             expected = spec.shape[0] if spec.shape else 1
             assert rows == expected, f"{spec.name} got {rows} rows where its header promises {expected}"
         pending.result()
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> None:
@@ -183,34 +188,6 @@ def write_index(folder: Path, shards: Mapping[str, Iterable[TensorSpec]]) -> Non
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' name of a torch dtype."""
     return _DTYPE_NAMES[dtype]
-
-
-def _list_shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError(f"{folder} has no *.safetensors; give the folder of a Hugging Face model.")
-        return files
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ModelError(f"{folder / name} is missing though {INDEX} names it; fetch that file again.")
-    return [folder / name for name in names]
-
-
-def _read_header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and its tensors in the order of their data."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass  # checks the header, and that the file holds every byte that it promises
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again.") from error
-    header.pop("__metadata__", None)
-    return 8 + length, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
 
 
 def _fill(stream: io.RawIOBase, block: torch.Tensor, file: Path) -> None:
@@ -240,7 +217,8 @@ def _check_block(spec: TensorSpec, block: torch.Tensor) -> None:
     assert tuple(block.shape[1:]) == spec.shape[1:], f"{spec.name} has rows of {block.shape[1:]}, not {spec.shape}"
 
 
-def _write_all(stream: io.RawIOBase, block: torch.Tensor) -> None:
+def _write_all(stream: io.RawIOBase, block: torch.Tensor, digest: Any) -> None:
     data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(data)
     while data:
         data = data[stream.write(data) or 0 :]

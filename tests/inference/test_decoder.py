@@ -35,7 +35,7 @@ def build(folder, **options) -> tuple[LlamaForCausalLM, Decoder]:
              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}  # fmt: skip
     stock = LlamaForCausalLM(LlamaConfig(**(shape | options), initializer_range=0.1)).eval()
     stock.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
     return stock, open_decoder(folder)
 
 

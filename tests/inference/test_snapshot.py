@@ -12,6 +12,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.linear import tensors_of
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.system.durable import staged_file
+from tests.cards import change_card
 from tests.inference.conftest import build_adapter
 
 IDS = list(range(20, 60))
@@ -54,6 +55,7 @@ def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter,
     shutil.copytree(nf4_adapter, other)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))
+    change_card(other)
     logits = [open_cached(nf4_adapter, base), open_cached(other, base), open_cached(nf4_adapter, base, "float32")]
     assert len(files(tmp_path)) == 3
     assert not torch.allclose(logits[0], logits[1], atol=1e-3)

@@ -1,6 +1,5 @@
 """Whatever the folders hold and whatever the form, the decoder computes the model that was trained."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cqlora.base import CARD
+from cqlora.base import CARD, read_card
 from cqlora.config import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError
@@ -17,6 +16,7 @@ from cqlora.inference.kernel import find_fused_nf4
 from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Packed
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.model.tiny import build_tiny
+from tests.cards import change_card
 from tests.inference.conftest import TEXTS, build_adapter, build_base, load_stock, peft_model
 
 CPU = torch.device("cpu")
@@ -124,9 +124,7 @@ def test_the_base_of_an_adapter_without_a_card_is_taken_as_it_is_with_a_warning(
 
 def test_nf4_beneath_an_adapter_that_pissa_trained_is_refused(base, adapter, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "pissa"))
-    card = json.loads((folder / CARD).read_text())
-    card["trained_on"]["method"] = "pissa"
-    (folder / CARD).write_text(json.dumps(card))
+    change_card(folder, trained_on=read_card(folder)["trained_on"] | {"method": "pissa"})
     with pytest.raises(ConfigError, match=r"trained by PiSSA .* use quantization=none"):
         ours(folder, base, "nf4")
     torch.testing.assert_close(ours(folder, base), ours(folder, base, "none"))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cqlora.base import read_base
+from cqlora.base import read_base, read_card
 from cqlora.choices import AdapterMethod, Device, Embeddings, Precision, Quantization
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
@@ -18,6 +18,7 @@ from cqlora.model.adapters import adapter_state, attach_adapter, count_trainable
 from cqlora.model.load import choose_compute_dtype, load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.tiny import build_tiny
+from tests.cards import change_card
 
 CPU = torch.device("cpu")
 HARDWARE = HardwareConfig(name="cpu", device=Device.cpu)
@@ -207,13 +208,11 @@ def test_an_adapter_of_another_base_or_tokenizer_is_refused(extended, tmp_path):
     base, model = load(extended)
     adapted = attach_adapter(model, base, LoraConfig(rank=4), Embeddings.frozen, "")
     save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
-    card = tmp_path / "adapter" / "cqlora.json"
+    right = read_card(tmp_path / "adapter")
     for key, what in (("tokenizer_sha256", "tokenizer"), ("base_sha256", "base")):
-        right = json.loads(card.read_text())
-        card.write_text(json.dumps({**right, key: "0" * 64}))
+        change_card(tmp_path / "adapter", **{**right, key: "v2-0"})
         with pytest.raises(ModelError, match=f"another {what}"):
             attach_adapter(load(extended)[1], base, LoraConfig(rank=4), Embeddings.frozen, str(tmp_path / "adapter"))
-        card.write_text(json.dumps(right))
 
 
 def test_saving_over_an_adapter_leaves_a_whole_one(extended, tmp_path):

@@ -86,7 +86,12 @@ def test_padding_rows_are_marked_unused_and_the_template_goes_along(tmp_path):
     "changed, words",
     [
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling yarn"),
-        ({"vocab_size": 100}, "318 tokens and 100 rows"),
+        (
+            {"model_type": "granite", "residual_multiplier": 0.22},
+            "a granite model; format=gguf writes llama only",
+        ),
+        ({"model_type": "smollm3"}, "a smollm3 model; format=gguf writes llama only"),
+        ({"vocab_size": 100}, r"config\.json asks for \[100, 64\]"),
     ],
 )
 def test_what_the_format_cannot_say_is_refused(changed, words, tmp_path):

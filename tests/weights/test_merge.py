@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cqlora.base import read_base
+from cqlora.base import read_base, read_card
 from cqlora.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder
@@ -25,6 +25,7 @@ from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import load_base
 from cqlora.weights import shards
 from cqlora.weights.merge import plan_merge, write_merge
+from tests.cards import change_card
 from tests.conftest import ROOT, run_verb
 from tests.weights.adapters import attach, load, logits, write_adapter, write_tiny_base
 
@@ -179,8 +180,7 @@ def test_onto_nf4_is_refused_for_an_adapter_that_was_not_trained_so(untied, tmp_
     with pytest.raises(ConfigError, match="one after the other"):
         merge(untied, [plain, write_adapter(untied, tmp_path / "b")], tmp_path / "merged", onto=NF4)
     pissa = trained(untied, tmp_path / "pissa", Quantization.nf4)
-    card = json.loads((pissa / "cqlora.json").read_text())
-    edit(pissa / "cqlora.json", trained_on=card["trained_on"] | {"method": "pissa"})
+    change_card(pissa, trained_on=read_card(pissa)["trained_on"] | {"method": "pissa"})
     with pytest.raises(ModelError, match="PiSSA"):
         merge(untied, [pissa], tmp_path / "merged", onto=NF4)
 
@@ -288,7 +288,7 @@ def rename_weights(folder: Path, old: str, new: str) -> None:
 
 def break_adapter(folder: Path, how: str) -> None:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    card = {"base": "elsewhere", "base_sha256": "0" * 64, "tokenizer_sha256": "0" * 64}
+    card = {"base": "elsewhere", "base_sha256": "v2-0", "tokenizer_sha256": "v2-0"}
     tokenizer = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 7}}, "added_tokens": []}
     {
         "no weights": lambda: weights.unlink(),

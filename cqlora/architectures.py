@@ -1,0 +1,108 @@
+"""Which kinds of model each part of cqlora knows, in one list that is checked at the door.
+
+A kind is on the list where a test has it equal to stock transformers: training in its loss and every gradient.
+What is not would often run all the same and be wrong: a factor left out, a window that nothing keeps to.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from cqlora.errors import ModelError
+
+
+class Part(Enum):
+    """What is to be done with a model, as the sentence that refuses it says it."""
+
+    train = "cqlora trains"
+    plan = "cqlora plans runs of"
+    engine = "the engine runs"
+    gguf = "format=gguf writes"
+
+
+MODEL_TYPES: dict[str, frozenset[Part]] = {
+    "llama": frozenset(Part),
+    "mistral": frozenset({Part.train, Part.plan}),
+    "qwen2": frozenset({Part.train, Part.plan}),
+    "qwen3": frozenset({Part.train, Part.plan}),
+    "smollm3": frozenset({Part.train, Part.plan}),
+}
+"""config.json's `model_type`, and the parts that know it."""
+
+_STOCK = (Part.train, Part.plan)
+"""Parts that build on transformers' own layers, and so take their options as they are."""
+
+
+def require_known(part: Part, config: dict[str, Any], folder: Path, longest: int | None = None) -> None:
+    """Refuse a model that a part does not know, in one sentence.
+
+    Args:
+        part: what is to be done with it.
+        config: its config.json.
+        folder: where it lies.
+        longest: tokens of the longest document it will read, where that is bounded.
+
+    Raises:
+        ModelError: another kind of model, an option that the part lacks, or a window that is in use.
+    """
+    kind = config.get("model_type")
+    if part not in MODEL_TYPES.get(str(kind), ()):
+        known = [name for name, parts in MODEL_TYPES.items() if part in parts]
+        raise ModelError(
+            f"{folder} holds {_describe_kind(config)}; {part.value} {_join(known)} only, so give a model of "
+            f"{'that kind' if len(known) == 1 else 'one of these kinds'}."
+        )
+    if part not in _STOCK:
+        _require_plain(part, config, folder)
+    window = find_window(config)
+    if window is not None and (longest is None or longest > window):
+        read = "" if longest is None else f" and documents of up to {longest} are read"
+        raise ModelError(
+            f"{folder} attends within a sliding window of {window} tokens{read}, which cqlora does not; use "
+            f"stage.sequence_length={window}, within which the window changes nothing, or another model."
+        )
+
+
+def find_window(config: dict[str, Any]) -> int | None:
+    """Tokens of the sliding window that a model's layers use; None where every token is attended to.
+
+    transformers' defaults stand for what config.json leaves out.
+    """
+    kind = config.get("model_type")
+    # In Mistral the window is on unless it is null; the others have a switch, which is off unless it is set.
+    if kind == "mistral" or (kind in ("qwen2", "qwen3", "smollm3") and config.get("use_sliding_window", False)):
+        window = config.get("sliding_window", None if kind == "smollm3" else 4096)
+        return None if window is None else int(window)
+    return None
+
+
+def find_head_dim(config: dict[str, Any]) -> int:
+    """Width of one attention head."""
+    default = 128 if config.get("model_type") == "qwen3" else config["hidden_size"] // config["num_attention_heads"]
+    return int(config.get("head_dim") or default)
+
+
+def _require_plain(part: Part, config: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError for options of LLaMA's layers that only transformers' own have."""
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ModelError(f"{folder} has {key}=true, and {part.value} layers without bias only; give another model.")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(
+            f"{folder} has hidden_act={config['hidden_act']}, and {part.value} silu only; give another model."
+        )
+
+
+def _describe_kind(config: dict[str, Any]) -> str:
+    kind = config.get("model_type")
+    if not kind:
+        return "a config.json without model_type"
+    if "text_config" in config or "vision_config" in config:
+        return f"a {kind} model, which is multi-modal"
+    if config.get("num_local_experts") or config.get("num_experts"):
+        return f"a {kind} model, which is a mixture of experts"
+    return f"a {kind} model"
+
+
+def _join(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,123 @@
+"""JSON objects in a model's or an adapter's folder, whatever a user or a disk has done to them."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cqlora.errors import ModelError
+
+MAX_BYTES = 256 << 20
+"""Of one file; the largest tokenizers have 40 MB."""
+_MISSING = object()
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ModelError: the file is missing, no plain file, too large, or holds something else.
+    """
+    if not file.is_file():
+        what = "is no plain file" if file.exists() else "does not exist"
+        raise ModelError(f"{file} {what}; give the folder of a whole model or adapter.")
+    try:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise ModelError(f"{file} has {size:,} bytes, more than any such file needs; fetch it again.")
+        document = _parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({_reason(error)}); fetch it again.") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{file} holds a JSON {type(document).__name__} and no object; fetch it again.")
+    return document
+
+
+def read_object_if_there(file: Path) -> dict[str, Any]:
+    """The JSON object in a file, or an empty one where there is no such file."""
+    return read_object(file) if file.exists() or file.is_symlink() else {}
+
+
+def take_number(
+    document: dict[str, Any], key: str, file: Path, low: float, high: float, kind: type = int, default: Any = _MISSING
+) -> Any:
+    """A number from `low` to `high` under `key`; `default`, where there is one, for none or null.
+
+    Raises:
+        ModelError: it is missing, of another type or out of bounds.
+    """
+    value = document.get(key)
+    if value is None and default is not _MISSING:
+        return default
+    allowed = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise ModelError(
+            f"{file} has {key}={shorten(value)} where {what} from {low:,} to {high:,} belongs; correct it or fetch "
+            "the file again."
+        )
+    return value
+
+
+def take(document: dict[str, Any], key: str, file: Path, kind: type | tuple[type, ...], default: Any = _MISSING) -> Any:
+    """What is under `key`, of a type; `default`, where there is one, for nothing or null.
+
+    Raises:
+        ModelError: it is missing or of another type.
+    """
+    value = document.get(key)
+    if value is None and default is not _MISSING:
+        return default
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(
+            {"str": "text", "dict": "an object", "list": "a list"}.get(k.__name__, k.__name__) for k in kinds
+        )
+        raise ModelError(f"{file} has {key}={shorten(value)} where {names} belongs; correct it or fetch it again.")
+    return value
+
+
+def shorten(value: object, length: int = 60) -> str:
+    """A value as an error names it: on one line, cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def _parse(text: str) -> Any:
+    document = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    if "\\u" in text:
+        # Halves of a surrogate pair are read and cannot be written again.
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no number")
+    return number
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split())[:120]
+
+
+def copy_inside(file: Path, target: Path) -> None:
+    """Copy a file of a folder, a link within it too, or one to the blobs of a Hugging Face hub's snapshot.
+
+    Raises:
+        ModelError: the file is a link to elsewhere, whose contents nobody gave.
+    """
+    folder, actual = file.parent.resolve(), file.resolve()
+    if not any(actual.is_relative_to(place) for place in (folder, folder.parent.parent / "blobs")):
+        raise ModelError(f"{file} is a link out of its folder; put the file itself there, or remove the link.")
+    shutil.copyfile(actual, target)

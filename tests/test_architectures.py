@@ -1,0 +1,181 @@
+"""The list of model kinds, and what put each on it: stock transformers' losses and gradients."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cqlora.architectures import MODEL_TYPES, Part, find_head_dim, find_window, require_known
+from cqlora.base import read_base
+from cqlora.choices import Attention, Device, Embeddings, Quantization
+from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.errors import ModelError
+from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
+from cqlora.model.batch import build_batch
+from cqlora.model.fusion import fuse_blocks
+from cqlora.model.load import load_base
+from cqlora.model.objective import Objective
+from cqlora.preflight import check_run
+from tests.conftest import run_verb
+from tests.runs import build_base, typed_run
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+DOCUMENTS = [9, 20, 3]
+OPTIONS = {
+    "llama": [{}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32}, {"hidden_act": "gelu"}],
+    "mistral": [{"sliding_window": None, "head_dim": 32}, {"sliding_window": 20}],
+    "qwen2": [{}],
+    "qwen3": [{"head_dim": 32}],
+    "smollm3": [{"no_rope_layer_interval": 2}],
+}
+"""What a test builds each kind with: options that its layers compute with."""
+
+
+def build(kind: str, options: dict, folder: Path) -> Path:
+    """A random model of a kind, biases and norms among it, with the tokenizer file that a base has."""
+    torch.manual_seed(0)
+    known = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **SHAPE, **options}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))
+    for parameter in model.parameters():
+        # Untrained scores are so small that a wrong attention would hardly show.
+        parameter.data = parameter.data * 8 if parameter.dim() == 2 else parameter.data + 0.2 * torch.randn(
+            parameter.shape
+        )  # fmt: skip
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def configured(folder: Path) -> ModelConfig:
+    config = json.loads((folder / "config.json").read_text())
+    return ModelConfig(
+        name="mine", path=str(folder), head_dim=find_head_dim(config), quantization=Quantization.none,
+        tie_word_embeddings=config["tie_word_embeddings"], attention=Attention.documents, **SHAPE,
+    )  # fmt: skip
+
+
+def pack() -> SimpleNamespace:
+    tokens = np.random.default_rng(0).integers(3, 128, sum(DOCUMENTS))
+    return SimpleNamespace(
+        token_ids=tokens, label_mask=np.ones(len(tokens), bool), document_lengths=DOCUMENTS, source_ids=[0, 0, 0]
+    )
+
+
+def stock_gradients(folder: Path, adapter: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss over all labels and its gradients by plain transformers and PEFT, each document alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+    labels, total = sum(DOCUMENTS) - len(DOCUMENTS), 0.0
+    for begin, end in itertools.pairwise(np.cumsum([0, *DOCUMENTS])):
+        tokens = torch.from_numpy(pack().token_ids[begin:end])[None]
+        loss = adapted(input_ids=tokens, labels=tokens, use_cache=False).loss * (end - begin - 1) / labels
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind, options", [(kind, each) for kind, all_ in OPTIONS.items() for each in all_], ids=str)
+def test_a_known_kind_has_the_losses_and_gradients_of_stock_transformers(kind, options, tmp_path):
+    folder = build(kind, options, tmp_path / "base")
+    base = read_base(folder)
+    require_known(Part.train, base.config, folder, max(DOCUMENTS))
+    model = load_base(base, configured(folder), HardwareConfig(name="cpu", device=Device.cpu), CPU, torch.float32)
+    adapted = attach_adapter(model, base, LoraConfig(rank=4, alpha=8), Embeddings.lora, "").train()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
+    fuse_blocks(adapted)
+    loss, _, _ = Objective(adapted, torch.float32, autocast=False)(
+        build_batch([pack()], CPU), sum(DOCUMENTS) - len(DOCUMENTS)
+    )
+    loss.backward()
+    expected, gradients = stock_gradients(folder, tmp_path / "adapter")
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    found = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert found.keys() == gradients.keys() and len(found) > 50
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(found[name], gradient, atol=1e-4 * scale, rtol=1e-3, msg=name)
+
+
+def test_attention_by_document_refuses_a_document_beyond_the_window_of_its_layer(tmp_path):
+    folder = build("mistral", {"sliding_window": max(DOCUMENTS) - 1}, tmp_path / "base")
+    hardware = HardwareConfig(name="cpu", device=Device.cpu)
+    model = load_base(read_base(folder), configured(folder), hardware, CPU, torch.float32)
+    with pytest.raises(ModelError, match="a document of 20 tokens is longer than the layer's window of 19"):
+        Objective(model, torch.float32, autocast=False)(build_batch([pack()], CPU), 1.0)
+
+
+def test_every_kind_that_trains_is_tested_above():
+    assert OPTIONS.keys() == {kind for kind, parts in MODEL_TYPES.items() if Part.train in parts}
+
+
+REFUSED = [
+    ({"model_type": "granite"}, "a granite model; cqlora trains llama, mistral, qwen2, qwen3 and smollm3 only"),
+    ({"model_type": "gemma3", "text_config": {}}, "a gemma3 model, which is multi-modal"),
+    ({"model_type": "mixtral", "num_local_experts": 8}, "a mixtral model, which is a mixture of experts"),
+    ({"model_type": "gemma2", "sliding_window": 4096}, "a gemma2 model"),
+    ({}, "a config.json without model_type"),
+    ({"model_type": "mistral"}, "sliding window of 4096 tokens and documents of up to 8192 are read"),
+    ({"model_type": "mistral", "sliding_window": 64}, "stage.sequence_length=64"),
+    ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8}, "window of 8"),
+]
+
+
+@pytest.mark.parametrize("config, told", REFUSED, ids=lambda each: str(each)[:40])
+def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, told):
+    for part in (Part.train, Part.plan):
+        with pytest.raises(ModelError, match=told.replace("cqlora trains", part.value)):
+            require_known(part, config, Path("models/mine"), 8192)
+
+
+@pytest.mark.parametrize("part", [Part.engine, Part.gguf])
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "smollm3"}, {"model_type": "granite"}, {"model_type": "llama", "attention_bias": True},
+     {"model_type": "llama", "mlp_bias": True}, {"model_type": "llama", "hidden_act": "gelu"}],
+    ids=str,
+)  # fmt: skip
+def test_engine_and_gguf_take_plain_llama_only(part, config):
+    with pytest.raises(ModelError, match=r"llama only|layers without bias only|silu only"):
+        require_known(part, config, Path("models/mine"))
+    require_known(part, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}, Path("models/mine"))
+
+
+@pytest.mark.parametrize(
+    "config, window",
+    [({"model_type": "mistral"}, 4096), ({"model_type": "mistral", "sliding_window": None}, None),
+     ({"model_type": "qwen2", "sliding_window": 64}, None), ({"model_type": "llama", "sliding_window": 64}, None),
+     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, 64)],
+    ids=str,
+)  # fmt: skip
+def test_the_window_is_the_one_that_transformers_reads(config, window):
+    assert find_window(config) == window
+    read = AutoConfig.for_model(**config)
+    assert (None if config["model_type"] == "llama" else read.sliding_window) == window
+
+
+def test_a_run_and_its_plan_and_its_preparation_are_refused_at_the_door(workspace, tmp_path):
+    base = build_base(workspace, tmp_path / "base", tied=False)
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    accepted = typed_run(workspace, "stage=pretrain", f"model.path={base}")
+    file.write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 16}))
+    with pytest.raises(ModelError, match="sliding window of 16 tokens"):
+        check_run(accepted)
+    for verb in ("plan", "prepare"):
+        done = run_verb(workspace, verb, "stage=pretrain", "model=tiny", "hardware=cpu", f"model.path={base}", expect=1)
+        assert "sliding window of 16 tokens" in done.stderr and "Traceback" not in done.stderr
