@@ -28,7 +28,7 @@ from cqlora.errors import DataError
 
 __all__ = ["Pack", "SourceInfo", "Split", "TokenCache", "prepare_cache"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Counts up whenever the same choices would give other bytes."""
 
 MANIFEST = "cache.json"
