@@ -195,7 +195,7 @@ def test_oasst1_trees_and_message_rows_give_the_same_conversations(row: Any):
     assert drawn[0] in everything
 
     assert talk((U, "p"), (A, "a2")) not in parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all, langs=["en"])[0]
-    with pytest.raises(RowDropped, match="^prompt in another language$"):
+    with pytest.raises(RowDropped, match=r"^prompt in another language$"):
         parse(SourceKind.oasst1, row, langs=["zh"])
 
 
@@ -208,7 +208,7 @@ def test_oasst1_message_rows_are_grouped_by_tree_and_broken_rows_pass():
 
 
 def test_oasst1_prompt_without_an_answer_is_dropped():
-    with pytest.raises(RowDropped, match="^prompt without an answer$"):
+    with pytest.raises(RowDropped, match=r"^prompt without an answer$"):
         parse(SourceKind.oasst1, [message("p", None, "prompter")])
 
 
