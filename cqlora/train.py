@@ -108,7 +108,8 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, output_dir: Path
     if config.lora.method is AdapterMethod.pissa:
         state, rank_factor = convert_to_lora(model, state, output_dir), 2
     if trainer.worker.is_main:
-        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name)
+        prompt = getattr(config.stage, "system_prompt", "")
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, prompt)
     trainer.worker.wait()
 
 

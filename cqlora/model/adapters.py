@@ -126,13 +126,20 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, base: Base, state: dict[str, torch.Tensor], rank_factor: int = 1, stage: str = ""
+    model: PeftModel,
+    folder: Path,
+    base: Base,
+    state: dict[str, torch.Tensor],
+    rank_factor: int = 1,
+    stage: str = "",
+    system_prompt: str = "",
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
     `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
     which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
-    `sft` the chat template that it was trained in.
+    `sft` the chat template that it was trained in, `system_prompt` included: what conversations without a system
+    message were trained with.
     """
     staging = folder.with_name(f".{folder.name}.staging")
     shutil.rmtree(staging, ignore_errors=True)
@@ -142,7 +149,9 @@ def save_adapter(
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     config.save_pretrained(staging)
     save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_card(staging, base, describe_training(model, rank_factor) | ({"stage": stage} if stage else {}))
+    write_card(
+        staging, base, describe_training(model, rank_factor) | ({"stage": stage} if stage else {}), system_prompt
+    )
     if folder.exists():
         shutil.rmtree(folder)
     staging.rename(folder)
@@ -187,13 +196,14 @@ def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
     }
 
 
-def write_card(folder: Path, base: Base, trained_on: dict[str, Any]) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to, and how that base was held."""
+def write_card(folder: Path, base: Base, trained_on: dict[str, Any], system_prompt: str = "") -> None:
+    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and how to ask it."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
         "trained_on": trained_on,
+        **({"system_prompt": system_prompt} if system_prompt else {}),
     }
     merged = read_card(base.path).get("merged")
     write_json(folder / CARD, card | ({"base_merged": merged} if merged else {}))
