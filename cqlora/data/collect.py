@@ -17,6 +17,7 @@ from cqlora.data.keys import assign_splits, content_key, mix_keys
 from cqlora.data.language import LANGUAGES, detect_language
 from cqlora.data.records import SPLITS, Conversation, RawRow, Record, RowDropped, RowError, dump_record, text_of
 from cqlora.data.sources import PARSERS
+from cqlora.data.sources.fields import printable
 from cqlora.data.sources.files import LONG_NUMBER, TOO_DEEP, UnreadableRowError
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
@@ -147,11 +148,6 @@ def describe_record(raw: Record, record: Record, source: SourceConfig, split: st
     family = content_key(raw.family) if isinstance(raw, Conversation) and raw.family else raw_key
     side = UNDECIDED if split is None else SPLITS.index(split)
     return raw_key, key, family, side, LANGUAGES.index(source.language or detect_language(text))
-
-
-def printable(text: str) -> str:
-    """Text that any file can hold: what UTF-8 cannot, such as half a surrogate pair, by its number."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode_body(body: Any) -> Any:

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 MEMORY = "file_hashes.json"
 
 
 def hash_files(files: list[Path], cache_dir: Path) -> dict[Path, str]:
     """sha256 of each file; one whose size, times and inode are known from before is not read."""
     memory_file = cache_dir / MEMORY
-    memory: dict[str, str] = json.loads(memory_file.read_text()) if memory_file.is_file() else {}
+    memory = read_memory(memory_file)
     hashes: dict[Path, str] = {}
     new: dict[str, str] = {}
     for file in files:
@@ -26,6 +28,16 @@ def hash_files(files: list[Path], cache_dir: Path) -> dict[Path, str]:
         staged.write_text(json.dumps(memory | new, indent=0))
         staged.replace(memory_file)
     return hashes
+
+
+def read_memory(file: Path) -> dict[str, str]:
+    """What is remembered; nothing where the file is missing or damaged, since all of it can be had again."""
+    try:
+        memory = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = memory.items() if isinstance(memory, dict) else ()
+    return {name: digest for name, digest in known if isinstance(digest, str) and _SHA256.fullmatch(digest)}
 
 
 def hash_file(file: Path) -> str:

@@ -50,7 +50,7 @@ def count_unused(row: dict[str, Any], used: tuple[str, ...], counts: Counter[str
     """Count the fields of a row that hold something and that are none of `used`."""
     for name, value in row.items():
         if name not in used and value not in (None, "", [], {}):
-            counts[f"{UNUSED}{name[:60]}"] += 1
+            counts[f"{UNUSED}{printable(name[:60])}"] += 1
 
 
 def count_unused_of_messages(messages: list[Any], used: tuple[str, ...], counts: Counter[str]) -> None:
@@ -60,6 +60,11 @@ def count_unused_of_messages(messages: list[Any], used: tuple[str, ...], counts:
         if isinstance(message, dict):
             count_unused(message, used, of_row)
     counts.update(f"{UNUSED}message {name.removeprefix(UNUSED)}" for name in of_row)
+
+
+def printable(text: str) -> str:
+    """Text that any file can hold: what UTF-8 cannot, such as half a surrogate pair, by its number."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def optional_text(row: dict[str, Any], name: str) -> str:

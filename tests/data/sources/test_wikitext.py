@@ -16,8 +16,6 @@ from cqlora.data.sources.location import Location, SourceFile
 from cqlora.data.sources.wikitext import article_text
 from cqlora.errors import DataError
 
-pytest.importorskip("mwparserfromhell")
-
 FORBIDDEN = [
     r"\[\[", r"\]\]", r"\{\{", r"\}\}", r"\{\|", r"\|\}", r"^\s*\|", r"^\s*!", r"<ref", r"</", r"<br",
     r"<!--", r"'''", r"^=+.*=+$", r"^[*#:;]", r"&nbsp;", r"&amp;", r"\bthumb\|",
@@ -121,3 +119,39 @@ def test_the_real_dump_leaves_no_markup():
 def test_the_forbidden_list_finds_what_it_forbids():
     assert set(forbidden_remains(PAGE)) >= {r"\[\[", r"\{\{", r"<ref", r"^=+.*=+$", r"^\s*\|", r"-\{"}
     assert forbidden_remains(article_text(PAGE)) == []
+
+
+HOSTILE = {
+    "unclosed references": "<ref>x ",
+    "unclosed tags": "<b><i ",
+    "unclosed variants": "-{a ",
+    "unclosed templates": "{{a\n\n",
+    "unclosed tables": "{|\n",
+    "unclosed links": "[[a|",
+    "unclosed files": "[[File:a ",
+    "unclosed web links": "[http://a ",
+    "blanks": " ",
+    "blanks after a bracket": "[[ ",
+    "blank lines": "\n ",
+    "half headings": "=a\n",
+    "quotes": "'",
+    "brackets": "( ,",
+    "entities": "&#",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_markup_takes_time_in_proportion_to_its_length(name: str):
+    """A rule that takes time by the square of it would not come to an end here."""
+    unit = HOSTILE[name]
+    article_text(f"Before{unit * (400_000 // len(unit))}after")
+
+
+def test_headings_are_lines_between_signs_of_equal_number():
+    text = "a\n== One ==\nb\n=== Two === \nc\n==== Off =\nd\n=e\n== See also ==\nf\n=== g ===\nh\n= Three =\ni"
+    assert article_text(text) == "a\n\nOne\n\nb\n\nTwo\n\nc\n\n=== Off\n\nd\n=e\n\nThree\n\ni"
+
+
+def test_links_give_their_labels():
+    text = "[[a]] [[a|b [[c|d]] e]] [http://x.y label] [//x.y z] [mailto:a b] [https://x.y]"
+    assert article_text(text) == "a b d e label z b"
