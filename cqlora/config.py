@@ -110,15 +110,16 @@ class SourceConfig:
     language: str = ""
     """`zh` or `en`; empty lets each document's script decide."""
     sample: int | None = None
-    """Documents or conversations to take, chosen by the seed; null takes all."""
+    """Documents or conversations to train on, chosen by the seed, the held-out share besides; null takes all."""
     sample_tokens: int | None = None
-    """Take documents until this many tokens are reached."""
+    """Take documents until this many tokens train."""
     weight: float = 1.0
     """Share of the taken documents to keep (below 1) or times to repeat them (above 1) in the mix."""
     stages: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
     """Stages that use this source."""
     separator: str = ""
-    """Plain text only: what stands between two documents of a file; empty is one document a file."""
+    """Plain text only: what stands between two documents of a file, `\\n` for a new line; empty is one document a
+    file."""
     oasst_paths: OasstPaths = OasstPaths.best
     langs: list[str] = field(default_factory=list)
     """oasst1 only: languages to keep; empty keeps all."""
@@ -171,7 +172,7 @@ class DataConfig:
     """Folder in which sources are found by name."""
     sources: dict[str, SourceConfig] = MISSING
     sample_evenly: int | None = None
-    """Conversations to take in all, the same number from every source."""
+    """Documents or conversations to train on in all, the same number from every source."""
     val_fraction: float = 0.02
     test_fraction: float = 0.0
     """Shares set aside by a hash of the document, for sources that bring no split of their own."""

@@ -53,6 +53,9 @@ def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:
         table.add_row(label, *(f"{column[label]:,}" if label in column else "" for column in columns))
     console.print(table)
     for name, found in sources.items():
+        if found["unused_fields"]:
+            fields = ", ".join(f"{field} ({rows:,} rows)" for field, rows in found["unused_fields"].items())
+            console.print(f"{name}: fields that nothing is made of: {fields}.", markup=False)
         if found["own_split_set_aside"]:
             console.print(f"{name}: its val and test repeat its train, so they are set aside and a hash decides.")
     console.print()

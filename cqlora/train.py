@@ -110,7 +110,8 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[st
     if config.lora.method is AdapterMethod.pissa:
         state, rank_factor = convert_to_lora(model, state, output_dir), 2
     if trainer.worker.is_main:
-        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage)
+        prompt = getattr(config.stage, "system_prompt", "")
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage, prompt)
     trainer.worker.wait()
 
 

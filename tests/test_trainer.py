@@ -1,6 +1,7 @@
 """The step loop against independent computations: the stock model's loss, a closed form, another split of the batch."""
 
 import functools
+import json
 import math
 import operator
 import shutil
@@ -147,9 +148,12 @@ def test_sft_trains_and_continues_a_pretraining_adapter_whose_lineage_its_card_t
     assert finish_run(typed_run(workspace, *PLAIN), tmp_path / "pretrain") == 0
     adapter = tmp_path / "pretrain" / "adapter"
     config = typed_run(workspace, "stage=sft", "stage.max_steps=2", "model.quantization=none",
+                       "stage.system_prompt='Be brief.'",
                        f"stage.init_adapter={adapter}")  # fmt: skip
     assert finish_run(config, tmp_path / "sft") == 0
     assert {row["source"] for row in evaluations(tmp_path / "sft")} == {"sample_dialog"}
+    card = json.loads((tmp_path / "sft" / "adapter" / "cqlora.json").read_text())
+    assert card["system_prompt"] == "Be brief."
     assert adapter_sha256(tmp_path / "sft") != adapter_sha256(tmp_path / "pretrain")
     more = typed_run(workspace, "stage=sft", "stage.max_steps=1", "model.quantization=none",
                      f"stage.init_adapter={tmp_path / 'sft' / 'adapter'}")  # fmt: skip

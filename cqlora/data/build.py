@@ -28,6 +28,8 @@ from cqlora.data.mix import (
 from cqlora.data.pieces import EncodedBatch
 from cqlora.data.records import SPLITS
 from cqlora.data.sources import read_rows
+from cqlora.data.sources.fields import UNUSED
+from cqlora.data.sources.hub import require_hub
 from cqlora.data.sources.location import Location
 from cqlora.data.store import SplitWriter
 from cqlora.data.workers import Workers, count_workers
@@ -38,6 +40,7 @@ Progress = Callable[[str, int, int | None], None]
 
 _TASK_BYTES = 1 << 19
 _TASK_RECORDS = 4096
+_SHOWN_FIELDS = 50
 BULK_BYTES = 4 << 20
 """Bytes of files from which the faster encoder and other processes are worth their start."""
 MEASURED_RECORDS = 200
@@ -143,14 +146,17 @@ def gather_sources(
 ) -> list[Gathered]:
     """Read every source into its spool file."""
     found = []
+    for location in locations.values():
+        require_hub(location)
     unique = config.data.clean.deduplicate is not Deduplication.none
+    held_out = (config.data.val_fraction, config.data.test_fraction)
     with (staging / "rejected.jsonl").open("w", encoding="utf-8") as rejections:
         log = RejectionLog(rejections, config.data.max_rejected_fraction, kept_rejections)
         for number, (name, location) in enumerate(locations.items()):
             source = config.data.sources[name]
             gathered = Gathered(name, source, staging / f"source-{number}.spool", np.zeros(0))
             with gathered.spool.open("wb") as stream:
-                spool = Spool(stream, spool_capacity(sizes[name], config.data), config.seed, unique)
+                spool = Spool(stream, spool_capacity(sizes[name]), config.seed, unique, held_out)
                 rows = read_rows(location, source)
                 for read in collect_source(gathered, rows, config.data.clean, spool, log, workers):
                     progress(f"reading {name}", read, None)
@@ -319,18 +325,29 @@ def fill_of(split: dict[str, Any], capacity: int) -> float:
     return round(split["packed_tokens"] / (split["packs"] * capacity), 4) if split["packs"] else 0.0
 
 
+def rank_unused(counts: Counter[str]) -> dict[str, int]:
+    """Rows in which a field held something that nothing is made of, by field, the most frequent ones first."""
+    found = {name.removeprefix(UNUSED): number for name, number in counts.items() if name.startswith(UNUSED)}
+    ranked = sorted(found.items(), key=lambda each: (-each[1], each[0]))
+    others = sum(number for _, number in ranked[_SHOWN_FIELDS:])
+    return dict(ranked[:_SHOWN_FIELDS]) | ({"all other fields": others} if others else {})
+
+
 def summarize_source(each: Chosen, totals: SourceTotals) -> dict[str, Any]:
     """A source's line of summary.json."""
+    counts = each.gathered.counts
     left_out = {reason: number for reason, number in each.left_out.items() if number}
     return {
         "read": each.gathered.read,
+        "further_records": each.gathered.further,
         "rejected": dict(each.gathered.rejected),
         "dropped": dict(each.gathered.dropped),
         "duplicates": left_out.pop("duplicate", 0),
         "near_duplicates": left_out.pop("near duplicate", 0),
         "left_out": left_out,
         "own_split_set_aside": each.pooled,
-        "changed": dict(each.gathered.counts),
+        "changed": {name: number for name, number in counts.items() if not name.startswith(UNUSED)},
+        "unused_fields": rank_unused(counts),
         "kept": totals.kept,
         "pieces": totals.pieces,
         "cut": dict(totals.counts),

@@ -1,5 +1,6 @@
 """The ChatML template: conversations to token ids, with a mask of what the assistant said."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,21 @@ CHAT_TEMPLATE = (
 )
 """The template in Jinja, for `tokenizer_config.json` and the engine. `bos_token` comes first where the
 tokenizer has one of its own, since the base has never seen a text without it."""
+
+_DEFAULT_SYSTEM = (
+    "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    "{{ '<|im_start|>system\n' + PROMPT | trim + '<|im_end|>\n' }}"
+    "{%- endif -%}"
+)
+
+
+def chat_template(system_prompt: str) -> str:
+    """CHAT_TEMPLATE, in which conversations without a system message get `system_prompt`, as in training with it."""
+    if not system_prompt.strip():
+        return CHAT_TEMPLATE
+    # JSON's escapes are among those of Jinja's strings; characters beyond ASCII stay as they are.
+    default = _DEFAULT_SYSTEM.replace("PROMPT", json.dumps(system_prompt, ensure_ascii=False))
+    return CHAT_TEMPLATE.replace("{%- for message in messages -%}", default + "{%- for message in messages -%}")
 
 
 @dataclass(slots=True)

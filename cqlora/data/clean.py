@@ -27,6 +27,13 @@ _SURROGATES = "\ud800-\udfff"
 _COMPATIBILITY = re.compile(f"[{_COMPATIBLE}]")
 _CONTROL = re.compile(f"[{_CONTROLS}]")
 _SURROGATE = re.compile(f"[{_SURROGATES}]")
+_MOST_MARKS = 100
+"""Combining characters in a row; ordering more takes time by their square, and no writing has them."""
+_MARK_RUN = re.compile(
+    "[\u0300-\u036f\u0483-\u0489\u0591-\u1dff\u20d0-\u20ff\u2c80-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe20-\ufe2f"
+    f"\U000101fd-\U0001e94a]{{{_MOST_MARKS + 1},}}"
+)
+"""A superset of the combining characters, letters of some scripts among them."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}", re.ASCII)
@@ -47,7 +54,17 @@ def write_plainly(text: str) -> str:
 
 
 def compose_characters(text: str) -> str:
-    """NFC: an accent or a variant that stands by itself joined to its letter."""
+    """NFC: an accent or a variant that stands by itself joined to its letter.
+
+    Raises:
+        RowError: so many accents in a row that it is no text.
+    """
+    for match in _MARK_RUN.finditer(text):
+        marks = 0
+        for character in match[0]:
+            marks = marks + 1 if unicodedata.combining(character) else 0
+            if marks > _MOST_MARKS:
+                raise RowError(f"more than {_MOST_MARKS} combining characters in a row")
     return unicodedata.normalize("NFC", text)
 
 

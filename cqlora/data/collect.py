@@ -13,11 +13,12 @@ import numpy as np
 from cqlora.choices import Deduplication
 from cqlora.config import CleanConfig, SourceConfig
 from cqlora.data.clean import Cleaner
-from cqlora.data.keys import content_key, mix_keys
+from cqlora.data.keys import assign_splits, content_key, mix_keys
 from cqlora.data.language import LANGUAGES, detect_language
-from cqlora.data.records import SPLITS, RawRow, RowError, dump_record, text_of
+from cqlora.data.records import SPLITS, Conversation, RawRow, Record, RowDropped, RowError, dump_record, text_of
 from cqlora.data.sources import PARSERS
-from cqlora.data.sources.files import UnreadableRowError
+from cqlora.data.sources.fields import printable
+from cqlora.data.sources.files import LONG_NUMBER, TOO_DEEP, UnreadableRowError
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
 
@@ -35,11 +36,13 @@ INDEX_TYPE = np.dtype(
         ("length", np.uint32),
         ("key", np.uint64),
         ("duplicate_key", np.uint64),
+        ("family", np.uint64),
         ("split", np.uint8),
         ("language", np.uint8),
     ]
 )
-"""A record in the spool. `key` is of the text as it was read, `duplicate_key` as it was cleaned."""
+"""A record in the spool. `key` is of the text as it was read, `duplicate_key` as it was cleaned, `family` of what
+records that are held out together have in common: `key`, unless the record names something."""
 
 
 @dataclass(slots=True)
@@ -55,7 +58,9 @@ class CollectedBatch:
     counts: Counter[str]
     """Mendings and changes by rule."""
     dropped: Counter[str]
-    """Records that a rule dropped, by rule."""
+    """Records and rows that a rule dropped, by rule."""
+    further: int = 0
+    """Records beyond the first of their row."""
 
 
 @dataclass(slots=True)
@@ -73,6 +78,8 @@ class Gathered:
     counts: Counter[str] = field(default_factory=Counter)
     records: int = 0
     """Records that passed every rule, before sampling."""
+    further: int = 0
+    """Records beyond the first of their row."""
 
 
 @lru_cache(maxsize=4)
@@ -84,36 +91,63 @@ def make_cleaner(key: str) -> Cleaner:
 
 
 def collect_batch(source: SourceConfig, cleaner_key: str, rows: list[RawRow]) -> CollectedBatch:
-    """Parse and clean rows; a row that cannot be read is rejected with its reason."""
+    """Parse and clean rows; one that cannot be read is rejected as a whole, with its reason."""
     cleaner = make_cleaner(cleaner_key)
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    rejected: list[tuple[str, int, str]] = []
+    batch = CollectedBatch(b"", np.zeros(0, dtype=INDEX_TYPE), [], len(rows), Counter(), Counter())
     spool: list[bytes] = []
-    entries: list[tuple[int, int, int, int, int, int]] = []
+    entries: list[tuple[int, ...]] = []
     offset = 0
     for row in rows:
+        counts: Counter[str] = Counter()
         try:
-            for record in PARSERS[source.kind](decode_body(row.body), source, counts):
-                raw_text = text_of(record)
-                record = cleaner.clean(record, counts)
-                text = text_of(record)
-                refusal = cleaner.refusal(record)
-                if refusal:
-                    dropped[refusal] += 1
-                    continue
-                data = dump_record(record)
-                key = content_key(text)
-                raw_key = key if raw_text == text else content_key(raw_text)
-                split = UNDECIDED if row.split is None else SPLITS.index(row.split)
-                language = LANGUAGES.index(source.language or detect_language(text))
-                entries.append((offset, len(data), raw_key, key, split, language))
-                spool.append(data)
-                offset += len(data)
+            parsed = parse_row(row, source, counts)
+            records = [(record, cleaner.clean(record, counts)) for record in parsed]
         except RowError as error:
-            rejected.append((row.file, row.line, str(error)))
-    index = np.array(entries, dtype=INDEX_TYPE)
-    return CollectedBatch(b"".join(spool), index, rejected, len(rows), counts, dropped)
+            batch.rejected.append((row.file, row.line, printable(str(error))))
+            continue
+        except RowDropped as rule:
+            batch.dropped[str(rule)] += 1
+            records = []
+        batch.counts.update(counts)
+        batch.further += max(len(records) - 1, 0)
+        for raw, record in records:
+            refusal = cleaner.refusal(record)
+            if refusal:
+                batch.dropped[refusal] += 1
+                continue
+            data = dump_record(record)
+            entries.append((offset, len(data), *describe_record(raw, record, source, row.split)))
+            spool.append(data)
+            offset += len(data)
+    batch.spool, batch.index = b"".join(spool), np.array(entries, dtype=INDEX_TYPE)
+    return batch
+
+
+def parse_row(row: RawRow, source: SourceConfig, counts: Counter[str]) -> list[Record]:
+    """All records of a row.
+
+    Raises:
+        RowError: the row cannot be read.
+        RowDropped: a rule leaves the row out.
+    """
+    try:
+        records = list(PARSERS[source.kind](decode_body(row.body), source, counts))
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What no reader foresaw in one row must not end the preparation of all others.
+        raise RowError(f"cannot be parsed ({type(error).__name__})") from None
+    if not records:
+        raise RowDropped("nothing in the row")
+    return records
+
+
+def describe_record(raw: Record, record: Record, source: SourceConfig, split: str | None) -> tuple[int, ...]:
+    """The fields of INDEX_TYPE after offset and length."""
+    raw_text, text = text_of(raw), text_of(record)
+    key = content_key(text)
+    raw_key = key if raw_text == text else content_key(raw_text)
+    family = content_key(raw.family) if isinstance(raw, Conversation) and raw.family else raw_key
+    side = UNDECIDED if split is None else SPLITS.index(split)
+    return raw_key, key, family, side, LANGUAGES.index(source.language or detect_language(text))
 
 
 def decode_body(body: Any) -> Any:
@@ -130,8 +164,12 @@ def decode_body(body: Any) -> Any:
         return json.loads(body)
     except UnicodeDecodeError:
         raise RowError("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError:
         raise RowError("broken JSON") from None
+    except RecursionError:
+        raise RowError(TOO_DEEP) from None
+    except ValueError:
+        raise RowError(LONG_NUMBER) from None
 
 
 def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
@@ -164,18 +202,25 @@ def weigh(body: Any) -> int:
 class Spool:
     """Takes batches; under a capacity, keeps the records whose sampling hash is smallest.
 
-    The index then never grows beyond three times the capacity, however long the source.
+    The index then stays within a few times the capacity, however long the source.
     """
 
-    def __init__(self, stream: IO[bytes], capacity: int | None, seed: int, unique: bool) -> None:
+    def __init__(
+        self, stream: IO[bytes], capacity: int | None, seed: int, unique: bool, held_out: tuple[float, float] = (0, 0)
+    ) -> None:
         self.stream = stream
         self.capacity = capacity
+        """Training records to keep."""
         self.seed = seed
         self.unique = unique
+        self.held_out = held_out
+        """Shares of validation and test, which the capacity does not count."""
         self.end = 0
         self.threshold: np.uint64 | None = None
         self.chunks: list[np.ndarray] = []
         self.size = 0
+        self.kept = 0
+        """Records that the last pruning left."""
 
     def append(self, batch: CollectedBatch) -> None:
         """Write a batch's records, those past the threshold left out."""
@@ -189,11 +234,11 @@ class Spool:
         self.end += len(batch.spool)
         self.chunks.append(index)
         self.size += len(index)
-        if self.capacity is not None and self.size > 3 * self.capacity:
-            self.prune()
+        if self.capacity is not None and self.size > max(3 * self.capacity, 2 * self.kept):
+            self.prune(self.capacity)
 
-    def prune(self) -> None:
-        """Keep the `capacity` records of smallest hash, and all that the files themselves hold out."""
+    def prune(self, capacity: int) -> None:
+        """Keep the records of smallest hash until `capacity` of them train, and all that the files hold out."""
         index = np.concatenate(self.chunks)
         sampled = self.sampled(index)
         candidates = np.flatnonzero(sampled)
@@ -201,11 +246,13 @@ class Spool:
         if self.unique:
             hashes, first = np.unique(hashes, return_index=True)
             candidates = candidates[first]
-        order = np.argsort(hashes, kind="stable")[: self.capacity]
-        if len(order) == self.capacity:
+        order = np.argsort(hashes, kind="stable")
+        training = np.cumsum(assign_splits(index["family"][candidates[order]], *self.held_out) == 0)
+        order = order[: int(np.searchsorted(training, capacity)) + 1]
+        if len(order) < len(hashes):
             self.threshold = hashes[order[-1]]
         kept = np.sort(np.concatenate([np.flatnonzero(~sampled), candidates[order]]))
-        self.chunks, self.size = [index[kept]], len(kept)
+        self.chunks, self.size, self.kept = [index[kept]], len(kept), len(kept)
 
     def sampled(self, index: np.ndarray) -> np.ndarray:
         """bool: records that sampling is about, which explicit val and test files are not."""
@@ -233,7 +280,7 @@ class RejectionLog:
     def write(self, name: str, rejected: list[tuple[str, int, str]]) -> None:
         """One line a rejected row."""
         for file, line, reason in rejected:
-            entry = {"source": name, "file": file, "line": line, "reason": reason}
+            entry = {"source": name, "file": printable(file), "line": line, "reason": reason}
             self.stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def check(self, gathered: Gathered, minimum: int = 1) -> None:
@@ -272,6 +319,7 @@ def collect_source(
         gathered.dropped.update(batch.dropped)
         gathered.counts.update(batch.counts)
         gathered.records += len(batch.index)
+        gathered.further += batch.further
         spool.append(batch)
         log.write(gathered.name, batch.rejected)
         log.check(gathered, minimum=_EARLY_ROWS)

@@ -1,10 +1,11 @@
-"""Conversations to pieces: whole where they fit, else cut where a user speaks."""
+"""Conversations to pieces: whole where they fit, else cut where a user speaks, a longer exchange made to fit."""
 
 from collections.abc import Sequence
 
 from cqlora.data.chat import ChatEncoder, EncodedTurn
 from cqlora.data.pieces import EncodedBatch, Pieces, cut_points
 from cqlora.data.records import Turn
+from cqlora.data.shorten import shorten_exchange, tokens_of
 from cqlora.data.tokenizer import PlainTokenizer
 
 
@@ -42,7 +43,8 @@ class ConversationEncoder:
         """One piece, or, where it is too long, several that each begin at a user's turn.
 
         Every piece opens as the conversation did, with the beginning token and the system message. An
-        exchange that is too long by itself is cut like a document.
+        exchange that is too long by itself is cut like a document where every token is a label, and shortened
+        where the replies are: a reply without its question must not be learned.
         """
         start = [self.special.document_start] if self.all_tokens else self.chat.bos
         system = turns[:1] if turns[0].turn.role == "system" else []
@@ -59,6 +61,10 @@ class ConversationEncoder:
         self, pieces: Pieces, record: int, start: list[int], turns: list[EncodedTurn], end: list[int]
     ) -> None:
         """Turns between a start and an end token, as one piece where they fit."""
+        if not self.all_tokens and len(start) + tokens_of(turns) > self.capacity:
+            turns = shorten_exchange(self.chat, turns, self.capacity - len(start), pieces.counts)
+            if not turns:
+                return
         ids = [*start, *(token for turn in turns for token in turn.ids), *end]
         all_labels = b"\1" * len(start) + b"".join(turn.labels for turn in turns) + b"\1" * len(end)
         labels = b"\0" + all_labels[1:]

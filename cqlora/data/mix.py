@@ -59,22 +59,22 @@ def even_shares(total: int, names: list[str]) -> dict[str, int]:
     return {name: share + (index < remainder) for index, name in enumerate(names)}
 
 
-def spool_capacity(size: int | None, data: DataConfig) -> int | None:
-    """Candidates to keep while reading, so that `size` remain when duplicates are gone."""
+def spool_capacity(size: int | None) -> int | None:
+    """Training records to keep while reading, so that `size` remain when duplicates and held-out texts are gone."""
     if size is None:
         return None
-    return size if data.clean.deduplicate is Deduplication.none else size + size // 4 + 1000
+    return size + size // 4 + 1000
 
 
 def begin_choice(gathered: Gathered, data: DataConfig) -> Chosen:
     """Everything kept, each record on its side."""
     declared = gathered.index["split"]
-    by_hash = assign_splits(gathered.index["key"], data.val_fraction, data.test_fraction)
+    by_hash = assign_splits(gathered.index["family"], data.val_fraction, data.test_fraction)
     pooled = repeats_itself(gathered)
     splits = by_hash if pooled else np.where(declared == UNDECIDED, by_hash, declared)
     if pooled and data.val_fraction and len(splits) and not (splits == VAL).any():
         # Such a source is a handful of texts: hold out one rather than none.
-        keys = gathered.index["key"]
+        keys = gathered.index["family"]
         splits[keys == keys[np.argmin(mix_keys(keys, "held-out"))]] = VAL
     records = len(gathered.index)
     return Chosen(gathered, splits, np.ones(records, dtype=bool), np.ones(records, dtype=np.uint16), pooled)
@@ -150,29 +150,44 @@ def drop_near_duplicates(chosen: list[Chosen], data: DataConfig, staging: Path, 
     file.unlink()
 
 
-def take_sample(each: Chosen, size: int, seed: int) -> None:
-    """Keep the `size` records of smallest sampling hash; what the files themselves hold out stays."""
+def sampling_order(each: Chosen, seed: int) -> np.ndarray:
+    """Numbers of the kept records that sampling is about, smallest sampling hash first.
+
+    What the files themselves hold out is not among them and stays.
+    """
     index = each.gathered.index
     members = np.flatnonzero(each.kept & np.isin(index["split"], (UNDECIDED, TRAIN)))
-    order = members[np.argsort(mix_keys(index["key"][members], "sample", seed), kind="stable")]
-    mask = np.zeros(len(each.kept), dtype=bool)
-    mask[order[size:]] = True
-    each.leave_out(mask, "not sampled")
+    return members[np.argsort(mix_keys(index["key"][members], "sample", seed), kind="stable")]
+
+
+def take_sample(each: Chosen, size: int, seed: int) -> None:
+    """Keep records in the order of their sampling hash until `size` of them train.
+
+    Those held out by hash come on top, as many as fall between them, so that their share stays what it was.
+    """
+    order = sampling_order(each, seed)
+    training = np.cumsum(each.splits[order] == TRAIN)
+    keep_first(each, order, int(np.searchsorted(training, size)) + 1)
 
 
 def take_tokens(each: Chosen, budget: int, seed: int, count_tokens: CountTokens) -> None:
-    """Keep records in the order of their sampling hash until `budget` tokens are reached."""
-    index = each.gathered.index
-    members = np.flatnonzero(each.kept & np.isin(index["split"], (UNDECIDED, TRAIN)))
-    order = members[np.argsort(mix_keys(index["key"][members], "sample", seed), kind="stable")]
+    """Keep records in the order of their sampling hash until `budget` tokens train."""
+    order = sampling_order(each, seed)
     taken, tokens = 0, 0
     while taken < len(order) and tokens < budget:
-        counted = np.cumsum(count_tokens(each.gathered, order[taken : taken + 512])) + tokens
-        reached = int(np.searchsorted(counted, budget)) + 1
-        taken += min(reached, len(counted))
-        tokens = int(counted[min(reached, len(counted)) - 1])
+        numbers = order[taken : taken + 512]
+        counted = count_tokens(each.gathered, numbers) * (each.splits[numbers] == TRAIN)
+        total = np.cumsum(counted) + tokens
+        reached = min(int(np.searchsorted(total, budget)) + 1, len(total))
+        taken += reached
+        tokens = int(total[reached - 1])
+    keep_first(each, order, taken)
+
+
+def keep_first(each: Chosen, order: np.ndarray, count: int) -> None:
+    """Keep the first `count` records of `order`, and leave out the others of it."""
     mask = np.zeros(len(each.kept), dtype=bool)
-    mask[order[taken:]] = True
+    mask[order[count:]] = True
     each.leave_out(mask, "not sampled")
 
 

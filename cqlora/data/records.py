@@ -1,7 +1,7 @@
 """What flows from the sources to the encoder: a document or a conversation."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 SPLITS = ("train", "val", "test")
@@ -38,6 +38,9 @@ class Conversation:
     """Messages of system, user and assistant, in order."""
 
     turns: list[Turn]
+    family: str = field(default="", compare=False)
+    """What conversations that share words have in common, such as the prompt of their tree: they are trained or held
+    out together. Empty: the conversation stands by itself."""
 
 
 Record = Document | Conversation
@@ -45,6 +48,10 @@ Record = Document | Conversation
 
 class RowError(Exception):
     """A row that cannot be read; the message is the reason, short enough to be counted by."""
+
+
+class RowDropped(Exception):
+    """A row that can be read and that a rule leaves out; the message is the rule."""
 
 
 def text_of(record: Record) -> str:

@@ -134,21 +134,24 @@ def save_adapter(
     rank_factor: int = 1,
     stage: str = "",
     lineage: dict[str, Any] | None = None,
+    system_prompt: str = "",
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
     `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
     which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
-    `sft` the chat template that it was trained in. `lineage` is what `describe_lineage` found when the run started.
+    `sft` the chat template that it was trained in, `system_prompt` included: what conversations without a system
+    message were trained with. `lineage` is what `describe_lineage` found when the run started.
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
+    said = (lineage or describe_lineage("")) | ({"system_prompt": system_prompt} if system_prompt else {})
     with staged_folder(folder, replace=True) as staging:
         config.save_pretrained(staging)
         save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_card(staging, base, trained_on, lineage or describe_lineage(""))
+        write_card(staging, base, trained_on, said)
     logger.info("adapter written to %s", folder)
 
 
@@ -190,14 +193,14 @@ def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
     }
 
 
-def write_card(folder: Path, base: Base, trained_on: dict[str, Any], lineage: dict[str, Any]) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, what it continues."""
+def write_card(folder: Path, base: Base, trained_on: dict[str, Any], said: dict[str, Any]) -> None:
+    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and what `said` says."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
         "trained_on": trained_on,
-        **lineage,
+        **said,
     }
     merged = read_card(base.path).get("merged")
     seal_card(folder, card | ({"base_merged": merged} if merged else {}))

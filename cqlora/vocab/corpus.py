@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cqlora.choices import SourceKind
 from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_text
 from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, list_files
 from cqlora.errors import DataError
@@ -59,7 +60,7 @@ def open_corpus(paths: list[str], held_out_fraction: float) -> Corpus:
         DataError: a path that does not exist or holds no text.
     """
     folders = [Path(path) for path in paths] or [SAMPLE_DIR]
-    files = [file for folder in folders for file in list_files(folder, "vocab.corpus")]
+    files = [file for folder in folders for file in list_files(folder, "vocab.corpus", SourceKind.wiki)]
     return Corpus(files, held_out_fraction)
 
 

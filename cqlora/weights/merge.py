@@ -10,7 +10,7 @@ import torch
 
 from cqlora.base import CARD, Base, read_base, seal_card, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
-from cqlora.data.chat import CHAT_TEMPLATE
+from cqlora.data.chat import chat_template
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.system.documents import copy_inside
@@ -18,7 +18,7 @@ from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
-from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training
+from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
@@ -56,8 +56,8 @@ class Merge:
 
     def template(self) -> str:
         """The chat template that an adapter was instruction-tuned in, which is not the base's own; empty: none was."""
-        stages = [adapter.card.get("trained_on", {}).get("stage") for adapter in self.adapters]
-        return CHAT_TEMPLATE if "sft" in stages else ""
+        prompt = tuned_prompt(self.adapters)
+        return "" if prompt is None else chat_template(prompt)
 
     def changed(self) -> int:
         """Matrices that an adapter changes."""

@@ -108,6 +108,12 @@ def check_foreign_tokenizer(adapter: Adapter, base: Base) -> None:
             )
 
 
+def tuned_prompt(adapters: list[Adapter]) -> str | None:
+    """The system prompt that the last instruction-tuned adapter was trained with, empty for none; None: none is."""
+    tuned = [adapter.card for adapter in adapters if adapter.card.get("trained_on", {}).get("stage") == "sft"]
+    return tuned[-1].get("system_prompt", "") if tuned else None
+
+
 def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[str, Any]:
     """The card of the merged model, without the fingerprint of weights that are yet to be written.
 
@@ -117,6 +123,9 @@ def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[st
     history = history_of(base)
     for adapter in adapters:
         history = add_to_history(history, adapter, onto)
+    prompt = tuned_prompt(adapters)
+    if prompt is not None:
+        card["system_prompt"] = prompt
     return card | {
         "base": base.path.name,
         "tokenizer_sha256": fingerprint_tokenizer(base.path),

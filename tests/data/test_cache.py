@@ -221,7 +221,7 @@ BAD_ROWS = [
     (b'["a list"]\n', "row is a list, not an object"),
     (b'{"text": null}\n', "field text is null, not text"),
     (b'{"text": "  "}\n', "field text is empty"),
-    (b"[" * 100_000 + b"\n", "broken JSON"),
+    (b"[" * 100_000 + b"\n", "nested too deeply"),
     (b'{"text": "' + b"x" * (50 << 20) + b'"}\n', "line longer than 16 MiB"),
 ]
 
@@ -274,7 +274,7 @@ def test_bad_conversations_are_rejected_and_the_rest_goes_on(tmp_path: Path, byt
 def test_too_many_bad_rows_stop_with_a_summary_of_reasons(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     file = write_with_bad_rows(tmp_path / "bad.jsonl", good=40)
     config = make_config({"bad": SourceConfig(kind=SourceKind.wiki, path=str(file))})
-    with pytest.raises(DataError, match=r"9 of 49 rows cannot be read \(broken JSON: 3, .*max_rejected_fraction=0.05"):
+    with pytest.raises(DataError, match=r"9 of 49 rows cannot be read \(broken JSON: 2, .*max_rejected_fraction=0.05"):
         prepare_cache(config, byte_base)
     cache_dir = Path(config.data.cache_dir)
     (kept,) = cache_dir.glob("*.rejected.jsonl")

@@ -108,3 +108,13 @@ def test_records_are_refused_by_rule(record, language, switches, reason):
 )
 def test_language_is_told_by_script(text: str, language: str):
     assert detect_language(text) == language
+
+
+def test_combining_characters_without_end_are_refused_before_they_are_ordered():
+    """Ordering 400,000 of them takes hours; a text that has a hundred in a row is none."""
+    cleaner = Cleaner(CleanConfig(), "")
+    with pytest.raises(RowError, match="more than 100 combining characters in a row"):
+        cleaner.clean(Document("a" + "\u0301\u0323" * 200_000), Counter())
+    composed = cleaner.clean(Document("e" + "\u0301" * 100 + "ก" * 300), Counter())
+    assert isinstance(composed, Document)
+    assert composed.text.startswith("é")

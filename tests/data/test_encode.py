@@ -1,6 +1,7 @@
 """Records to pieces: every token once, every character counted where it is learned."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -155,12 +156,12 @@ def test_long_conversations_are_cut_before_a_user_speaks_and_every_answer_is_kep
     assert batch.utf8_bytes.sum() == len(said.encode())
 
 
-def test_an_exchange_too_long_by_itself_is_cut_like_a_document(byte_base: Base):
+def test_in_pretraining_an_exchange_too_long_by_itself_is_cut_like_a_document(byte_base: Base):
     plain = PlainTokenizer(byte_base.path)
     answer = sample_texts()[-1]
     talk = [Turn("user", "Tell me."), Turn("assistant", answer)]
-    whole = pieces_of(encoder(byte_base, 1 << 20, all_tokens=False).encode([Conversation(talk)]))[0]
-    batch = encoder(byte_base, 64, all_tokens=False).encode([Conversation(talk)])
+    whole = pieces_of(encoder(byte_base, 1 << 20).encode([Conversation(talk)]))[0]
+    batch = encoder(byte_base, 64).encode([Conversation(talk)])
     pieces = pieces_of(batch)
     assert batch.counts["exchanges cut"] == 1
     assert [token for ids, _ in pieces for token in ids] == whole[0]
@@ -169,14 +170,81 @@ def test_an_exchange_too_long_by_itself_is_cut_like_a_document(byte_base: Base):
     labels[starts] = 0
     assert [label for _, piece in pieces for label in piece] == labels.tolist()
     lost = sum(len(plain.text.decode([ids[0]])) for ids, _ in pieces[1:])
-    assert batch.characters.sum() == len(answer) - lost
+    said = sum(len(f"{turn.role}\n{turn.text}") for turn in talk)
+    assert batch.characters.sum() == said - lost
 
 
-def test_a_piece_without_a_label_is_left_out_and_counted(byte_base: Base):
-    talk = [Turn("user", "question " * 100), Turn("assistant", "yes")]
-    batch = encoder(byte_base, 64, all_tokens=False).encode([Conversation(talk)])
-    assert batch.counts["pieces without a label left out"] >= 1
-    assert all(any(labels) for _, labels in pieces_of(batch))
+def shorten(base: Base, length: int, *turns: tuple[str, str]) -> tuple[str, str, EncodedBatch]:
+    """(context, what is trained, the batch) of the one piece that a conversation gives."""
+    plain = PlainTokenizer(base.path)
+    batch = encoder(base, length, all_tokens=False).encode([Conversation([Turn(*turn) for turn in turns])])
+    ((ids, labels),) = pieces_of(batch)
+    assert len(ids) <= length
+    first = labels.index(1)
+    assert all(labels[first : len(ids) if labels[-1] else labels.index(1) + sum(labels)])
+    parts = [plain.text.decode(part, skip_special_tokens=False) for part in (ids[:first], ids[first:])]
+    # The oldest kind of tokenizer decodes a space after each control token.
+    context, trained = (part.replace("|> ", "|>") for part in parts)
+    return context.removeprefix(plain.text.decode(ids[:1], skip_special_tokens=False)), trained, batch
+
+
+def test_a_question_too_long_loses_its_beginning_and_the_reply_stays_whole(any_base: Base):
+    question = "、".join(f"第{n}个长江问题" for n in range(200)) + "，最后呢？"
+    context, trained, batch = shorten(any_base, 96, ("system", "简短。"), ("user", question), ("assistant", "很长。"))
+    system, user, words = re.fullmatch(
+        r"(.*)<\|im_start\|>(user)\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n", context, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    assert "简短。<|im_end|>" in system
+    assert (user, question.endswith(words), "最后呢？" in words) == ("user", True, True)
+    assert trained == "很长。<|im_end|>\n"
+    assert batch.counts == {"questions cut at their beginning": 1}
+    assert (batch.characters.tolist(), batch.utf8_bytes.tolist()) == ([3], [9])
+
+
+def test_a_reply_too_long_ends_early_after_its_question(any_base: Base):
+    answer = "\n".join(sample_texts()[:20])
+    context, trained, batch = shorten(any_base, 96, ("user", "长江？"), ("assistant", answer))
+    assert "user\n长江？<|im_end|>\n" in context
+    assert answer.startswith(trained.rstrip("\ufffd"))
+    assert batch.lengths.tolist() == [96]
+    assert batch.counts == {"replies cut at their end": 1}
+    assert len(trained.rstrip("\ufffd")) <= batch.characters.sum() <= len(trained)
+
+
+def test_question_and_reply_too_long_share_the_sequence(byte_base: Base):
+    question, answer = "、".join(map(str, range(900))), "\n".join(sample_texts()[:20])
+    context, _, batch = shorten(byte_base, 200, ("user", question), ("assistant", answer))
+    assert batch.counts == {"questions cut at their beginning": 1, "replies cut at their end": 1}
+    assert "898、899<|im_end|>" in context
+    assert 0.7 < batch.label_tokens.sum() / 200 <= 0.75
+
+
+def test_a_system_message_that_leaves_no_room_for_the_question_is_left_out(byte_base: Base):
+    turns = ("system", "rules " * 100), ("user", "q"), ("assistant", "a")
+    context, trained, batch = shorten(byte_base, 64, *turns)
+    assert (context, trained) == ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "a<|im_end|>\n")
+    assert batch.counts == {"system messages too long left out": 1}
+
+
+def test_of_several_exchanges_only_the_long_one_is_shortened(byte_base: Base):
+    talk = [("user", "q1"), ("assistant", "a1"), ("user", "x " * 200), ("assistant", "a2"), ("user", "q3")]
+    turns = [Turn(*turn) for turn in (*talk, ("assistant", "a3"))]
+    batch = encoder(byte_base, 64, all_tokens=False).encode([Conversation(turns)])
+    plain = PlainTokenizer(byte_base.path)
+    texts = [plain.text.decode(ids, skip_special_tokens=False) for ids, _ in pieces_of(batch)]
+    assert [[name for name in ("q1", "a1", "x x", "a2", "q3", "a3") if name in text] for text in texts] == [
+        ["q1", "a1"],
+        ["x x", "a2"],
+        ["q3", "a3"],
+    ]
+    assert batch.counts == {"conversations cut between turns": 1, "questions cut at their beginning": 1}
+
+
+def test_an_exchange_whose_question_has_no_room_is_left_out_and_counted(byte_base: Base):
+    talk = [Turn("user", "question " * 100), Turn("assistant", "yes " * 100)]
+    batch = encoder(byte_base, 16, all_tokens=False).encode([Conversation(talk)])
+    assert len(batch.lengths) == 0
+    assert batch.counts == {"exchanges too long left out": 1}
 
 
 def test_tokens_per_han_character_counts_tokens_that_cover_one(byte_base: Base):

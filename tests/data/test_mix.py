@@ -1,13 +1,14 @@
 """The mix: who is held out, who is sampled, and that neither depends on the neighbours."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cqlora.base import Base
-from cqlora.choices import Deduplication, SourceKind
+from cqlora.choices import Deduplication, OasstPaths, SourceKind
 from cqlora.config import SourceConfig
 from cqlora.data.cache import TokenCache, prepare_cache
 from cqlora.data.keys import assign_splits, content_key, mix_keys
@@ -115,7 +116,7 @@ def test_sample_evenly_takes_the_same_number_from_every_source(
 def test_sample_tokens_stops_at_the_document_that_reaches_it(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     source = wiki(tmp_path / "a.jsonl", texts("a", 200), sample_tokens=2000)
     cache = prepare_cache(make_config({"a": source}, val_fraction=0.1), byte_base)
-    tokens = sum(split.tokens for split in cache.splits.values())
+    tokens = cache.splits["train"].tokens
     longest = cache.summary["sources"]["a"]["longest"]
     assert 2000 <= tokens < 2000 + longest
 
@@ -167,3 +168,73 @@ def test_a_split_that_repeats_its_training_is_set_aside(tmp_path: Path, byte_bas
     assert len(val) >= 1
     assert not set(train) & set(val)
     assert sorted(train + val) == sorted(rows)
+
+
+@pytest.mark.parametrize("clean", [{}, {"deduplicate": Deduplication.none}])
+def test_a_sample_counts_what_trains_and_the_held_out_share_comes_on_top(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig, clean: dict[str, Deduplication]
+):
+    """The second source holds out by files of its own, so that only the first loses some to the hash."""
+    rows = texts("b", 3500)
+    for split, part in (("train", rows[:3400]), ("val", rows[3400:])):
+        write_jsonl(tmp_path / "b" / f"{split}.jsonl", [{"text": text} for text in part])
+    sources = {
+        "a": wiki(tmp_path / "a.jsonl", texts("a", 3500)),
+        "b": SourceConfig(kind=SourceKind.wiki, path=str(tmp_path / "b")),
+    }
+    config = make_config(sources, clean=clean, sample_evenly=300, val_fraction=0.3, test_fraction=0.3)
+    summary = prepare_cache(config, byte_base).summary["sources"]
+    assert [summary[name]["kept"]["train"] for name in "ab"] == [150, 150]
+    assert 75 <= summary["a"]["kept"]["val"] <= 150
+    assert summary["b"]["kept"]["val"] == 100
+    for found in summary.values():
+        left = sum(found["kept"].values()) + found["duplicates"] + sum(found["left_out"].values())
+        assert left == found["read"] == 3500
+
+
+def test_sample_tokens_counts_what_trains(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
+    source = wiki(tmp_path / "a.jsonl", texts("a", 800), sample_tokens=4000)
+    cache = prepare_cache(make_config({"a": source}, val_fraction=0.5), byte_base)
+    longest = cache.summary["sources"]["a"]["longest"]
+    assert 4000 <= cache.splits["train"].tokens < 4000 + longest
+
+
+def test_all_paths_of_a_tree_are_on_one_side(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
+    def reply(text: str, role: str, replies: list[dict[str, object]]) -> dict[str, object]:
+        return {"message_id": text, "text": text, "role": role, "lang": "zh", "replies": replies}
+
+    trees = [
+        {"prompt": reply(f"prompt {n}", "prompter", [reply(f"answer {n}-{m}", "assistant", []) for m in range(4)])}
+        for n in range(80)
+    ]
+    for tree in trees[::2]:
+        tree["prompt"]["lang"] = "es"
+    write_jsonl(tmp_path / "trees.jsonl", trees)
+    settings = {"path": str(tmp_path / "trees.jsonl"), "oasst_paths": OasstPaths.all}
+    source = SourceConfig(kind=SourceKind.oasst1, **settings)
+    cache = prepare_cache(make_config({"a": source}, stage="sft", val_fraction=0.3), byte_base)
+    sides = {
+        split: {re.search(r"prompt \d+", text)[0] for text in documents(cache, byte_base, split)}  # type: ignore[index]
+        for split in ("train", "val")
+    }
+    assert len(sides["val"]) > 10
+    assert sides["train"] & sides["val"] == set()
+    assert cache.summary["sources"]["a"]["further_records"] == 240
+
+    wanted = SourceConfig(kind=SourceKind.oasst1, langs=["zh", "en"], **settings)
+    found = prepare_cache(make_config({"a": wanted}, stage="sft"), byte_base).summary["sources"]["a"]
+    assert (found["rejected"], found["dropped"]) == ({}, {"prompt in another language": 40})
+
+
+def test_a_seed_task_with_one_bad_instance_is_rejected_as_a_whole(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    good = {"instruction": "写诗", "instances": [{"input": "夏", "output": "一"}, {"input": "秋", "output": "二"}]}
+    bad = {"instruction": "唱歌", "instances": [{"input": "夏", "output": "三"}, {"input": "秋"}]}
+    source = SourceConfig(kind=SourceKind.belle, path=str(write_jsonl(tmp_path / "a.jsonl", [good, bad])))
+    config = make_config({"a": source}, stage="sft", val_fraction=0.0, max_rejected_fraction=0.5)
+    cache = prepare_cache(config, byte_base)
+    found = cache.summary["sources"]["a"]
+    assert (found["read"], found["further_records"], found["rejected"]) == (2, 1, {"missing field output": 1})
+    assert found["kept"]["train"] == 2
+    assert not any("唱歌" in text for text in documents(cache, byte_base, "train"))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from cqlora.base import read_base, read_card
 from cqlora.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
-from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder
+from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, render_turns
 from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
@@ -254,6 +254,36 @@ def test_instruction_tuning_leaves_the_template_that_it_was_done_in_and_pretrain
 
     template = GGUFReader(file).get_field("tokenizer.chat_template").contents()
     assert template == (CHAT_TEMPLATE if stage == "sft" else own)
+
+
+@pytest.mark.parametrize("format", [ModelFormat.safetensors, ModelFormat.gguf])
+def test_a_model_tuned_with_a_system_prompt_is_asked_with_it_by_default(untied, tmp_path, format):
+    prompt = """你是"小\\助手"🀄。\n{{ 不是 }} {%- 模板 -%} it's brief """
+    adapter = write_adapter(untied, tmp_path / "adapter")
+    card = {"trained_on": {"quantization": "none", "stage": "sft"}, "system_prompt": prompt}
+    (adapter / "cqlora.json").write_text(json.dumps(card))
+    output = merge(untied, [adapter], tmp_path / "merged", format=format)
+    if format is ModelFormat.gguf:
+        from gguf import GGUFReader
+
+        file = next(output.glob("*.gguf"))
+        template = GGUFReader(file).get_field("tokenizer.chat_template").contents()
+    else:
+        assert json.loads((output / "cqlora.json").read_text())["system_prompt"] == prompt
+        template = None
+    tokenizer = AutoTokenizer.from_pretrained(untied if template else output)
+    talk, own = [Turn("user", "长江")], [Turn("system", "own"), Turn("user", "长江")]
+    for turns, expected in ((talk, [Turn("system", prompt), *talk]), (own, own)):
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        asked = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        assert asked == (tokenizer.bos_token or "") + render_turns(expected)
+
+    later = write_adapter(untied, tmp_path / "later", seed=2)
+    (later / "cqlora.json").write_text(json.dumps({"trained_on": {"quantization": "none", "stage": "sft"}}))
+    if format is ModelFormat.safetensors:
+        both = merge(untied, [adapter, later], tmp_path / "both")
+        assert json.loads((both / "cqlora.json").read_text())["system_prompt"] == ""
+        assert AutoTokenizer.from_pretrained(both).chat_template == CHAT_TEMPLATE
 
 
 def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_merged(untied, tmp_path):

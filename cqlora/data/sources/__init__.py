@@ -56,7 +56,7 @@ def read_file(file: SourceFile, source: SourceConfig) -> Iterator[RawRow]:
     if ".jsonl" in name:
         return files.read_json_lines(file)
     if ".json" in name:
-        return files.read_json(file)
+        return files.read_json(file, rows_are_lists=source.kind is SourceKind.dialog)
     if ".xml" in name:
         return read_dump(file)
     return files.read_text(file, source.separator)

@@ -1,4 +1,4 @@
-"""BELLE in all its formats, told apart by their shape.
+"""BELLE in all its formats, and other instruction rows such as Alpaca's, told apart by their shape.
 
 Formats as the data sets' own cards describe them (https://github.com/LianjiaTech/BELLE, data/).
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 from cqlora.config import SourceConfig
 from cqlora.data.records import Conversation, Record, RowError, Turn
-from cqlora.data.sources.fields import kind_of, text_field
+from cqlora.data.sources.fields import UNUSED, count_unused, kind_of, optional_text, text_field
 from cqlora.data.sources.sharegpt import mend_conversation
-from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles
+from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles, put_system
 
 _SPEAKER = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[:：][ \t]*")
 _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
@@ -25,15 +25,14 @@ def parse_belle(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterato
     if not isinstance(row, dict):
         raise RowError(f"row is {kind_of(row)}, not an object")
     if "conversations" in row:
-        messages = row["conversations"]
-        if not isinstance(messages, list):
-            raise RowError("missing field conversations")
-        yield mend_conversation(messages, counts)
+        yield mend_conversation(row, "conversations", counts)
     elif "instances" in row:
         yield from parse_seed_task(row, counts)
     elif "target" in row:
-        yield parse_pair(text_field(row, "input"), text_field(row, "target"), counts)
+        count_unused(row, ("input", "target", "system", "history"), counts)
+        yield parse_exchange(row, text_field(row, "input"), text_field(row, "target"), counts)
     else:
+        count_unused(row, ("instruction", "input", "output", "system", "history"), counts)
         yield parse_instruction(row, counts)
 
 
@@ -42,30 +41,59 @@ def parse_seed_task(row: dict[str, Any], counts: Counter[str]) -> Iterator[Recor
     instances = row["instances"]
     if not isinstance(instances, list) or not instances:
         raise RowError("missing field instances")
+    count_unused(row, ("instances", "instruction", "system", "history"), counts)
     for instance in instances:
         if not isinstance(instance, dict):
             raise RowError(f"instance is {kind_of(instance)}, not an object")
-        yield parse_instruction({**instance, "instruction": row.get("instruction")}, counts)
+        common: dict[str, Any] = {name: row[name] for name in ("instruction", "system", "history") if name in row}
+        conversation = parse_instruction({**instance, **common}, counts)
+        yield Conversation(conversation.turns, family=text_field(row, "instruction"))
 
 
 def parse_instruction(row: dict[str, Any], counts: Counter[str]) -> Conversation:
     """`{instruction, input, output}`: one exchange, a history of several, or a play of two characters."""
     instruction, output = text_field(row, "instruction"), text_field(row, "output")
-    given = row.get("input")
-    if isinstance(given, str) and given.strip():
-        instruction = f"{instruction.strip()}\n{given.strip()}"
+    given = optional_text(row, "input")
+    if given:
+        instruction = f"{instruction.strip()}\n{given}"
     if _PLAY.search(instruction):
         play = parse_play(instruction, output, counts)
         if play is not None:
+            for name in ("system", "history"):
+                if row.get(name):
+                    counts[f"{UNUSED}{name}"] += 1
             return play
-    return parse_pair(instruction, output, counts)
+    return parse_exchange(row, instruction, output, counts)
 
 
-def parse_pair(asked: str, answer: str, counts: Counter[str]) -> Conversation:
+def parse_exchange(row: dict[str, Any], asked: str, answer: str, counts: Counter[str]) -> Conversation:
+    """A question and its answer after the row's `system` message and `history` of earlier exchanges."""
+    exchange = parse_pair(asked, answer, counts)
+    turns = put_system(optional_text(row, "system"), [*parse_history(row.get("history")), *exchange], counts)
+    return close_conversation(turns, counts)
+
+
+def parse_history(history: Any) -> list[Turn]:
+    """The turns of earlier exchanges, `[[question, answer], …]` as Alpaca rows have them.
+
+    Raises:
+        RowError: it is of another shape.
+    """
+    turns = []
+    for exchange in [] if history is None else history if isinstance(history, list) else [history]:
+        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
+            raise RowError("field history is not a list of questions with their answers")
+        if not all(text.strip() for text in exchange):
+            raise RowError("field history has an empty turn")
+        turns += [Turn("user", exchange[0].strip()), Turn("assistant", exchange[1].strip())]
+    return turns
+
+
+def parse_pair(asked: str, answer: str, counts: Counter[str]) -> list[Turn]:
     """A question and its answer; `Human:` and `Assistant:` in the question make it a history of turns."""
     parts = _SPEAKER.split(asked)
     if len(parts) == 1:
-        return close_conversation([Turn("user", asked.strip()), Turn("assistant", answer.strip())], counts)
+        return [Turn("user", asked.strip()), Turn("assistant", answer.strip())]
     counts["histories parsed into turns"] += 1
     before = [Turn("user", parts[0].strip())] if parts[0].strip() else []
     history = [
@@ -74,7 +102,7 @@ def parse_pair(asked: str, answer: str, counts: Counter[str]) -> Conversation:
         if text.strip()
     ]
     turns = drop_leading_answers([*before, *history, Turn("assistant", answer.strip())], counts)
-    return close_conversation(join_repeated_roles(turns, counts), counts)
+    return join_repeated_roles(turns, counts)
 
 
 def parse_play(instruction: str, output: str, counts: Counter[str]) -> Conversation | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cqlora.config import SourceConfig
 from cqlora.data.records import Document, Record, RowError
-from cqlora.data.sources.fields import PLAIN_ROLES, kind_of, text_field, turn_of
+from cqlora.data.sources.fields import PLAIN_ROLES, count_unused_of_messages, kind_of, text_field, turn_of
 from cqlora.data.sources.turns import close_conversation
 
 
@@ -14,6 +14,7 @@ def parse_dialog(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterat
     """One conversation, or one document where the list holds a single message."""
     if not isinstance(row, list):
         raise RowError(f"row is {kind_of(row)}, not a list")
+    count_unused_of_messages(row, ("role", "text", "content"), counts)
     if len(row) == 1:
         yield Document(text_field(row[0], "text", "content").strip())
         return

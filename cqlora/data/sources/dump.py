@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from typing import IO
 
 from cqlora.data.records import RawRow
-from cqlora.data.sources.files import first_line, open_stream
+from cqlora.data.sources.files import UnreadableRowError, first_line, open_stream
 from cqlora.data.sources.location import SourceFile
 from cqlora.errors import DataError
 
 
 def read_dump(file: SourceFile) -> Iterator[RawRow]:
     """One row a page: `{title, namespace, redirect, wikitext}`; the line is the page's number in the dump.
+
+    A file in an encoding that Python does not know gives one UnreadableRowError.
 
     Raises:
         DataError: the XML is broken or cut short, with the place.
@@ -26,6 +28,9 @@ def read_dump(file: SourceFile) -> Iterator[RawRow]:
             raise DataError(
                 f"{file.path} is broken XML after page {number} ({first_line(error)}); fetch it again."
             ) from None
+        except (LookupError, ValueError) as error:
+            whole = UnreadableRowError(f"whole file unread: {first_line(error)}")
+            yield RawRow(file.path.name, number + 1, whole, file.split)
 
 
 def read_pages(stream: IO[bytes]) -> Iterator[dict[str, object]]:

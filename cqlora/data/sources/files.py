@@ -1,6 +1,7 @@
 """Rows out of files, streamed: JSON lines, JSON arrays, Parquet, plain text, each compressed or not."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -20,7 +21,14 @@ MAX_ROW_BYTES = 16 << 20
 """A longer line is no document; it is rejected without being held in memory."""
 
 _CHUNK_CHARACTERS = 1 << 20
+_DECODER = json.JSONDecoder()
 _SEPARATORS = re.compile(r"[\s,]*")
+_MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[-+.\w]+', re.DOTALL)
+"""What an element of a JSON array is made of: strings, brackets, and other values."""
+_ESCAPE = re.compile(r"\\[nrt\\]")
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+LONG_NUMBER = "number of thousands of digits"
+TOO_DEEP = "nested too deeply"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -35,6 +43,7 @@ def read_json_lines(file: SourceFile) -> Iterator[RawRow]:
         line = 0
         while raw := stream.readline(MAX_ROW_BYTES + 1):
             line += 1
+            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
             if len(raw) > MAX_ROW_BYTES:
                 while raw and not raw.endswith(b"\n"):
                     raw = stream.readline(MAX_ROW_BYTES)
@@ -43,55 +52,112 @@ def read_json_lines(file: SourceFile) -> Iterator[RawRow]:
                 yield RawRow(name, line, raw, file.split)
 
 
-def read_json(file: SourceFile) -> Iterator[RawRow]:
-    """The elements of a JSON array, decoded one at a time; a file that is no array is read as JSON lines."""
+def read_json(file: SourceFile, rows_are_lists: bool = False) -> Iterator[RawRow]:
+    """The elements of a JSON array, or of several one after another, decoded one at a time.
+
+    A file that is no array is read as JSON lines; so is one where each row is a list by itself and the first
+    bracket opens such a row.
+    """
     with open_stream(file.path) as stream:
-        first = stream.read(4096).lstrip()[:1]
-    if first != b"[":
+        opening = first_characters(stream)
+    if not opening.startswith("[") or (rows_are_lists and not opening.startswith("[[")):
         yield from read_json_lines(file)
         return
     with open_stream(file.path) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
-        for line, element in decode_array(text, file.path):
+        text = ArrayText(io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape"), file.path)
+        for line, element in text.elements():
             yield RawRow(file.path.name, line, element, file.split)
 
 
-def decode_array(stream: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
-    """The (line, value) pairs of a JSON array, holding about one element at a time.
-
-    Raises:
-        DataError: the array is broken, with the line where it broke; what follows cannot be found again.
-    """
-    decoder = json.JSONDecoder()
-    buffer, line, ended = stream.read(_CHUNK_CHARACTERS), 1, False
-    position = buffer.index("[") + 1
-    while True:
-        start = skip_separators(buffer, position)
-        line += buffer.count("\n", position, start)
-        position = start
-        if buffer.startswith("]", position):
-            return
-        try:
-            value, end = decoder.raw_decode(buffer, position)
-        except json.JSONDecodeError as error:
-            chunk = "" if ended else stream.read(_CHUNK_CHARACTERS)
-            ended = not chunk
-            if ended or len(buffer) - position > MAX_ROW_BYTES:
-                raise DataError(
-                    f"{path} is broken JSON in the element at line {line} ({error.msg}); "
-                    "mend the file or give JSON lines."
-                ) from None
-            buffer, position = buffer[position:] + chunk, 0
-            continue
-        yield line, value
-        line += buffer.count("\n", position, end)
-        position = end
+def first_characters(stream: IO[bytes]) -> str:
+    """The first two characters of a file that are neither white space nor a byte-order mark."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+    found = ""
+    while len(found) < 2 and (chunk := text.read(4096)):
+        found += "".join(chunk.split())[:2]
+    return found[:2]
 
 
-def skip_separators(text: str, position: int) -> int:
-    """Where the next element begins: after white space and commas."""
-    match = _SEPARATORS.match(text, position)
-    return match.end() if match else position
+class ArrayText:
+    """JSON arrays one after another, of which about one element is held at a time."""
+
+    def __init__(self, stream: IO[str], path: Path) -> None:
+        self.stream = stream
+        self.path = path
+        self.buffer = ""
+        self.position = 0
+        self.line = 1
+
+    def elements(self) -> Iterator[tuple[int, Any]]:
+        """(line, value) of every element; an UnreadableRowError in place of a value that cannot be taken.
+
+        Raises:
+            DataError: an array is broken, with the line where it broke; what follows cannot be found again.
+        """
+        while opening := self.next_character():
+            if opening != "[":
+                raise self.broken("something that is no array follows the array")
+            self.position += 1
+            while self.next_character() != "]":
+                line = self.line
+                yield line, self.take_element()
+            self.position += 1
+
+    def next_character(self) -> str:
+        """Go on to the next character that is neither white space nor a comma; empty at the end of the file."""
+        while True:
+            match = _SEPARATORS.match(self.buffer, self.position)
+            self.advance(match.end() if match else self.position)
+            if self.position < len(self.buffer):
+                return self.buffer[self.position]
+            if not self.grow():
+                return ""
+
+    def advance(self, end: int) -> None:
+        """Go on to `end`, counting lines."""
+        self.line += self.buffer.count("\n", self.position, end)
+        self.position = end
+
+    def grow(self) -> bool:
+        """Read on, and forget what lies behind; False at the end of the file."""
+        chunk = self.stream.read(_CHUNK_CHARACTERS)
+        if chunk:
+            self.buffer, self.position = self.buffer[self.position :] + chunk, 0
+        return bool(chunk)
+
+    def take_element(self) -> Any:
+        """The value that begins here."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.buffer, self.position)
+            except json.JSONDecodeError as error:
+                if len(self.buffer) - self.position <= MAX_ROW_BYTES and self.grow():
+                    continue
+                raise self.broken(error.msg) from None
+            except (RecursionError, ValueError) as error:
+                deep = isinstance(error, RecursionError)
+                value, end = UnreadableRowError(TOO_DEEP if deep else LONG_NUMBER), self.find_end()
+            if end == len(self.buffer) and self.grow():
+                continue
+            self.advance(end)
+            return value
+
+    def find_end(self) -> int:
+        """Where a well-formed element ends that is too much for the decoder."""
+        while True:
+            depth = 0
+            for match in _MARKS.finditer(self.buffer, self.position):
+                depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0][0], 0)
+                if depth <= 0 and match.end() < len(self.buffer):
+                    return match.end()
+            if len(self.buffer) - self.position > MAX_ROW_BYTES or not self.grow():
+                raise self.broken("it does not end")
+
+    def broken(self, why: str) -> DataError:
+        """The error that names the place."""
+        return DataError(
+            f"{self.path} is broken JSON in the element at line {self.line} ({why}); mend the file or give JSON lines."
+        )
 
 
 def read_parquet(file: SourceFile) -> Iterator[RawRow]:
@@ -109,7 +175,7 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
     try:
         with pq.ParquetFile(file.path, memory_map=True) as table:
             for batch in table.iter_batches(batch_size=256):
-                for body in batch.to_pylist():
+                for body in rows_of(batch):
                     row += 1
                     yield RawRow(file.path.name, row, body, file.split)
     except (pa.ArrowException, OSError) as error:
@@ -119,16 +185,33 @@ def read_parquet(file: SourceFile) -> Iterator[RawRow]:
         ) from None
 
 
+def rows_of(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; an UnreadableRowError in place of one with a value that Python cannot hold."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        if len(batch) == 1:
+            return [UnreadableRowError("value that is not UTF-8 or out of range")]
+        middle = len(batch) // 2
+        return [*rows_of(batch.slice(0, middle)), *rows_of(batch.slice(middle))]
+    return rows
+
+
 def read_text(file: SourceFile, separator: str) -> Iterator[RawRow]:
-    """Documents of a plain file: the whole file, or what stands between two separators."""
+    """Documents of a plain file: the whole file, or what stands between two separators.
+
+    A separator may say `\\n`, `\\r`, `\\t` and `\\\\`, as a command line and YAML without double quotes hand them on.
+    """
     name = file.path.name
+    separator = _ESCAPE.sub(lambda match: _ESCAPES[match[0]], separator)
     with open_stream(file.path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline=None)
         line, buffer = 1, ""
         while chunk := text.read(_CHUNK_CHARACTERS):
             *documents, buffer = (buffer + chunk).split(separator) if separator else (buffer + chunk,)
             for document in documents:
-                yield RawRow(name, line, {"text": document}, file.split)
+                if document.strip():
+                    yield RawRow(name, line, {"text": document}, file.split)
                 line += document.count("\n") + separator.count("\n")
             if len(buffer) > MAX_ROW_BYTES:
                 raise DataError(

@@ -1,16 +1,20 @@
 """Rows of a Hugging Face dataset, streamed."""
 
 import os
-import socket
+import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from cqlora.data.records import RawRow
 from cqlora.data.sources.files import first_line
 from cqlora.data.sources.location import Location
 from cqlora.errors import DataError
+
+HUB_SECONDS = 6.0
+"""In which the hub must answer, however long its name takes to resolve."""
 
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
@@ -27,8 +31,8 @@ def read_dataset(location: Location) -> Iterator[RawRow]:
         raise DataError(
             f"dataset {location.dataset} needs datasets; install it with `pip install cqlora[data]`."
         ) from None
+    require_hub(location)
     try:
-        require_hub(location.dataset)
         streams = datasets.load_dataset(location.dataset, location.subset or None, streaming=True)
         names = [name for name in _SPLITS if name in streams]
         for name in names:
@@ -36,17 +40,49 @@ def read_dataset(location: Location) -> Iterator[RawRow]:
             for number, row in enumerate(streams[name], start=1):
                 yield RawRow(f"{location.dataset}/{name}", number, row, split)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"dataset {location.dataset} cannot be streamed ({first_line(error)}), no path= is set and no "
-            "file of the source's name lies under data.root; set data.root=FOLDER or "
-            "data.sources.NAME.path=FILE."
-        ) from None
+        raise nowhere(location, first_line(error)) from None
 
 
-def require_hub(dataset: str) -> None:
-    """Fail at once without a network: the hub's client would retry for half a minute first."""
+def require_hub(location: Location) -> None:
+    """Fail soon without a network: the hub's client would try again for minutes.
+
+    Raises:
+        DataError: nothing answers within HUB_SECONDS.
+    """
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
-    if Path(dataset).exists() or offline or getproxies():
+    if not location.dataset or Path(location.dataset).exists() or offline:
         return
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    socket.getaddrinfo(host, 443)
+    found = [f"no answer in {HUB_SECONDS:g} s"]
+
+    def ask() -> None:
+        found[0] = why_unreachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+
+    # Resolving a name has no time limit of its own, so another thread waits for it.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    if found[0]:
+        raise nowhere(location, found[0])
+
+
+def why_unreachable(endpoint: str) -> str:
+    """Why nothing answers at an address, through the proxies that the environment names; empty where something does."""
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=HUB_SECONDS).close()
+    except HTTPError as error:
+        return first_line(error) if error.code >= 500 else ""
+    except (OSError, ValueError) as error:
+        # The hub's client brings certificates of its own, so whom to trust is for it to say.
+        untrusted = isinstance(error, URLError) and isinstance(error.reason, ssl.SSLError)
+        return "" if untrusted else first_line(error)
+    return ""
+
+
+def nowhere(location: Location, why: str) -> DataError:
+    """The error that names the three places."""
+    name = location.name
+    return DataError(
+        f"source {name} is nowhere to be found: data.sources.{name}.path is empty, no file or folder of its name lies "
+        f"under data.root, and data.sources.{name}.dataset={location.dataset} cannot be streamed ({why}); set "
+        f"data.sources.{name}.path=FILE or data.root=FOLDER."
+    )

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cqlora.choices import SourceKind
 from cqlora.config import DataConfig, SourceConfig
 from cqlora.errors import DataError
 
@@ -12,8 +13,11 @@ SAMPLE_DIR = Path(__file__).parent.parent / "sample"
 
 
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
+ROW_FORMATS = (".jsonl", ".json", ".parquet")
 FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".md", ".xml")
 SUFFIXES = tuple(kind + compression for kind in FORMATS for compression in COMPRESSIONS)
+
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -40,6 +44,8 @@ class Location:
     files: list[SourceFile] = field(default_factory=list)
     dataset: str = ""
     subset: str = ""
+    name: str = field(default="NAME", compare=False)
+    """The source's."""
 
 
 def find_sources(data: DataConfig, stage: str) -> dict[str, Location]:
@@ -60,13 +66,14 @@ def locate_source(name: str, source: SourceConfig, root: str) -> Location:
         DataError: the source is in none of the three places, or a named place is empty.
     """
     if source.path:
-        return Location(files=list_files(Path(source.path), f"data.sources.{name}.path"))
-    folder = Path(root) if root else SAMPLE_DIR
+        what = f"data.sources.{name}.path"
+        return Location(files=list_files(Path(source.path).expanduser(), what, source.kind), name=name)
+    folder = Path(root).expanduser() if root else SAMPLE_DIR
     found = find_by_name(folder, name)
     if found is not None:
-        return Location(files=list_files(found, f"source {name}"))
+        return Location(files=list_files(found, f"source {name}", source.kind), name=name)
     if source.dataset:
-        return Location(dataset=source.dataset, subset=source.subset)
+        return Location(dataset=source.dataset, subset=source.subset, name=name)
     place = f"{root}/{name} (folder, or file with {', '.join(FORMATS)})" if root else "data.root (it is empty)"
     raise DataError(
         f"source {name} is not found: data.sources.{name}.path is empty, nothing lies at {place}, and "
@@ -90,19 +97,49 @@ def find_by_name(folder: Path, name: str) -> Path | None:
     return files[0] if files else None
 
 
-def list_files(path: Path, what: str) -> list[SourceFile]:
+def suffixes_of(kind: SourceKind) -> tuple[str, ...]:
+    """Suffixes of the files that a kind of source reads in a folder."""
+    formats = {SourceKind.wiki: FORMATS, SourceKind.text: tuple(each for each in FORMATS if each != ".xml")}
+    return tuple(each + more for each in formats.get(kind, ROW_FORMATS) for more in COMPRESSIONS)
+
+
+def refuse_format(file: Path, what: str, kind: SourceKind) -> None:
+    """Raise DataError for a file that holds no rows of its kind, such as a table; plain text may have any suffix."""
+    known = file.name.lower().endswith(suffixes_of(kind))
+    table = file.suffix.lower() in _TABLES
+    if known or (kind in (SourceKind.text, SourceKind.wiki) and not table and ".xml" not in file.suffixes):
+        return
+    convert = "convert or rename it"
+    if table:
+        reader = "read_csv" if file.suffix.lower() == ".csv" else "read_excel or read_table"
+        convert = (
+            f"convert it, e.g. in Python with pandas.{reader}({file.name!r}).to_json('{file.stem}.jsonl', "
+            "orient='records', lines=True, force_ascii=False)"
+        )
+    raise DataError(
+        f"{what}={file} ends in {file.suffix or 'no suffix'}, and kind={kind.value} reads "
+        f"{', '.join(ROW_FORMATS)}, compressed or not; {convert}."
+    )
+
+
+def list_files(path: Path, what: str, kind: SourceKind) -> list[SourceFile]:
     """The files of a path in the order of their names, each with the split its name declares.
 
     Raises:
-        DataError: there is nothing at `path`, or no file of a known format in it.
+        DataError: there is nothing at `path`, or no file of a format that the kind of source reads.
     """
     if path.is_file():
+        refuse_format(path, what, kind)
         return [SourceFile(path, None)]
     if not path.is_dir():
         raise DataError(f"{what}={path} does not exist; give a file or a folder.")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes_of(kind)))
     if not files:
-        raise DataError(f"{what}={path} holds no file with {', '.join(FORMATS)}, compressed or not.")
+        formats = ", ".join(each for each in FORMATS if each in suffixes_of(kind))
+        raise DataError(
+            f"{what}={path} holds no file with {formats}, compressed or not, which is what kind={kind.value} reads; "
+            "give another folder or a file."
+        )
     splits = [split_of(file) for file in files]
     if "train" not in splits:
         return [SourceFile(file, None) for file in files]

@@ -6,8 +6,8 @@ from typing import Any
 
 from cqlora.config import SourceConfig
 from cqlora.data.records import Record, RowError
-from cqlora.data.sources.fields import kind_of, turn_of
-from cqlora.data.sources.turns import close_conversation
+from cqlora.data.sources.fields import count_unused, count_unused_of_messages, kind_of, optional_text, turn_of
+from cqlora.data.sources.turns import close_conversation, put_system
 
 _ROLES = {
     "system": "system",
@@ -20,11 +20,15 @@ _ROLES = {
 
 
 def parse_messages(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
-    """One conversation; a content of several text parts is joined."""
+    """One conversation, a `system` field its system message; a content of several text parts is joined."""
     messages = row.get("messages") if isinstance(row, dict) else row
     if not isinstance(messages, list):
         raise RowError("missing field messages" if isinstance(row, dict) else f"row is {kind_of(row)}, not an object")
     turns = [turn_of(join_parts(message), "role", ("content", "text"), _ROLES) for message in messages]
+    count_unused_of_messages(messages, ("role", "content", "text"), counts)
+    if isinstance(row, dict):
+        count_unused(row, ("messages", "system"), counts)
+        turns = put_system(optional_text(row, "system"), turns, counts)
     yield close_conversation(turns, counts)
 
 

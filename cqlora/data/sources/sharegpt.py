@@ -1,53 +1,61 @@
 """ShareGPT: `{id, conversations: [{from, value}, …]}`, as people exported them."""
 
-import html
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from cqlora.config import SourceConfig
 from cqlora.data.records import Conversation, Record, RowError, Turn
-from cqlora.data.sources.fields import kind_of, turn_of
-from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles
+from cqlora.data.sources.fields import count_unused, count_unused_of_messages, kind_of, optional_text, turn_of, unescape
+from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles, put_system
 
 _ROLES = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bing", "bard", "model", "bot", "claude"), "assistant"),
     "system": "system",
 }
+_MESSAGE_FIELDS = ("conversations", "conversation", "items")
 _TEXT_FIELDS = ("value", "text", "content", "markdown")
 
 
 def parse_sharegpt(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
     """One conversation, mended by rules that are counted.
 
-    HTML entities are resolved; empty turns, answers before the first question and questions after the
-    last answer are cut; turns of one role in a row are joined.
+    A `system` field is the system message. HTML entities are resolved; empty turns, answers before the first
+    question and questions after the last answer are cut; turns of one role in a row are joined.
     """
     if not isinstance(row, dict):
         raise RowError(f"row is {kind_of(row)}, not an object")
-    messages = row.get("conversations", row.get("conversation", row.get("items")))
-    if not isinstance(messages, list):
-        raise RowError("missing field conversations")
-    yield mend_conversation(messages, counts)
+    field = next((name for name in _MESSAGE_FIELDS if name in row), _MESSAGE_FIELDS[0])
+    yield mend_conversation(row, field, counts)
 
 
-def mend_conversation(messages: list[Any], counts: Counter[str]) -> Conversation:
-    """The conversation of `{from, value}` messages after all rules.
+def mend_conversation(row: dict[str, Any], field: str, counts: Counter[str]) -> Conversation:
+    """The conversation of the `{from, value}` messages in a row's field, after all rules.
 
     Raises:
         RowError: an unknown role, a missing field, or nothing left.
     """
+    messages = row.get(field)
+    if not isinstance(messages, list):
+        raise RowError(f"missing field {field}")
+    count_unused(row, (field, "system"), counts)
     spoken = [message for message in messages if not is_empty(message)]
     if len(spoken) < len(messages):
         counts["empty turns cut"] += 1
-    role_fields = ["role" if isinstance(message, dict) and "from" not in message else "from" for message in spoken]
-    turns = [turn_of(message, field, _TEXT_FIELDS, _ROLES) for message, field in zip(spoken, role_fields, strict=True)]
-    plain = [Turn(turn.role, html.unescape(turn.text)) for turn in turns]
+    turns = [turn_of(message, role_field(message), _TEXT_FIELDS, _ROLES) for message in spoken]
+    count_unused_of_messages(spoken, ("from", "role", *_TEXT_FIELDS), counts)
+    turns = put_system(optional_text(row, "system"), turns, counts)
+    plain = [Turn(turn.role, unescape(turn.text)) for turn in turns]
     if plain != turns:
         counts["html unescaped"] += 1
     plain = drop_leading_answers(plain, counts)
     return close_conversation(join_repeated_roles(plain, counts), counts)
+
+
+def role_field(message: Any) -> str:
+    """The field that says who speaks."""
+    return "role" if isinstance(message, dict) and "from" not in message else "from"
 
 
 def is_empty(message: Any) -> bool:

@@ -6,9 +6,11 @@ from typing import Any
 
 from cqlora.config import SourceConfig
 from cqlora.data.records import Document, Record
-from cqlora.data.sources.fields import text_field
+from cqlora.data.sources.fields import count_unused, text_field
 
 
 def parse_text(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
     """One document."""
-    yield Document(text_field(row, "text", "content").strip())
+    text = text_field(row, "text", "content").strip()
+    count_unused(row, ("text" if "text" in row else "content",), counts)
+    yield Document(text)

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from cqlora.data.records import Conversation, RowError, Turn
+from cqlora.data.sources.fields import UNUSED
 
 
 def close_conversation(turns: list[Turn], counts: Counter[str]) -> Conversation:
@@ -19,6 +20,18 @@ def close_conversation(turns: list[Turn], counts: Counter[str]) -> Conversation:
     if last + 1 < len(turns):
         counts["trailing turns without an answer cut"] += 1
     return Conversation(turns[: last + 1])
+
+
+def put_system(system: str, turns: list[Turn], counts: Counter[str]) -> list[Turn]:
+    """The turns after the system message that a row has in a field of its own.
+
+    Turns that bring one keep theirs; another one in the field is counted as not used.
+    """
+    if not system or (turns and turns[0].role == "system"):
+        if system and turns[0].text.strip() != system:
+            counts[f"{UNUSED}system"] += 1
+        return turns
+    return [Turn("system", system), *turns]
 
 
 def drop_leading_answers(turns: list[Turn], counts: Counter[str]) -> list[Turn]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cqlora.config import SourceConfig
-from cqlora.data.records import Document, Record
-from cqlora.data.sources.fields import text_field
+from cqlora.data.records import Document, Record, RowDropped
+from cqlora.data.sources.fields import count_unused, text_field
 from cqlora.data.sources.wikitext import article_text
 
 _REDIRECT = re.compile(r"\s*#\s*(?:redirect|重定向|重新導向)", re.IGNORECASE)
@@ -16,18 +16,22 @@ _REDIRECT = re.compile(r"\s*#\s*(?:redirect|重定向|重新導向)", re.IGNOREC
 def parse_wiki(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
     """One document: the title, an empty line, the text; a text that already opens with its title keeps one.
 
-    Of a dump's pages, redirects and those outside the article namespace are left out and counted.
+    Of a dump's pages, redirects and those outside the article namespace are dropped.
+
+    Raises:
+        RowDropped: a redirect, or a page of another namespace.
     """
     if isinstance(row, dict) and "wikitext" in row:
-        if row["namespace"] != "0":
-            counts["pages outside the article namespace left out"] += 1
-            return
-        if row["redirect"] or _REDIRECT.match(row["wikitext"]):
-            counts["redirects left out"] += 1
-            return
-        text = article_text(row["wikitext"])
+        wikitext = text_field(row, "wikitext") if row["wikitext"] != "" else ""
+        if text_field(row, "namespace") != "0":
+            raise RowDropped("page outside the article namespace")
+        if row.get("redirect") or _REDIRECT.match(wikitext):
+            raise RowDropped("redirect")
+        text = article_text(wikitext)
+        count_unused(row, ("title", "namespace", "redirect", "wikitext"), counts)
     else:
         text = text_field(row, "text").strip()
+        count_unused(row, ("title", "text"), counts)
     title = row.get("title")
     title = title.strip() if isinstance(title, str) else ""
     if title and not text.startswith(title + "\n"):

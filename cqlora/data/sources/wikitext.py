@@ -1,26 +1,32 @@
-"""Wikitext to the words of an article: no templates, tables, references, links or other markup left."""
+"""Wikitext to the words of an article: no templates, tables, references, links or other markup left.
 
-import html
+Every rule takes time in proportion to the text, whatever is in it.
+"""
+
 import re
+from bisect import bisect
+from typing import NamedTuple
 
-from cqlora.data.records import RowError
-from cqlora.errors import DataError
+from cqlora.data.sources.fields import unescape
 
 _DROPPED_TAGS = (
     "ref|references|gallery|math|chem|ce|timeline|score|imagemap|syntaxhighlight|source|pre|graph|templatestyles|"
     "mapframe|maplink|hiero|inputbox|table|noinclude|includeonly|indicator|section|categorytree"
 )
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_EMPTY_TAG = re.compile(rf"<\s*(?:{_DROPPED_TAGS}|nowiki|br|hr|wbr)\b[^<>]*/\s*>|<\s*/?\s*(?:br|hr)\b[^<>]*>", re.I)
-_TAG_BLOCK = re.compile(rf"<\s*({_DROPPED_TAGS})\b[^<>]*>.*?<\s*/\s*\1\s*>", re.DOTALL | re.IGNORECASE)
-_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}")
-_VARIANT = re.compile(r"-\{(.*?)\}-", re.DOTALL)
-_FILE_LINK = re.compile(
-    r"\[\[\s*:?\s*(?:File|Image|Category|Media|文件|檔案|档案|圖像|图像|分類|分类)\s*:", re.IGNORECASE
+_EMPTY_TAG = re.compile(
+    rf"<\s*+(?:{_DROPPED_TAGS}|nowiki|br|hr|wbr)\b[^<>]*/\s*>|<\s*+/?\s*+(?:br|hr)\b[^<>]*>", re.IGNORECASE
 )
-_INTERWIKI = re.compile(r"\[\[\s*:?[a-z]{2,3}(?:-[a-z]+)*\s*:[^\[\]|]*\]\]")
+_BLOCK_TAG = re.compile(rf"<\s*+(/?)\s*+({_DROPPED_TAGS})\b[^<>]*>", re.IGNORECASE)
+_BRACES = re.compile(r"\{\{|\}\}|\{\||\|\}")
+_FILE_LINK = re.compile(
+    r"\[\[\s*+:?\s*+(?:File|Image|Category|Media|文件|檔案|档案|圖像|图像|分類|分类)\s*:", re.IGNORECASE
+)
+_INTERWIKI = re.compile(r"\[\[\s*+:?[a-z]{2,3}(?:-[a-z]+)*\s*+:[^\[\]|]*\]\]")
+_LINK = re.compile(r"\[\[([^\[\]]*+)\]\]")
+_WEB_LINK = re.compile(r"\[(?:(?:[a-z]{2,10}:)?//|mailto:)[^\s\[\]]*+[^\S\n]*+([^\[\]\n]*+)\]", re.IGNORECASE)
 _LINK_BRACKETS = re.compile(r"\[\[|\]\]")
-_HEADING = re.compile(r"^(={1,6})\s*(.*?)\s*\1\s*$", re.MULTILINE)
+_HEADING_LINE = re.compile(r"^=[^\n]*=[^\S\n]*$", re.MULTILINE)
 _QUOTES = re.compile(r"'{2,5}")
 _MAGIC_WORD = re.compile(r"__[A-Z]{3,}__")
 _ANY_TAG = re.compile(r"</?[A-Za-z][^<>]{0,400}>")
@@ -44,14 +50,13 @@ def article_text(wikitext: str) -> str:
     """The article's paragraphs and headings as plain text, an empty line between them.
 
     Raises:
-        DataError: mwparserfromhell is not installed.
-        RowError: the markup cannot be parsed.
+        RowError: the number of an HTML entity is out of range.
     """
     text = _COMMENT.sub("", wikitext)
     text = _EMPTY_TAG.sub(lambda match: "\n" if "br" in match[0].lower() else "", text)
     text = drop_blocks(text)
     text = drop_braces(text)
-    text = _VARIANT.sub(lambda match: choose_variant(match[1]), text)
+    text = choose_variants(text)
     text = drop_sections(text)
     text = drop_file_links(_INTERWIKI.sub("", text))
     text = strip_markup(text)
@@ -59,36 +64,63 @@ def article_text(wikitext: str) -> str:
 
 
 def drop_blocks(text: str) -> str:
-    """Without references, galleries, formulas, source code and their like, nested ones included."""
-    while True:
-        shorter = _TAG_BLOCK.sub("", text)
-        if shorter == text:
-            return text
-        text = shorter
+    """Without references, galleries, formulas, source code and their like, each up to the next end of its kind."""
+    tags = list(_BLOCK_TAG.finditer(text))
+    ends: dict[str, list[int]] = {}
+    for match in tags:
+        if match[1]:
+            ends.setdefault(match[2].lower(), []).append(match.start())
+    kept: list[str] = []
+    position = 0
+    for match in tags:
+        if match[1] or match.start() < position:
+            continue
+        of_kind = ends.get(match[2].lower(), [])
+        following = bisect(of_kind, match.end() - 1)
+        if following < len(of_kind):
+            kept.append(text[position : match.start()])
+            position = text.index(">", of_kind[following]) + 1
+    kept.append(text[position:])
+    return "".join(kept)
 
 
 def drop_braces(text: str) -> str:
     """Without templates `{{…}}` and tables `{|…|}`, nested too; an unclosed one ends with its paragraph."""
     kept: list[str] = []
-    depth, position, opened = 0, 0, 0
-    for match in _BRACES.finditer(text):
-        opens = match[0][0] == "{"
-        if not depth and not opens:
+    position = 0
+    for start, end in match_braces(text):
+        if start < position:
             continue
-        if opens:
-            if not depth:
-                kept.append(text[position : match.start()])
-                opened = match.start()
-            depth += 1
-        else:
-            depth -= 1
-            if not depth:
-                position = match.end()
-    if depth:
-        end = text.find("\n\n", opened)
-        kept.append(drop_braces(text[end:]) if end >= 0 else "")
-    else:
-        kept.append(text[position:])
+        kept.append(text[position:start])
+        if end is None:
+            paragraph = text.find("\n\n", start)
+            end = paragraph if paragraph >= 0 else len(text)
+        position = end
+    kept.append(text[position:])
+    return "".join(kept)
+
+
+def match_braces(text: str) -> list[tuple[int, int | None]]:
+    """(start, end) of every opening of braces with its closing, in order; an end is None where there is none."""
+    ends: dict[int, int | None] = {}
+    opened: list[int] = []
+    for match in _BRACES.finditer(text):
+        if match[0][0] == "{":
+            opened.append(match.start())
+            ends[match.start()] = None
+        elif opened:
+            ends[opened.pop()] = match.end()
+    return list(ends.items())
+
+
+def choose_variants(text: str) -> str:
+    """The simplified reading in place of each `-{…}-`."""
+    kept: list[str] = []
+    position = 0
+    while (start := text.find("-{", position)) >= 0 and (end := text.find("}-", start + 2)) >= 0:
+        kept += [text[position:start], choose_variant(text[start + 2 : end])]
+        position = end + 2
+    kept.append(text[position:])
     return "".join(kept)
 
 
@@ -106,24 +138,40 @@ def choose_variant(body: str) -> str:
     return body
 
 
+class Heading(NamedTuple):
+    """A heading's line."""
+
+    start: int
+    end: int
+    level: int
+    title: str
+
+
+def find_headings(text: str) -> list[Heading]:
+    """The headings `== title ==` of a text, in order."""
+    headings = []
+    for match in _HEADING_LINE.finditer(text):
+        line = match[0].rstrip()
+        level = min(len(line) - len(line.lstrip("=")), len(line) - len(line.rstrip("=")), 6, len(line) // 2)
+        headings.append(Heading(match.start(), match.end(), level, line[level : len(line) - level].strip()))
+    return headings
+
+
 def drop_sections(text: str) -> str:
     """Without the sections that hold references and links, and without headings that nothing follows."""
     kept: list[str] = []
-    position, dropped_level = 0, 0
-    headings = list(_HEADING.finditer(text))
-    for index, match in enumerate([*headings, None]):
-        body = text[position : match.start() if match else len(text)]
-        previous = headings[index - 1] if index else None
-        level = len(previous[1]) if previous else 0
-        if dropped_level and level <= dropped_level:
+    headings = find_headings(text)
+    dropped_level = 0
+    for index, heading in enumerate([Heading(0, 0, 0, ""), *headings]):
+        body = text[heading.end : headings[index].start if index < len(headings) else len(text)]
+        if dropped_level and heading.level <= dropped_level:
             dropped_level = 0
-        if previous and not dropped_level and previous[2].strip().lower() in _DROPPED_SECTIONS:
-            dropped_level = level
+        if heading.level and not dropped_level and heading.title.lower() in _DROPPED_SECTIONS:
+            dropped_level = heading.level
         if not dropped_level:
-            if previous and body.strip():
-                kept.append(f"\n\n{previous[2]}\n\n")
+            if heading.level and body.strip():
+                kept.append(f"\n\n{heading.title}\n\n")
             kept.append(body)
-        position = match.end() if match else position
     return "".join(kept)
 
 
@@ -144,27 +192,23 @@ def drop_file_links(text: str) -> str:
 
 
 def strip_markup(text: str) -> str:
-    """The words of links, lists and styles, by mwparserfromhell."""
-    try:
-        import mwparserfromhell
-    except ImportError:
-        raise DataError(
-            "a MediaWiki dump needs mwparserfromhell; install it with `pip install cqlora[data]`."
-        ) from None
-    try:
-        code = mwparserfromhell.parse(text, skip_style_tags=True)
-        return str(code.strip_code(normalize=True, collapse=False))
-    except (mwparserfromhell.parser.ParserError, RecursionError):
-        raise RowError("wikitext cannot be parsed") from None
+    """The words of links, and what stands between tags."""
+    text = _ANY_TAG.sub("", text)
+    for _ in range(2):
+        # A link's label may hold one link more.
+        text = _LINK.sub(lambda match: match[1].partition("|")[2] or match[1].partition("|")[0], text)
+    return _WEB_LINK.sub(lambda match: match[1], text)
 
 
 def tidy(text: str) -> str:
     """Without what the passes before leave behind: quotes, stray brackets, empty parentheses, blank lines."""
-    text = _QUOTES.sub("", html.unescape(text))
+    text = _QUOTES.sub("", unescape(text))
     text = _MAGIC_WORD.sub("", _ANY_TAG.sub("", text))
     text = _TABLE_LINE.sub("", text)
     for remains in ("[[", "]]", "{{", "}}", "{|", "|}"):
         text = text.replace(remains, "")
+    # Runs of blanks become one before the rules that look at what follows a run.
+    text = _SPACES.sub(" ", text)
     text = _BRACKET_START.sub(r"\1", _EMPTY_BRACKETS.sub("", _EMPTY_BRACKETS.sub("", text)))
     text = _SPACE_BEFORE_STOP.sub(r"\1", _SPACES.sub(" ", text))
     lines = (_LIST_MARK.sub("", line.strip()).strip() for line in text.split("\n"))

@@ -7,7 +7,7 @@ import pytest
 
 from cqlora.choices import OasstPaths, SourceKind
 from cqlora.config import SourceConfig
-from cqlora.data.records import Conversation, Document, RawRow, Record, RowError, Turn
+from cqlora.data.records import Conversation, Document, RawRow, Record, RowDropped, RowError, Turn
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.oasst1 import group_messages
 
@@ -182,8 +182,8 @@ BEST = talk((U, "p"), (A, "a0"), (U, "q0"), (A, "b0"))
 def test_oasst1_trees_and_message_rows_give_the_same_conversations(row: Any):
     records, counts = parse(SourceKind.oasst1, row)
     assert records == [BEST]
-    assert counts["deleted messages left out"] == 1
-    assert counts["messages that failed review left out"] == 1
+    assert counts["replies deleted left out"] == 1
+    assert counts["replies that failed review left out"] == 1
     assert counts["trailing turns without an answer cut"] == 1
 
     everything = parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all)[0]
@@ -195,7 +195,7 @@ def test_oasst1_trees_and_message_rows_give_the_same_conversations(row: Any):
     assert drawn[0] in everything
 
     assert talk((U, "p"), (A, "a2")) not in parse(SourceKind.oasst1, row, oasst_paths=OasstPaths.all, langs=["en"])[0]
-    with pytest.raises(RowError, match="another language"):
+    with pytest.raises(RowDropped, match=r"^prompt in another language$"):
         parse(SourceKind.oasst1, row, langs=["zh"])
 
 
@@ -207,10 +207,23 @@ def test_oasst1_message_rows_are_grouped_by_tree_and_broken_rows_pass():
     assert [len(row.body) if isinstance(row.body, list) else "broken" for row in grouped] == ["broken", 2, 1]
 
 
-def test_oasst1_prompt_without_an_answer_is_counted():
-    records, counts = parse(SourceKind.oasst1, [message("p", None, "prompter")])
-    assert records == []
-    assert counts == {"prompts without an answer left out": 1}
+def test_oasst1_prompt_without_an_answer_is_dropped():
+    with pytest.raises(RowDropped, match=r"^prompt without an answer$"):
+        parse(SourceKind.oasst1, [message("p", None, "prompter")])
+
+
+def test_oasst1_messages_of_other_prompts_and_repeated_ids_are_counted():
+    rows = [*MESSAGES, message("other", None, "prompter"), message("a1", "p", "assistant")]
+    counts = parse(SourceKind.oasst1, rows)[1]
+    assert counts["further prompts of a tree left out"] == 1
+    assert counts["messages of a repeated id left out"] == 1
+
+
+def test_oasst1_message_rows_without_ids_of_trees_begin_a_tree_at_each_prompt():
+    trees = [(message(f"p{n}", None, "prompter"), message(f"a{n}", f"p{n}", "assistant")) for n in range(3)]
+    rows = [{**each, "message_tree_id": None} for tree in trees for each in tree]
+    grouped = list(group_messages(iter([RawRow("f", n, row, None) for n, row in enumerate(rows)])))
+    assert [(row.line, len(row.body)) for row in grouped] == [(0, 2), (2, 2), (4, 2)]
 
 
 def test_wiki_puts_the_title_before_the_text_once():

@@ -117,3 +117,78 @@ def test_plain_text_is_one_document_a_file_or_by_separator(tmp_path: Path, monke
     assert [row.body["text"] for row in whole] == ["one\ntwo\n---\nthree\n---\n四"]
     parts = list(read_text(SourceFile(file, None), "\n---\n"))
     assert [(row.line, row.body["text"]) for row in parts] == [(1, "one\ntwo"), (4, "three"), (6, "四")]
+
+
+def test_every_array_of_a_file_is_read(tmp_path: Path):
+    file = tmp_path / "a.json"
+    file.write_text('[{"a": 1},\n{"a": 2}]\n\n[{"a": 3}]\n', encoding="utf-8")
+    rows = list(read_json(SourceFile(file, None)))
+    assert [(row.line, row.body) for row in rows] == [(1, {"a": 1}), (2, {"a": 2}), (4, {"a": 3})]
+    file.write_text('[{"a": 1}]\n{"a": 2}\n', encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"a\.json is broken JSON in the element at line 2 \(something that is no array"
+    ):
+        list(read_json(SourceFile(file, None)))
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+@pytest.mark.parametrize("before", ["\ufeff", " " * 5000, "\ufeff" + "\n" * 5000])
+@pytest.mark.parametrize("form", ["[{}]", "{}"])
+def test_marks_and_blanks_before_rows_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, before: str, form: str
+):
+    monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
+    file = tmp_path / "a.json"
+    file.write_text(before + form.replace("{}", '{"a": "长江"}'), encoding="utf-8")
+    rows = list(read_json(SourceFile(file, None)))
+    assert bodies(rows) == [{"a": "长江"}]
+    assert [row.line for row in rows] == [1 + before.count("\n")]
+
+
+def test_a_json_file_of_lists_by_line_is_read_as_lines(tmp_path: Path):
+    lists = [[{"role": "user", "text": str(n)}] for n in range(3)]
+    lines, array = tmp_path / "a.json", tmp_path / "b.json"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in lists))
+    array.write_text(json.dumps(lists))
+    for file in (lines, array):
+        assert bodies(read_json(SourceFile(file, None), rows_are_lists=True)) == lists
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_an_element_too_much_for_python_is_one_row_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+):
+    monkeypatch.setattr(files, "_CHUNK_CHARACTERS", chunk)
+    file = tmp_path / "a.json"
+    deep = "[" * 2000 + '"]\\"["' + "]" * 2000
+    file.write_text(f'[{{"a": 1}},\n{{"a": {"9" * 5000}, "b": "}}"}},\n{deep},\n{"7" * 5000},\n{{"a": 2}}]')
+    rows = list(read_json(SourceFile(file, None)))
+    assert [(row.line, str(row.body)) for row in rows] == [
+        (1, "{'a': 1}"),
+        (2, "number of thousands of digits"),
+        (3, "nested too deeply"),
+        (4, "number of thousands of digits"),
+        (5, "{'a': 2}"),
+    ]
+
+
+def test_a_separator_may_be_written_as_a_command_line_hands_it_on(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text("one\n===\ntwo\n===\n\n===\nthree", encoding="utf-8")
+    for separator in (r"\n===\n", "\n===\n"):
+        parts = list(read_text(SourceFile(file, None), separator))
+        assert [(row.line, row.body["text"]) for row in parts] == [(1, "one"), (3, "two"), (7, "three")]
+    file.write_text(r"a\nb", encoding="utf-8")
+    assert [row.body["text"] for row in read_text(SourceFile(file, None), r"\\n")] == ["a", "b"]
+
+
+def test_parquet_rows_that_python_cannot_hold_are_rejected_alone(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"a", b"\xff\xfe", b"c", b"d"]).view(pa.string())
+    times = pa.array([0, 0, 1 << 62, 0], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"text": texts, "time": times}), tmp_path / "a.parquet")
+    rows = list(read_parquet(SourceFile(tmp_path / "a.parquet", None)))
+    assert [row.line for row in rows] == [1, 2, 3, 4]
+    assert [isinstance(row.body, UnreadableRowError) for row in rows] == [False, True, True, False]

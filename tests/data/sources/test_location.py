@@ -59,7 +59,7 @@ def test_files_declare_their_splits_by_name(tmp_path: Path):
         "notes.txt",
     ):
         (tmp_path / name).touch()
-    assert [(file.path.name, file.split) for file in list_files(tmp_path, "x")] == [
+    assert [(file.path.name, file.split) for file in list_files(tmp_path, "x", SourceKind.wiki)] == [
         ("train-00000-of-00002.parquet", "train"),
         ("train-00001-of-00002.parquet", "train"),
         ("validation.jsonl", "val"),
@@ -68,7 +68,7 @@ def test_files_declare_their_splits_by_name(tmp_path: Path):
 
 def test_a_folder_with_training_files_alone_is_split_by_hash(tmp_path: Path):
     (tmp_path / "train.jsonl").touch()
-    assert [file.split for file in list_files(tmp_path, "x")] == [None]
+    assert [file.split for file in list_files(tmp_path, "x", SourceKind.wiki)] == [None]
 
 
 def test_a_hugging_face_dataset_is_streamed(tmp_path: Path):
