@@ -77,6 +77,8 @@ class LlamaEngine:
         texts = {id(reply): "" for reply in replies}
         while batch.free_slots < len(replies):
             for reply, text in batch.step():
+                if reply.failure:
+                    raise reply.failure
                 texts[id(reply)] += text
         return [texts[id(reply)] for reply in replies]
 
@@ -99,7 +101,9 @@ class LlamaEngine:
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
-        ids: list[int] = self._tokenizer.text.encode(repair_text(prompt), add_special_tokens=False).ids
+        # Of tokenizers' calls those for a batch alone let other threads go on meanwhile.
+        (encoded,) = self._tokenizer.text.encode_batch_fast([repair_text(prompt)], add_special_tokens=False)
+        ids: list[int] = encoded.ids
         return [self._tokenizer.special.document_start, *ids]
 
 
@@ -156,6 +160,8 @@ def _drain(batch: ContinuousBatch, reply: Reply) -> Iterator[str]:
     try:
         while reply.finish_reason is None:
             for _, text in batch.step():
+                if reply.failure:
+                    raise reply.failure
                 if text:
                     yield text
     finally:
