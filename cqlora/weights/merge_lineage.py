@@ -80,6 +80,8 @@ def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[st
     history = history_of(base)
     for adapter in adapters:
         history = add_to_history(history, adapter, onto)
+        if adapter.card.get("trained_on", {}).get("stage") == "sft":
+            card["system_prompt"] = adapter.card.get("system_prompt", "")
     return card | {
         "base": base.path.name,
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
