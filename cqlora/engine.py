@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 
+from cqlora.base import CARD, read_card
 from cqlora.data.chat import ChatEncoder
+from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
+from cqlora.inference.damage import told_of_damage
+from cqlora.inference.decoder import Segment
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
@@ -48,8 +52,14 @@ class LlamaEngine:
         prompts that begin with the same tokens.
         """
         request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
-        self._decoder, form = open_decoder(request)
+        with told_of_damage(request.model_dir, request.base_dir):
+            self._open(request)
         self._prefixes = PrefixCache(self._decoder, int(prefix_cache_gib * 2**30))
+
+    def _open(self, request: Request) -> None:
+        self._decoder, form = open_decoder(request)
+        # Sizes that do not fit each other break the first pass through the layers: here, and not at a user's request.
+        self._decoder.next_logits([Segment(self._decoder.new_cache(), [0])])
         self.name = request.model_dir.resolve().name
         self.form = str(form)
         """How the matrices are held and computed."""
@@ -58,6 +68,9 @@ class LlamaEngine:
         self._tokenizer = PlainTokenizer(request.folder)
         self._token_bytes = TokenBytes(request.folder)
         self._end_ids = find_end_ids(request.folder, self._tokenizer)
+        check_token_ids(request.folder, self._token_bytes.largest_id, self._decoder.architecture.vocab_size)
+        self.system_prompt = read_system_prompt(request.model_dir)
+        """What a conversation without a system's message begins with, as it did in training; empty for nothing."""
 
     def generate(self, messages: Messages, **sampling: Any) -> str:
         """The assistant's reply; keywords are the fields of Sampling."""
@@ -77,6 +90,8 @@ class LlamaEngine:
         texts = {id(reply): "" for reply in replies}
         while batch.free_slots < len(replies):
             for reply, text in batch.step():
+                if reply.failure:
+                    raise reply.failure
                 texts[id(reply)] += text
         return [texts[id(reply)] for reply in replies]
 
@@ -95,11 +110,16 @@ class LlamaEngine:
             DataError: an unknown role, a message without a body, or no message.
             ModelError: the tokenizer has no chat tokens.
         """
-        return ChatEncoder(self._tokenizer).encode_prompt(read_messages(messages))
+        turns = read_messages(messages)
+        if self.system_prompt and turns[0].role != "system":
+            turns = [Turn("system", self.system_prompt), *turns]
+        return ChatEncoder(self._tokenizer).encode_prompt(turns)
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
-        ids: list[int] = self._tokenizer.text.encode(repair_text(prompt), add_special_tokens=False).ids
+        # Of tokenizers' calls those for a batch alone let other threads go on meanwhile.
+        (encoded,) = self._tokenizer.text.encode_batch_fast([repair_text(prompt)], add_special_tokens=False)
+        ids: list[int] = encoded.ids
         return [self._tokenizer.special.document_start, *ids]
 
 
@@ -125,6 +145,27 @@ def find_request(
     if not use_lora and str(base_dir):
         raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
     return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, find_device(device))
+
+
+def check_token_ids(folder: Path, largest: int, rows: int) -> None:
+    """Raise ModelError where a text may get a token that the model has no row for."""
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer in {folder} has token id {largest} and the model's embedding {rows} rows; give the "
+            "tokenizer that belongs to the weights."
+        )
+
+
+def read_system_prompt(folder: Path) -> str:
+    """What conversations began with in the training of the adapter or merged model in `folder`.
+
+    Raises:
+        ModelError: the folder's card is damaged.
+    """
+    prompt = read_card(folder).get("system_prompt", "")
+    if not isinstance(prompt, str):
+        raise ModelError(f"{folder / CARD} has system_prompt={prompt!r}, which is no text; merge or train again.")
+    return prompt
 
 
 def find_device(name: str) -> torch.device:
@@ -156,6 +197,8 @@ def _drain(batch: ContinuousBatch, reply: Reply) -> Iterator[str]:
     try:
         while reply.finish_reason is None:
             for _, text in batch.step():
+                if reply.failure:
+                    raise reply.failure
                 if text:
                     yield text
     finally:

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
 from cqlora.errors import ConfigError
+from cqlora.inference.damage import told_of_damage
 from cqlora.inference.requests import check_held
 from cqlora.preflight import check_fingerprints
 
@@ -41,6 +42,10 @@ class EngineConfig:
 
     def check_folders(self) -> None:
         """Raise for what can be known to be wrong without torch: missing folders, another base's adapter."""
+        with told_of_damage(Path(self.base), Path(self.adapter) if self.adapter else None):
+            self._check_folders()
+
+    def _check_folders(self) -> None:
         base = read_base(self.base)
         if not self.adapter:
             return

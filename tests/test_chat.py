@@ -7,6 +7,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -148,6 +149,41 @@ def test_an_unknown_command_and_a_save_without_a_file_show_the_help():
 
 def test_a_reply_cannot_command_the_terminal():
     assert printable("a\x1b[2Jb\x07\r\n\t你") == "a[2Jb\n\t你"
+
+
+STRANGE = [
+    "\x00\x1b[2J\x07", "\ud83d", "a\ud800b", "x" * 1_000_000, "/save \x00", "/save \ud800/a", "/save ~nobody/a", "/save /",
+    "/save " + "x" * 5000, "/\x1b[2J", "\u202e\u2066", " \x0b\x0c ", "<|im_start|>system",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", STRANGE, ids=ascii)
+def test_whatever_is_pasted_ends_nothing(line, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = LlamaEngine(base, "", use_lora=False)
+    script = Script("hello", line, "/reset", "hello")
+    talk(Conversation(), lambda: engine, Sampling(max_new_tokens=2, seed=1), script)
+    assert script.written.count("forgotten") == 1 and not script.lines
+    assert "\x1b" not in script.written and "\x00" not in script.written
+    script.written.encode()
+
+
+def run_chat(base, tmp_path, redirections: str, **environment) -> subprocess.CompletedProcess[bytes]:
+    command = f'"{sys.executable}" -m cqlora.chat base="{base}" max_new_tokens=4 temperature=0 {redirections}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "redirections, environment",
+    [("<&-", {}), (">&- <<< hello", {}), ("<<< hello | head -c 1", {}), ("<<< 你好", {"PYTHONIOENCODING": "ascii"}),
+     ("< <(printf 'a\\xff\\n')", {})],
+    ids=["no input", "no output", "a reader that leaves", "ascii", "not UTF-8"],
+)  # fmt: skip
+def test_without_a_terminal_there_is_no_traceback(redirections, environment, base, tmp_path):
+    done = run_chat(base, tmp_path, redirections, **environment)
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr
+    assert done.returncode in (0, 1, 2) and done.stderr.count(b"\n") <= 2
 
 
 def test_lines_from_a_pipe_are_answered(base, tmp_path):

@@ -1,6 +1,7 @@
 """LlamaEngine as a user calls it: the text of transformers + PEFT, the training format, one sentence for a mistake."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from cqlora.base import CARD
 from cqlora.data.chat import ChatEncoder
+from cqlora.data.conversations import ConversationEncoder
 from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
+from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
 from tests.conftest import ROOT
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
@@ -181,7 +185,16 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "changed"))
 
 
+def id_beyond_the_rows(base, adapter, tmp_path):
+    changed = copy(base, tmp_path)
+    document = json.loads((changed / "tokenizer.json").read_text())
+    document["added_tokens"].append(document["added_tokens"][0] | {"id": 448, "content": "<new>"})
+    (changed / "tokenizer.json").write_text(json.dumps(document))
+    return changed, "", False
+
+
 MISTAKES = [
+    (id_beyond_the_rows, "448.* rows"),
     (other_base, "trained on another base"),
     (other_tokenizer, "trained on another tokenizer"),
     (no_weights, "has no .*safetensors"),
@@ -215,3 +228,80 @@ def test_an_engine_with_a_snapshot_imports_neither_transformers_nor_peft_nor_bit
     LlamaEngine(nf4_adapter, base, cache=True)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def damage(content: bytes, dice: random.Random) -> bytes:
+    """A file as a disk or an editor may leave it."""
+    kind = dice.randrange(7)
+    if kind == 0:
+        return content[: dice.randrange(len(content))]
+    if kind == 1:
+        place = dice.randrange(len(content))
+        return content[:place] + bytes([content[place] ^ 1 << dice.randrange(8)]) + content[place + 1 :]
+    if kind == 2:
+        return b"\xff\xfe" + content
+    if kind == 3:
+        return dice.choice([b"", b"[]", b"null", b"3", b'"a"', b"{}", b"[" * 3000])
+    if content[:1] == b"{":
+        document = json.loads(content)
+        holder, key = dice.choice(list(walk(document)))
+        holder[key] = dice.choice([None, [], {}, "a", -1, 10**30, 1.5, True, [[]], ""])
+        return json.dumps(document).encode()
+    return content[: len(content) // 2] + content[len(content) // 2 + dice.randrange(1, 9) :]
+
+
+def walk(document):
+    """Every place of a JSON document that holds a value."""
+    places = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in places:
+        yield document, key
+        if isinstance(value, dict | list):
+            yield from walk(value)
+
+
+FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+         "cqlora.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_folders_are_told_in_one_sentence_or_harm_nothing(name, base, adapter, tmp_path):
+    dice = random.Random(FILES.index(name))
+    given = Path(shutil.copytree(adapter, tmp_path / "adapter")), Path(shutil.copytree(base, tmp_path / "base"))
+    (given[1] / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    (given[1] / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    file = next(folder / name for folder in given if (folder / name).is_file())
+    whole, told = file.read_bytes(), []
+    for _ in range(16):
+        file.write_bytes(damage(whole, dice))
+        try:
+            EngineConfig(base=str(given[1]), adapter=str(given[0])).check_folders()
+            LlamaEngine(*given).generate([{"role": "user", "text": "长江"}], max_new_tokens=2)
+        except CqloraError as error:
+            told.append(str(error))
+    assert told and not [sentence for sentence in told if "\n" in sentence or len(sentence) > 600]
+
+
+PROMPT = "You are careful. 请用中文回答。"
+
+
+@pytest.mark.parametrize("where", ["adapter", "merged"])
+def test_a_system_prompt_of_training_begins_every_conversation_without_one(where, base, adapter, merged, tmp_path):
+    """The prompt's ids are those of the conversation as training encodes it."""
+    folder = Path(shutil.copytree(adapter if where == "adapter" else merged, tmp_path / "tuned"))
+    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
+    (folder / CARD).write_text(json.dumps(card | {"system_prompt": PROMPT}))
+    engine = LlamaEngine(folder, base, use_lora=True) if where == "adapter" else LlamaEngine(folder, "", use_lora=False)
+    tokenizer = PlainTokenizer(base)
+    turns = [Turn("user", "长江在哪里？"), Turn("assistant", "x")]
+    sequence = ConversationEncoder(tokenizer, 256, False, PROMPT).encode([0], [turns], in_bulk=False).tokens.tolist()
+    asked = [{"role": "user", "text": "长江在哪里？"}]
+    ids = engine.encode_messages(asked)
+    assert sequence[: len(ids)] == ids
+    own = engine.encode_messages([{"role": "system", "text": "Other."}, *asked])
+    assert own == LlamaEngine(base, "", use_lora=False).encode_messages([{"role": "system", "text": "Other."}, *asked])
+
+
+def test_a_card_without_a_system_prompt_adds_nothing(engine, base):
+    asked = [{"role": "user", "text": "a"}]
+    assert engine.system_prompt == ""
+    assert engine.encode_messages(asked) == ChatEncoder(PlainTokenizer(base)).encode_prompt([Turn("user", "a")])

@@ -11,6 +11,9 @@ from cqlora.architectures import Part, require_known
 from cqlora.errors import ModelError
 from cqlora.weights.rope import read_rope
 
+MOST_POSITIONS = 1 << 22
+"""The angles of every position are kept: a gigabyte for so many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -46,6 +49,11 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     """
     require_known(Part.engine, config, folder)
     heads = config["num_attention_heads"]
+    longest = config["max_position_embeddings"]
+    if not isinstance(longest, int) or not 1 < longest <= MOST_POSITIONS:
+        raise ModelError(
+            f"{folder} has max_position_embeddings={longest}; the engine holds 2 to {MOST_POSITIONS} positions."
+        )
     return Architecture(
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
@@ -56,7 +64,7 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
         vocab_size=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         epsilon=config.get("rms_norm_eps", 1e-6),
-        max_length=config["max_position_embeddings"],
+        max_length=longest,
         rope=_read_rope(config, folder),
     )
 

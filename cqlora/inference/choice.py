@@ -2,9 +2,13 @@
 
 import torch
 
+from cqlora.errors import ModelError
 from cqlora.inference.requests import Sampling
 
 _FIRST_CANDIDATES = 256
+_LEAST, _MOST = 1e-4, 1e4
+"""Temperatures and penalties that float32 divides by without losing anything; others are computed with in float64."""
+_LARGEST = 1e300
 
 
 class TokenChooser:
@@ -17,13 +21,23 @@ class TokenChooser:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+        divisors = (sampling.temperature or 1.0, sampling.repetition_penalty)
+        self._is_extreme = not all(_LEAST <= divisor <= _MOST for divisor in divisors)
         self._seen: torch.Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(prompt_ids)] = True
 
     def choose(self, logits: torch.Tensor) -> int:
-        """A token from float32 (vocab_size,): penalty, temperature, top-k, top-p, in transformers' order."""
+        """A token from float32 (vocab_size,): penalty, temperature, top-k, top-p, in transformers' order.
+
+        Raises:
+            ModelError: there is no likeliest token, since a logit is infinite or no number.
+        """
+        if not torch.isfinite(logits.max()):
+            raise ModelError("the model's logits are not finite; its weights are damaged, or need dtype=float32.")
+        if self._is_extreme:
+            logits = logits.double()
         if self._seen is not None:
             penalty = self._sampling.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -34,6 +48,8 @@ class TokenChooser:
         return token
 
     def _sample(self, logits: torch.Tensor) -> int:
+        if self._is_extreme:
+            logits = logits.clamp(-_LARGEST, _LARGEST)
         scaled = (logits - logits.max()) / self._sampling.temperature
         probabilities, tokens = self._candidates(torch.softmax(scaled, dim=-1))
         # One uniform number against the running sum: what is drawn depends on this reply's numbers alone.

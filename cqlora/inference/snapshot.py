@@ -1,14 +1,16 @@
 """A model's weights as the decoder computes with them, in one file that is mapped and not read.
 
 The first load of a model with `cache=true` writes it; from the second load on nothing is quantised, merged or
-put in another order. It lies in the user's cache (XDG_CACHE_HOME), under a name that depends on everything that
-its contents depend on, so a changed model never finds another's.
+put in another order, and a digest tells whether all is as it was written. It lies in the user's cache
+(XDG_CACHE_HOME), under a name that depends on everything that its contents depend on, so a changed model never finds
+another's.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ from cqlora.inference.linear import Dense, restore_linear, tensors_of
 from cqlora.system.durable import remove_leftovers, staged_file
 from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
 
-_VERSION = 4
+_VERSION = 5
+_DIGEST = "digest/sha256"
 _NORMS = ("attention_norm", "feed_forward_norm")
 _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 
@@ -39,6 +42,7 @@ def write_snapshot(weights: Weights, file: Path) -> None:
         DiskError: the disk refused.
     """
     tensors = dict(_flatten(weights))
+    tensors[_DIGEST] = digest(tensors)
     specs = [TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with staged_file(file, sum(spec.nbytes for spec in specs)) as staged:
         # Also other models' files, which nobody may ask for again.
@@ -47,7 +51,7 @@ def write_snapshot(weights: Weights, file: Path) -> None:
 
 
 def map_snapshot(file: Path) -> Weights:
-    """The weights of a snapshot, mapped: a page is read when it is first used.
+    """The weights of a snapshot, mapped; all of it is read once, to compare it with its digest.
 
     Raises:
         ModelError: the file is damaged.
@@ -55,8 +59,11 @@ def map_snapshot(file: Path) -> Weights:
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ModelError(f"the snapshot {file} is damaged ({error}); delete it and start again.") from error
+    stated = tensors.pop(_DIGEST, None)
+    if stated is None or not torch.equal(stated, digest(tensors)):
+        raise ModelError(f"the snapshot {file} is damaged (it is not as it was written); delete it and start again.")
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         owner, _, part = name.partition("/")
@@ -65,6 +72,20 @@ def map_snapshot(file: Path) -> Weights:
     embedding = groups["embedding"]["weight"]
     head = groups["head"]["weight"] if "head" in groups else embedding
     return Weights(embedding, layers, groups["norm"]["weight"], Dense(head))
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """uint8 (32,): sha256 of the tensors' names, types, shapes and bytes, in the order of their names."""
+
+    def one(name: str) -> bytes:
+        tensor = tensors[name]
+        told = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        told.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return told.digest()
+
+    with ThreadPoolExecutor() as threads:
+        every = b"".join(threads.map(one, sorted(tensors)))
+    return torch.tensor(list(hashlib.sha256(every).digest()), dtype=torch.uint8)
 
 
 def _restore_layer(groups: dict[str, dict[str, torch.Tensor]], number: int) -> Layer:

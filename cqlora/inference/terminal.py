@@ -1,9 +1,12 @@
 """A conversation in a terminal: lines in, replies streamed out, commands that begin with a slash."""
 
+import io
 import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +14,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from cqlora.data.records import Turn
-from cqlora.errors import DataError
+from cqlora.errors import ConfigError, DataError
 from cqlora.inference.requests import Sampling, repair_text
 
 HELP = "/reset forgets the conversation, /save FILE appends it to a file, /exit or Ctrl-D ends; Ctrl-C stops a reply."
@@ -57,28 +60,40 @@ class Conversation:
         Raises:
             DataError: the file cannot be written.
         """
-        line = json.dumps(self.messages(), ensure_ascii=False)
+        line = repair_text(json.dumps(self.messages(), ensure_ascii=False))
         try:
-            with file.open("a", encoding="utf-8") as stream:
+            with file.expanduser().open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-        except OSError as error:
-            raise DataError(f"{file} cannot be written ({error.strerror}); give another file.") from error
+        # RuntimeError: ~NAME of nobody; ValueError: a name that no file can have.
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{file} cannot be written ({reason}); give another file.") from error
 
 
 def talk(conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal) -> None:
     """Read lines until the input ends; `engine` waits for the model, and raises what its loading raised."""
-    terminal.write(HELP)
+    with suppress(EOFError):
+        terminal.write(HELP)
+        read_lines(conversation, engine, sampling, terminal)
+
+
+def read_lines(
+    conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal
+) -> None:
+    """Obey and answer line after line.
+
+    Raises:
+        EOFError: the input has ended, or nobody reads the output.
+    """
     while True:
         try:
             line = terminal.read().strip()
             if line == "/exit":
                 return
             if line.startswith("/"):
-                terminal.write(obey(line, conversation))
+                terminal.write(printable(obey(line, conversation)))
             elif line:
                 answer(line, conversation, engine, sampling, terminal)
-        except EOFError:
-            return
         except KeyboardInterrupt:
             continue
 
@@ -93,7 +108,7 @@ def obey(command: str, conversation: Conversation) -> str:
         if not any(turn.role == "assistant" for turn in conversation.turns):
             return "Nothing has been said yet."
         try:
-            conversation.save(Path(argument.strip()).expanduser())
+            conversation.save(Path(argument.strip()))
         except DataError as error:
             return f"error: {error}"
         return f"Saved to {argument.strip()}."
@@ -127,20 +142,35 @@ def answer(
 
 
 def printable(text: str) -> str:
-    """Text without control characters, so that no reply moves the cursor or changes the terminal."""
-    return "".join(c for c in text if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
+    """Text without control characters, so that no reply moves the cursor or changes the terminal.
+
+    Halves of a surrogate pair, which no terminal takes, become U+FFFD.
+    """
+    return "".join(c for c in repair_text(text) if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
 
 
 class ConsoleOutput:
     """Writes to standard output as it is, without markup or wrapping of its own."""
 
     def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that is not UTF-8 shows ? for what it lacks.
+            sys.stdout.reconfigure(errors="replace")
         self._console = Console(highlight=False, markup=False, emoji=False)
 
     def write(self, text: str, end: str = "\n") -> None:
-        """See Terminal."""
-        self._console.out(text, end=end, highlight=False)
-        self._console.file.flush()
+        """See Terminal.
+
+        Raises:
+            EOFError: nobody reads any more.
+        """
+        try:
+            self._console.out(text, end=end, highlight=False)
+            self._console.file.flush()
+        except BrokenPipeError as error:
+            # What is still held would be tried once more as the program ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise EOFError from error
 
 
 class PromptTerminal(ConsoleOutput):
@@ -167,7 +197,7 @@ class PipedTerminal(ConsoleOutput):
         Raises:
             DataError: the line is not UTF-8.
         """
-        line = sys.stdin.buffer.readline()
+        line = sys.stdin.buffer.readline() if sys.stdin else b""
         if not line:
             raise EOFError
         try:
@@ -177,5 +207,11 @@ class PipedTerminal(ConsoleOutput):
 
 
 def open_terminal() -> Terminal:
-    """The terminal that standard input is."""
-    return PromptTerminal() if sys.stdin.isatty() else PipedTerminal()
+    """The terminal that standard input is.
+
+    Raises:
+        ConfigError: there is no standard output.
+    """
+    if sys.stdout is None:
+        raise ConfigError("standard output is closed, so there is nowhere to show a reply; leave it open.")
+    return PromptTerminal() if sys.stdin and sys.stdin.isatty() else PipedTerminal()

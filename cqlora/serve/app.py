@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from cqlora.serve.body import body_limit
 from cqlora.serve.failure import Failure, error_body
 from cqlora.serve.guard import Guard
 from cqlora.serve.metrics import CONTENT_TYPE, CountResponses
-from cqlora.serve.requests import ChatRequest, CompletionRequest, explain
+from cqlora.serve.requests import ChatRequest, CompletionRequest, shorten
 from cqlora.serve.service import Service
 
 PAGE_FOLDER = Path(__file__).parent / "page"
@@ -40,13 +40,13 @@ def build_app(service: Service, key: str) -> FastAPI:
         yield
         service.scheduler.stop(grace=0)
 
-    # FastAPI's own documentation pages load scripts from elsewhere.
-    app = FastAPI(title="cqlora", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # FastAPI's own documentation pages load scripts from elsewhere, and bodies are read by body.py.
+    app = FastAPI(title="cqlora", lifespan=lifespan, openapi_url=None)
     add_api(app, service)
     add_upkeep(app, service)
     add_page(app)
     add_failures(app)
-    app.add_middleware(Guard, key=key)
+    app.add_middleware(Guard, key=key, most_bytes=body_limit(service.engine.max_length))
     app.add_middleware(CountResponses, metrics=service.metrics)
     return app
 
@@ -63,12 +63,12 @@ def add_api(app: FastAPI, service: Service) -> None:
     }
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, http: HttpRequest) -> Response:
-        return await service.respond(asked, http)
+    async def chat(http: HttpRequest) -> Response:
+        return await service.respond(http, ChatRequest)
 
     @app.post("/v1/completions")
-    async def complete(asked: CompletionRequest, http: HttpRequest) -> Response:
-        return await service.respond(asked, http)
+    async def complete(http: HttpRequest) -> Response:
+        return await service.respond(http, CompletionRequest)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -112,18 +112,12 @@ def add_page(app: FastAPI) -> None:
 def add_failures(app: FastAPI) -> None:
     """Every error in OpenAI's shape."""
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
-        return explain(list(error.errors())).response()
-
     @app.exception_handler(HTTPException)
     async def failed(http: HttpRequest, error: HTTPException) -> JSONResponse:
         if isinstance(error, Failure):
             return error.response()
-        if error.status_code == 400:
-            return Failure(400, "the body cannot be read; send JSON in UTF-8.", "invalid_json").response()
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-        sentence = f"{http.method} {http.url.path} is not served ({error.detail})."
+        sentence = f"{http.method} {shorten(http.url.path)} is not served ({error.detail})."
         return JSONResponse(error_body(error.status_code, sentence, code), error.status_code, error.headers)
 
     @app.exception_handler(Exception)

@@ -32,7 +32,7 @@ def read_key(host: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`, an address or `localhost`."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback

@@ -8,8 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cqlora.serve.door import is_loopback
 from cqlora.serve.failure import Failure
+from cqlora.serve.requests import shorten
 
-MAX_BODY_BYTES = 4 << 20
 _OPEN = ("/health", "/")
 _OPEN_FOLDER = "/page/"
 _HOST = re.compile(r"(?P<name>\[[^\]]*\]|[^:]*)(:\d*)?$")
@@ -23,9 +23,10 @@ class Guard:
     browser's preflight, since bodies must be application/json and no other origin is allowed.
     """
 
-    def __init__(self, app: ASGIApp, key: str) -> None:
+    def __init__(self, app: ASGIApp, key: str, most_bytes: int) -> None:
         self._app = app
         self._key = key.encode()
+        self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it here."""
@@ -36,19 +37,19 @@ class Guard:
             headers = Headers(scope=scope)
             self._check(scope["path"], headers)
             declared = headers.get("content-length", "")
-            if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-                raise _too_large()
+            if declared.isdigit() and int(declared) > self._most_bytes:
+                raise _too_large(self._most_bytes)
         except Failure as failure:
             await failure.response()(scope, receive, send)
             return
-        await self._app(scope, _limited(receive), send)
+        await self._app(scope, _limited(receive, self._most_bytes), send)
 
     def _check(self, path: str, headers: Headers) -> None:
         if not self._key:
             host = headers.get("host", "")
             parts = _HOST.match(host)
             if parts is None or not is_loopback(parts["name"]):
-                raise Failure(421, f"Host {host!r} is not this server's; ask for localhost.", "wrong_host")
+                raise Failure(421, f"Host {shorten(host)!r} is not this server's; ask for localhost.", "wrong_host")
             return
         if path in _OPEN or path.startswith(_OPEN_FOLDER):
             return
@@ -58,7 +59,7 @@ class Guard:
             raise Failure(401, "the API key is missing or wrong; send Authorization: Bearer KEY.", "invalid_api_key")
 
 
-def _limited(receive: Receive) -> Receive:
+def _limited(receive: Receive, most_bytes: int) -> Receive:
     """`receive`, for a body that says nothing of its size."""
     received = 0
 
@@ -66,12 +67,13 @@ def _limited(receive: Receive) -> Receive:
         nonlocal received
         message = await receive()
         received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:
-            raise _too_large()
+        if received > most_bytes:
+            raise _too_large(most_bytes)
         return message
 
     return counted
 
 
-def _too_large() -> Failure:
-    return Failure(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send less.", "body_too_large")
+def _too_large(most_bytes: int) -> Failure:
+    sentence = f"the body is larger than {most_bytes >> 10} KiB, which is more than the model can hold; send less."
+    return Failure(413, sentence, "body_too_large")

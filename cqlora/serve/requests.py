@@ -1,7 +1,7 @@
 """What clients may ask: OpenAI's fields, each obeyed or refused in one sentence, none ignored that has a meaning."""
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -34,6 +34,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's that this server has no use for, with the values that ask for nothing; null is one of all."""
 BOOKKEEPING = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 """Fields that change no reply, whatever they say."""
+MOST_MESSAGES = 4096
+MOST_PARTS = 1024
+MOST_STOPS = 16
+MOST_STOP_CHARACTERS = 1024
+"""A reply's end is compared with a stop string at every token."""
+_SHOWN = 60
+"""Characters of what was received that an error repeats."""
 _INSTEAD = {"frequency_penalty": "use repetition_penalty", "presence_penalty": "use repetition_penalty"}
 
 
@@ -57,7 +64,7 @@ class Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0)
     repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -93,8 +100,9 @@ class Request(BaseModel):
         if limit is not None and limit > most:
             raise Failure(400, f"max_tokens={limit} is more than this server's {most}; ask for less.", "invalid_value")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(stop) > 16 or not all(stop):
-            raise Failure(400, "`stop` takes up to 16 strings, none of them empty.", "invalid_value")
+        if len(stop) > MOST_STOPS or not all(0 < len(string) <= MOST_STOP_CHARACTERS for string in stop):
+            sentence = f"`stop` takes up to {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters."
+            raise Failure(400, sentence, "invalid_value")
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
@@ -118,13 +126,13 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None = None
     text: str | None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
     audio: None = None
-    annotations: list[None] | None = None
+    annotations: Annotated[list[None], Field(fail_fast=True)] | None = None
 
     def turn(self) -> dict[str, str]:
         """The message as the engine takes it.
@@ -142,7 +150,7 @@ class Message(BaseModel):
 class ChatRequest(Request):
     """A body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def limit(self) -> int | None:
@@ -153,7 +161,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A body of /v1/completions."""
 
-    prompt: str | list[str] = Field(min_length=1)
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] = Field(min_length=1)
 
     def text(self) -> str:
         """The one prompt.
@@ -170,9 +178,7 @@ class CompletionRequest(Request):
 def explain(errors: list[dict[str, Any]]) -> Failure:
     """One of pydantic's errors as a sentence: the deepest, since that one is told of a union's nearest kind."""
     error = max(errors, key=lambda error: len(error["loc"]))
-    where = ".".join(str(part) for part in error["loc"] if part not in ("body", "str") and "[" not in str(part))
-    if error["type"] == "json_invalid":
-        return Failure(400, f"the body is not JSON: {error['ctx']['error']}.", "invalid_json")
+    where = shorten(".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part)))
     if error["type"] == "extra_forbidden":
         fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *NEUTRAL}
         near = get_close_matches(where, fields, n=1)
@@ -182,7 +188,10 @@ def explain(errors: list[dict[str, Any]]) -> Failure:
         return Failure(400, f"`{where or 'the body'}` is missing.", "missing_parameter")
     if not where:
         return Failure(400, "the body is no JSON object sent as application/json.", "invalid_json")
-    received = repr(error["input"])
-    shown = received if len(received) <= 60 else received[:57] + "…"
     sentence = error["msg"][0].lower() + error["msg"][1:]
-    return Failure(400, f"`{where}` is {shown}: {sentence}.", "invalid_value")
+    return Failure(400, f"`{where}` is {shorten(repr(error['input']))}: {sentence}.", "invalid_value")
+
+
+def shorten(text: str) -> str:
+    """What was received, as far as an error repeats it."""
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "…"

@@ -6,6 +6,7 @@ replies under way wait for little more than one prompt at a time.
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from cqlora.inference.batch import ContinuousBatch, Reply
 
 PROMPT_TOKENS_PER_STEP = 512
+MOST_FAILED_STEPS = 8
+"""Steps in a row that bring nothing but errors, after which the engine counts as dead: a GPU that failed stays so."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class Scheduler:
         self._stop_at: float | None = None
         self._stepping_since: float | None = None
         self._failure: Failure | None = None
+        self._failed_steps = 0
+        """In a row, up to the last one."""
         self._thread = threading.Thread(target=self._work, name="cqlora-batch", daemon=True)
 
     def start(self) -> None:
@@ -249,21 +255,42 @@ class Scheduler:
         if not self._active:
             return
         self._stepping_since = time.monotonic()
-        produced = self._batch.step()
+        try:
+            produced = self._batch.step()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next replies have theirs
+            _LOG.exception("a step failed; its %d replies end", len(self._active))
+            produced = [(job.reply, "") for job in self._active.values() if job.reply is not None]
+            for reply, _ in produced:
+                reply.failure = error
+                self._batch.release(reply)
         self._stepping_since = None
         news: list[tuple[Job, Progress | Failure]] = []
         with self._changed:
             for reply, text in produced:
                 job = self._active[id(reply)]
-                if reply.finish_reason is not None:
+                if reply.finish_reason is not None or reply.failure is not None:
                     del self._active[id(reply)]
                     self._jobs.discard(job)
-                news.append((job, Progress(text, reply.completion_tokens, reply.finish_reason)))
+                news.append((job, _news_of(reply, text)))
         self._hand_out(news)
+        self._count_failures([reply.failure for reply, _ in produced])
+
+    def _count_failures(self, failures: list[Exception | None]) -> None:
+        """End the work where nothing has come of the last steps."""
+        self._failed_steps = self._failed_steps + 1 if all(failures) else 0
+        if self._failed_steps >= MOST_FAILED_STEPS:
+            raise RuntimeError(f"the last {MOST_FAILED_STEPS} steps failed") from failures[0]
 
     def _hand_out(self, news: list[tuple[Job, Progress | Failure]]) -> None:
         """Wake the event loop once for all that a step brought."""
         self._loop.call_soon_threadsafe(_tell, news)
+
+
+def _news_of(reply: "Reply", text: str) -> Progress | Failure:
+    if reply.failure is None:
+        return Progress(text, reply.completion_tokens, reply.finish_reason)
+    told = str(reply.failure) if isinstance(reply.failure, CqloraError) else "the server's log says why."
+    return Failure(500, f"the engine failed at this reply: {told}", "engine_failed")
 
 
 def _tell(news: list[tuple[Job, Progress | Failure]]) -> None:

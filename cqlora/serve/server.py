@@ -12,6 +12,7 @@ import uvicorn
 
 from cqlora.serve.app import build_app
 from cqlora.serve.config import ServeConfig
+from cqlora.serve.connection import Connection
 from cqlora.serve.door import url_of
 from cqlora.serve.scheduler import Scheduler
 from cqlora.serve.service import Service
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
 
 _SECONDS_TO_TELL_CLIENTS = 5
+_CONNECTIONS_PER_PLACE = 2
+_MORE_CONNECTIONS = 64
+"""Clients keep connections open between two requests, and those who watch /health have theirs."""
 
 
 def run_server(config: ServeConfig, key: str, door: socket.socket) -> None:
@@ -39,6 +43,9 @@ class Server(uvicorn.Server):
         self._grace = config.grace
         settings = uvicorn.Config(
             build_app(self.service, key),
+            http=Connection,
+            ws="none",
+            limit_concurrency=_CONNECTIONS_PER_PLACE * (config.slots + config.queue) + _MORE_CONNECTIONS,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -2,20 +2,24 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cqlora.errors import CqloraError
+from cqlora.serve.body import parse
 from cqlora.serve.config import ServeConfig
 from cqlora.serve.failure import Failure
 from cqlora.serve.metrics import Metrics
-from cqlora.serve.requests import ChatRequest, CompletionRequest
+from cqlora.serve.requests import ChatRequest, CompletionRequest, shorten
 from cqlora.serve.responses import DONE, Answer, event
 from cqlora.serve.scheduler import Job, Progress, Scheduler
 
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
 
 SECONDS_TO_READ_THE_END = 30.0
+_READERS = 2
+"""Bodies that are read at once: more would take the processor from the replies under way."""
+_LEAST_TOKENS_OF_A_MESSAGE = 4
+"""Its two control tokens, its role, and a line end."""
+_JSON = re.compile(r"application/([\w.-]+\+)?json\s*(;|$)", re.IGNORECASE)
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,22 +45,41 @@ class Service:
         self.name = config.name or engine.name
         self.max_tokens = config.max_tokens
         self.created = int(time.time())
+        self._readers = CapacityLimiter(_READERS)
 
-    async def respond(self, asked: ChatRequest | CompletionRequest, http: HttpRequest) -> Response:
+    async def respond(self, http: HttpRequest, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         """The response to a request, whole or as a stream.
 
         Raises:
             Failure: the request cannot be served.
         """
-        self.check_name(asked.model)
-        sampling = asked.sampling(self.max_tokens)
         self.scheduler.check_open()
-        # Long texts take long to encode: other replies go on meanwhile.
-        prompt_ids = await run_in_threadpool(self.encode, asked)
-        exchange = Exchange(self, self.scheduler.submit(prompt_ids, sampling), isinstance(asked, ChatRequest))
+        if not _JSON.match(http.headers.get("content-type", "")):
+            raise Failure(400, "the body is no JSON object sent as application/json.", "invalid_json")
+        try:
+            body = await http.body()
+        except ClientDisconnect:
+            return Response(status_code=499)
+        # Parsing and encoding take their time, in which /health and the streams go on.
+        asked, prompt_ids = await run_sync(self.read, body, kind, limiter=self._readers)
+        job = self.scheduler.submit(prompt_ids, asked.sampling(self.max_tokens))
+        exchange = Exchange(self, job, isinstance(asked, ChatRequest))
         if asked.stream:
             return ExchangeStream(exchange, asked.wants_usage)
         return await exchange.respond_whole(http)
+
+    def read(
+        self, body: bytes, kind: type[ChatRequest] | type[CompletionRequest]
+    ) -> tuple[ChatRequest | CompletionRequest, list[int]]:
+        """A request's fields and its prompt's ids.
+
+        Raises:
+            Failure: the body is no such request, or asks for what is not served.
+        """
+        asked = parse(body, kind)
+        self.check_name(asked.model)
+        asked.sampling(self.max_tokens)
+        return asked, self.encode(asked)
 
     def check_name(self, name: str | None) -> None:
         """Whether it is this model that is asked for; a request that names none means it.
@@ -60,7 +88,9 @@ class Service:
             Failure: 404.
         """
         if name is not None and name != self.name:
-            raise Failure(404, f"model {name!r} is not served here; ask for {self.name!r}.", "model_not_found")
+            raise Failure(
+                404, f"model {shorten(repr(name))} is not served here; ask for {self.name!r}.", "model_not_found"
+            )
 
     def encode(self, asked: ChatRequest | CompletionRequest) -> list[int]:
         """The prompt's ids; control tokens in a text stay text.
@@ -70,19 +100,28 @@ class Service:
         """
         try:
             if isinstance(asked, ChatRequest):
+                self.check_length(_LEAST_TOKENS_OF_A_MESSAGE * len(asked.messages), "at least ")
                 ids = self.engine.encode_messages([message.turn() for message in asked.messages])
             else:
                 ids = self.engine.encode_text(asked.text())
         except CqloraError as error:
             raise Failure(400, str(error), "invalid_value") from error
-        if len(ids) >= self.engine.max_length:
+        self.check_length(len(ids))
+        return ids
+
+    def check_length(self, tokens: int, bound: str = "") -> None:
+        """Whether a prompt of so many tokens leaves room for a reply.
+
+        Raises:
+            Failure: 400.
+        """
+        if tokens >= self.engine.max_length:
             raise Failure(
                 400,
-                f"the prompt has {len(ids)} tokens and the model holds {self.engine.max_length} with the reply; "
+                f"the prompt has {bound}{tokens} tokens and the model holds {self.engine.max_length} with the reply; "
                 "send less.",
                 "context_length_exceeded",
             )
-        return ids
 
 
 class Exchange:

@@ -104,3 +104,80 @@ def test_memory_of_keys_is_what_the_replies_need(engine):
     shape = engine._decoder.architecture
     per_position = shape.layers * 2 * shape.key_value_heads * shape.head_dim * torch.float32.itemsize
     assert reply.cache.store.nbytes <= 256 * per_position
+
+
+def start_three(engine):
+    """A batch of three greedy replies, one step on; the second is the one to break."""
+    batch = engine.open_batch(4)
+    asked = Sampling(temperature=0, max_new_tokens=6, ignore_end=True)
+    replies = [batch.admit(prompt(engine, text), asked) for text in ("长江", "Asia", "river")]
+    batch.step()
+    return batch, replies
+
+
+@pytest.mark.parametrize("where", ["choose", "add"], ids=["the choice of its token", "its text"])
+def test_an_error_in_one_reply_ends_that_reply_alone(engine, monkeypatch, caplog, where):
+    batch, (first, broken, last) = start_three(engine)
+    planted = ValueError("planted")
+
+    def fail(*_):
+        raise planted
+
+    monkeypatch.setattr(broken.chooser if where == "choose" else broken.text, where, fail)
+    with caplog.at_level("ERROR"):
+        produced = {id(reply): text for reply, text in batch.step()}
+    assert broken.failure is planted and broken.finish_reason is None and produced[id(broken)] == ""
+    assert "1 of 3 replies end by an error" in caplog.text and "planted" in caplog.text
+    assert batch.free_slots == 2 and broken.cache.store.numel() == 0
+    finish(batch, first), finish(batch, last)
+    assert [len(reply.ids) - reply.prompt_tokens for reply in (first, last)] == [6, 6]
+    alone = engine.open_batch(1)
+    again = alone.admit(prompt(engine, "river"), Sampling(temperature=0, max_new_tokens=6, ignore_end=True))
+    finish(alone, again)
+    if engine.form.startswith("matrices in float32"):
+        assert again.ids == last.ids
+
+
+def test_an_error_in_a_prompt_ends_that_reply_alone(engine, monkeypatch):
+    batch, others = start_three(engine)
+    broken = batch.admit(prompt(engine, "a new one"), Sampling())
+    read = batch._decoder.next_logits
+
+    def fail(segments, *args, **options):
+        if any(segment.cache is broken.cache for segment in segments):
+            raise RuntimeError("planted")
+        return read(segments, *args, **options)
+
+    monkeypatch.setattr(batch._decoder, "next_logits", fail)
+    batch.step()
+    assert isinstance(broken.failure, RuntimeError) and batch.free_slots == 1
+    assert [(reply.failure, reply.completion_tokens) for reply in others] == [(None, 2)] * 3
+
+
+def test_an_error_in_a_whole_step_ends_its_replies_and_the_next_are_as_ever(engine, monkeypatch):
+    asked = Sampling(temperature=0, max_new_tokens=5, ignore_end=True)
+    alone = engine.open_batch(1)
+    expected = finish(alone, alone.admit(prompt(engine, "长江"), asked))
+    batch, replies = start_three(engine)
+    with monkeypatch.context() as broken:
+        broken.setattr(batch._decoder, "_feed_forward", lambda *_: 1 / 0)
+        batch.step()
+    assert all(isinstance(reply.failure, ZeroDivisionError) for reply in replies)
+    assert batch.free_slots == 4 and batch.step() == []
+    assert finish(batch, batch.admit(prompt(engine, "长江"), asked)) == expected
+
+
+def test_the_engines_own_calls_raise_what_ended_a_reply(engine, monkeypatch):
+    monkeypatch.setattr("cqlora.inference.choice.TokenChooser.choose", lambda self, logits: 1 / 0)
+    for call in (engine.generate, lambda chat: engine.generate_batch([chat])):
+        with pytest.raises(ZeroDivisionError):
+            call([{"role": "user", "text": "a"}])
+
+
+@pytest.mark.parametrize("token", [448, 10**9, -1])
+def test_an_id_that_is_no_row_is_refused_and_harms_nobody(engine, token):
+    batch, replies = start_three(engine)
+    with pytest.raises(DataError, match=f"token id {token}; give ids from 0 to 447"):
+        batch.admit([20, token], Sampling())
+    batch.step()
+    assert all(reply.failure is None for reply in replies)

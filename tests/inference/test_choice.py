@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from cqlora.errors import ConfigError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.choice import TokenChooser
 from cqlora.inference.requests import Sampling
 
@@ -70,3 +70,45 @@ def test_the_repetition_penalty_is_that_of_transformers_and_counts_what_was_chos
 def test_what_cannot_be_sampled_with_is_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def allowed(logits: torch.Tensor, sampling: Sampling, seen: list[int]) -> set[int]:
+    """Tokens that may be drawn, in float64 and by sorting, whichever of equally likely ones stands first."""
+    logits = logits.double()
+    if sampling.repetition_penalty != 1.0:
+        penalised = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+        mask = torch.zeros(len(logits), dtype=torch.bool)
+        mask[seen] = True
+        logits = torch.where(mask, penalised, logits)
+    probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, 0)
+    ordered = probabilities.sort(descending=True).values
+    kept = (ordered.cumsum(0) - ordered < sampling.top_p).nonzero()[:, 0]
+    least = ordered[kept[-1]] if len(kept) else ordered[0]
+    return set(((probabilities >= least * (1 - 1e-6)) & (probabilities > 0)).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-6, 0.7, 2.0, 1e6, 1e38, 1e300])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-300, 1e-12, 0.5, 1.0])
+@pytest.mark.parametrize("penalty", [1.0, 1e-300, 1e-20, 1.3, 1e20, 1e300])
+def test_extreme_values_draw_what_float64_gives_a_chance(temperature, top_p, penalty):
+    sampling = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=penalty, seed=3)
+    logits, seen = SHARP.clone(), [5, 9]
+    logits[5], logits[9] = 3.0, -2.0
+    expected = allowed(logits, sampling, seen)
+    chooser = TokenChooser(sampling, seen, len(logits))
+    found = []
+    for _ in range(40):
+        found.append(chooser.choose(logits))
+        if penalty != 1.0:
+            chooser._seen[found[-1]] = found[-1] in seen
+    assert set(found) <= expected, "a token that float64 never draws"
+    if len(expected) > 100 and temperature > 1 and top_p > 0.1:
+        assert len(set(found)) > 10, "the same tokens over and over"
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_nothing(strange, temperature):
+    logits = torch.full((10,), strange)
+    with pytest.raises(ModelError, match="not finite"):
+        drawn(Sampling(temperature=temperature), logits, 1)

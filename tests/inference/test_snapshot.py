@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def test_a_damaged_snapshot_is_told_and_a_full_disk_is_done_without(base, nf4_ad
         logits = open_cached(nf4_adapter, base)
     assert "No space left" in caplog.text and files(tmp_path) == []
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_no_flipped_bit_of_a_snapshot_changes_what_is_computed_in_silence(base, nf4_adapter, tmp_path):
+    expected = open_cached(nf4_adapter, base, "float32")
+    (file,) = files(tmp_path)
+    whole, dice = file.read_bytes(), random.Random(1)
+    header = int.from_bytes(whole[:8], "little")
+    places = [dice.randrange(8 + header) for _ in range(60)] + [dice.randrange(len(whole)) for _ in range(60)]
+    unharmed, sentences = 0, set()
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << dice.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            found = open_cached(nf4_adapter, base, "float32")
+        except ModelError as error:
+            sentences.add(str(error))
+        else:
+            unharmed += 1
+            assert torch.equal(found, expected), place
+    assert unharmed < 20 and all("delete it and start again" in sentence for sentence in sentences)
 
 
 def test_what_an_ended_process_left_half_written_is_removed(base, nf4_adapter, tmp_path):

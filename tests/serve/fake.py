@@ -22,6 +22,7 @@ class FakeReply:
     reused_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str | None = None
+    failure: Exception | None = None
 
     @property
     def prompt_tokens(self) -> int:

@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 
+from cqlora.serve.scheduler import MOST_FAILED_STEPS
 from tests.serve.fake import FakeEngine, fake_config, running
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -266,15 +267,62 @@ def test_a_client_that_stops_reading_is_cut_off_and_holds_no_place(monkeypatch):
         assert post(run, CHAT | {"max_tokens": 1}).status_code == 200
 
 
+def test_an_error_in_one_reply_is_told_to_its_client_alone():
+    engine = FakeEngine(words=20)
+    with running(engine, fake_config()) as run:
+        step = run.scheduler._batch.step
+
+        def broken():
+            produced = step()
+            for reply, _ in produced:
+                if reply.completion_tokens == 3 and "bad" in "".join(map(chr, reply.prompt_ids)):
+                    reply.failure = ValueError("secret path")
+                    run.scheduler._batch.release(reply)
+            return produced
+
+        run.scheduler._batch.step = broken
+        engine.open.clear()
+        answers = {}
+        bodies = {word: {"messages": [{"role": "user", "content": word}]} for word in ("good", "bad")}
+        threads = [
+            threading.Thread(target=lambda word=word: answers.update({word: post(run, bodies[word])}))
+            for word in bodies
+        ]
+        for thread in threads:
+            thread.start()
+        run.wait_until(lambda: len(run.scheduler._jobs) == 2)
+        engine.open.set()
+        for thread in threads:
+            thread.join()
+        assert answers["good"].json()["usage"]["completion_tokens"] == 20
+        error = answers["bad"].json()["error"]
+        assert (answers["bad"].status_code, error["code"], error["type"]) == (500, "engine_failed", "server_error")
+        assert "secret" not in error["message"]
+        *_, last = events(post(run, bodies["bad"] | {"stream": True}))
+        assert json.loads(last)["error"]["code"] == "engine_failed"
+        run.wait_until_idle()
+
+
+def test_a_step_that_fails_ends_its_replies_and_the_engine_serves_the_next():
+    engine = FakeEngine()
+    with running(engine, fake_config()) as run:
+        engine.breaks = True
+        assert (post(run, CHAT).status_code, post(run, CHAT).json()["error"]["code"]) == (500, "engine_failed")
+        engine.breaks = False
+        assert post(run, CHAT).json()["usage"]["completion_tokens"] == 5
+        assert httpx.get(run.url + "/health").status_code == 200
+        run.wait_until_idle()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_when_the_engine_dies_requests_and_health_say_so():
     engine = FakeEngine()
     with running(engine, fake_config()) as run:
         assert httpx.get(run.url + "/health").json() == {"status": "ok"}
         engine.breaks = True
-        assert post(run, CHAT).status_code == 503
+        assert [post(run, CHAT).status_code for _ in range(MOST_FAILED_STEPS)] == [500] * MOST_FAILED_STEPS
+        run.wait_until(lambda: httpx.get(run.url + "/health").status_code == 503)
         assert post(run, CHAT).json()["error"]["code"] == "engine_died"
-        assert httpx.get(run.url + "/health").status_code == 503
 
 
 def test_stopping_finishes_the_replies_under_way_and_then_ends():

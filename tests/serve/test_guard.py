@@ -55,7 +55,7 @@ def test_without_a_key_another_name_for_this_machine_is_refused():
     with running(FakeEngine(), fake_config()) as run:
         for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::1", "a:b:c", ""):
             assert httpx.get(run.url + "/v1/models", headers={"Host": host}).status_code == 421, host
-        for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000"):
+        for host in ("localhost", "localhost:8000", "LocalHost:8000", "127.0.0.1:1", "[::1]:8000"):
             assert httpx.get(run.url + "/v1/models", headers={"Host": host}).status_code == 200
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from cqlora.inference.requests import Sampling
 from cqlora.serve.failure import Failure
-from cqlora.serve.scheduler import PROMPT_TOKENS_PER_STEP, Job, Scheduler
+from cqlora.serve.scheduler import MOST_FAILED_STEPS, PROMPT_TOKENS_PER_STEP, Job, Scheduler
 from tests.serve.fake import FakeEngine
 
 SAMPLING = Sampling(max_new_tokens=100)
@@ -136,7 +136,7 @@ def test_a_prompt_that_the_engine_refuses_fails_alone():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_when_the_engine_dies_every_request_fails_and_so_does_every_later_one():
+def test_when_step_after_step_fails_the_engine_is_dead_and_every_later_request_is_refused():
     engine = FakeEngine(words=100)
 
     async def test(scheduler):
@@ -145,7 +145,12 @@ def test_when_the_engine_dies_every_request_fails_and_so_does_every_later_one():
         engine.breaks = True
         engine.open.set()
         for ended in await asyncio.gather(*map(read, jobs), return_exceptions=True):
-            assert (ended.status_code, ended.code) == (503, "engine_died")
+            assert (ended.status_code, ended.code) == (500, "engine_failed")
+        scheduler.check_health()
+        for number in range(MOST_FAILED_STEPS - 2):
+            with pytest.raises(Failure):
+                await read(scheduler.submit(prompt(str(number)), SAMPLING))
+        await until(lambda: scheduler._failure is not None)
         with pytest.raises(Failure) as refused:
             scheduler.submit(prompt("later"), SAMPLING)
         assert refused.value.code == "engine_died"
