@@ -1,0 +1,1 @@
+"""The ground floor: files, folders and what the operating system says of them."""
