@@ -3,14 +3,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm test-llama-cpp check clean
+.PHONY: demo test test-fast test-processors test-slurm test-llama-cpp check clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
 
+# A process for each core.
+PARALLEL := --numprocesses=auto --dist=worksteal
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+# Nothing that trains or starts programs: under two minutes on two cores.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+# The rooms that choose by the processor, as on one without AVX512 and as on one that multiplies bfloat16 (emulated
+# where it does not): what `make test` runs with what is there.
+test-processors: $(INSTALLED)
+	CQLORA_CPU_FEATURES=plain ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
+		$(BIN)/python -m pytest $(PARALLEL) -m processor
+	CQLORA_CPU_FEATURES=bfloat16 $(BIN)/python -m pytest $(PARALLEL) -m processor
 
 # Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
 test-slurm: $(INSTALLED)

@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cqlora.system.processor import SWITCH, Features, suits_bfloat16_matrices
+
 SIDES = {"peft_default": "PEFT as it comes", "peft_best": "PEFT at its best"}
 ROOT = Path(__file__).parent.parent
 QUESTIONS = [
@@ -120,13 +122,11 @@ def run_cqlora(options: argparse.Namespace) -> dict[str, float]:
     """Our figures, greedy."""
     started = time.perf_counter()
     from cqlora.engine import LlamaEngine
-    from cqlora.inference import form
     from cqlora.inference.requests import Sampling
 
     imported = time.perf_counter()
     if options.no_bfloat16:
-        form.find_fused_nf4 = lambda: None
-        form.has_bfloat16 = lambda: False
+        os.environ[SWITCH] = Features.plain.value
     # A random adapter has no card to say so.
     engine = LlamaEngine(options.adapter, options.base, quantization="nf4", dtype=options.dtype, cache=True)
 
@@ -184,8 +184,7 @@ def peft_dtype(options: argparse.Namespace):
 
     name = options.dtype
     if name == "auto":
-        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not options.no_bfloat16
-        name = "bfloat16" if has_bfloat16 else "float32"
+        name = "bfloat16" if suits_bfloat16_matrices() and not options.no_bfloat16 else "float32"
     return getattr(torch, name)
 
 

@@ -1,4 +1,8 @@
-"""What every test starts from: few threads, no network, no tracker, no folders shared with the checkout."""
+"""What every test starts from: few threads, no network, no tracker, no folders shared with the checkout.
+
+Tests may run in several processes at once (`make test`). Fixtures of a session are made in each; what takes long to
+make is shared through the workspace (`runs.build_once`), which is one for all.
+"""
 
 import os
 import subprocess
@@ -8,6 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+HANG_SECONDS = 3600
+"""After this long something hangs. No test may depend on being quicker: other programs may have most of the machine."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,7 +25,51 @@ for variable in ("WANDB_API_KEY", "CQLORA_DATA", "HF_TOKEN"):
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder to run commands in; the tiny model and the token caches that they make are shared."""
-    return tmp_path_factory.mktemp("workspace")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    (shared / "workspace").mkdir(exist_ok=True)
+    return shared / "workspace"
+
+
+PROCESSOR_ROOMS = ("inference", "model", "system", "test_engine", "test_chat", "test_model", "test_merge", "test_nf4")
+"""Folders and modules of tests whose code chooses by the processor: `make test-processors` runs them both ways."""
+
+SLOW_FIXTURES = {"workspace", "uninterrupted", "work", "served_page"}
+SLOW_MODULES = (
+    "test_processes",
+    "test_packaging",
+    "test_page",
+    "test_cluster",
+    "test_chat",
+    "test_launch",
+    "test_readme",
+)
+"""What starts programs or trains; `make test-fast` leaves it out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by where they lie and what they need, so that new ones need no thought."""
+    for item in items:
+        parts = {*item.path.relative_to(ROOT / "tests").parts, item.path.stem}
+        if parts.intersection(PROCESSOR_ROOMS):
+            item.add_marker(pytest.mark.processor)
+        if parts.intersection(SLOW_MODULES) or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core that may be used; each takes half a gigabyte and seconds of imports."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hide_features_from_bitsandbytes() -> None:
+    """It asks the processor itself, in eval mode; where features are hidden from us they are hidden from it."""
+    if os.environ.get("CQLORA_CPU_FEATURES", "all") == "all":
+        return
+    import bitsandbytes.nn.modules
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
 def run_verb(
@@ -32,7 +82,7 @@ def run_verb(
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -21,6 +23,7 @@ from cqlora.errors import CqloraError
 from cqlora.frozen import freeze_config, load_frozen
 from cqlora.metrics import read_metrics
 from cqlora.preflight import check_run
+from tests.conftest import HANG_SECONDS
 
 # Children start from a server that has torch and transformers imported and has run nothing: no seconds of
 # import each, no threads inherited.
@@ -63,7 +66,7 @@ def start_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None 
 def finish_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> int:
     """Run to the end; the child's exit code, negative when a signal ended it."""
     child = start_run(config, folder, plant)
-    child.join(timeout=240)
+    child.join(timeout=HANG_SECONDS)
     assert child.exitcode is not None, "the run hangs"
     return child.exitcode
 
@@ -85,7 +88,7 @@ def finish_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | 
     """Run several workers to the end; their exit codes by rank."""
     children = start_workers(config, folder, plant)
     for child in children:
-        child.join(timeout=240)
+        child.join(timeout=HANG_SECONDS)
         assert child.exitcode is not None, "the run hangs"
     return [child.exitcode for child in children]
 
@@ -95,6 +98,16 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
+    """A folder that the first test process that asks for it fills by `build`, and that all read."""
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.built").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            build(folder)
+            Path(f"{folder}.built").touch()
+    return folder
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

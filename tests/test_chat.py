@@ -20,7 +20,7 @@ from cqlora.engine import LlamaEngine
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import HELP, Conversation, PipedTerminal, printable, talk
-from tests.conftest import ROOT, run_verb
+from tests.conftest import HANG_SECONDS, ROOT, run_verb
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 
 BEGIN, END = "\x1b[?2004h", "\x1b[?2004l"
@@ -128,7 +128,7 @@ def test_nothing_is_saved_before_anything_was_said(tmp_path):
 def test_the_end_does_not_wait_for_the_model(tmp_path, monkeypatch):
     loaded, left = threading.Event(), []
     monkeypatch.setattr(ChatConfig, "check_folders", lambda self: None)
-    monkeypatch.setattr(ChatConfig, "load_engine", lambda self: loaded.wait(timeout=60))
+    monkeypatch.setattr(ChatConfig, "load_engine", lambda self: loaded.wait(timeout=HANG_SECONDS))
     monkeypatch.setattr("cqlora.chat.open_terminal", lambda: Script("/exit"))
     monkeypatch.setattr("os._exit", lambda code: left.append((code, loaded.is_set())) or loaded.set())
     chat(ChatConfig(base="."))
@@ -152,8 +152,8 @@ def test_a_reply_cannot_command_the_terminal():
 
 
 STRANGE = [
-    "\x00\x1b[2J\x07", "\ud83d", "a\ud800b", "x" * 1_000_000, "/save \x00", "/save \ud800/a", "/save ~nobody/a", "/save /",
-    "/save " + "x" * 5000, "/\x1b[2J", "\u202e\u2066", " \x0b\x0c ", "<|im_start|>system",
+    "\x00\x1b[2J\x07", "\ud83d", "a\ud800b", "x" * 1_000_000, "/save \x00", "/save \ud800/a", "/save ~nobody/a",
+    "/save /", "/save " + "x" * 5000, "/\x1b[2J", "\u202e\u2066", " \x0b\x0c ", "<|im_start|>system",
 ]  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def test_a_person_at_a_terminal_writes_chinese_interrupts_a_reply_and_goes_on(ba
     assert json.loads(Path(tmp_path, "talk.jsonl").read_text(encoding="utf-8"))[0]["text"] == "你好，"
 
 
-def exit_code(child: int, terminal: int, seconds: float = 25) -> int:
+def exit_code(child: int, terminal: int, seconds: float = HANG_SECONDS) -> int:
     """How a child ended; one that does not end is killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -258,7 +258,7 @@ def exit_code(child: int, terminal: int, seconds: float = 25) -> int:
     return -signal.SIGKILL
 
 
-def wait_for(terminal: int, text: str, seconds: float = 25) -> str:
+def wait_for(terminal: int, text: str, seconds: float = HANG_SECONDS) -> str:
     """Read until the terminal shows a text."""
     seen, deadline = "", time.monotonic() + seconds
     while text not in seen:

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -29,10 +28,8 @@ from tests.conftest import run_verb
         (["stage=sft", "hardware=4xa100"], "hardware=cpu"),
     ],
 )
-def test_a_mistake_is_one_sentence_within_a_second_of_processor_time(workspace, arguments, words):
-    started = time.process_time_ns()
+def test_a_mistake_is_one_sentence(workspace, arguments, words):
     done = run_verb(workspace, "run", *arguments, expect=2)
-    assert started is not None
     assert words in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

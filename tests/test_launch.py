@@ -13,7 +13,7 @@ import pytest
 from cqlora.errors import ConfigError
 from cqlora.folder import hold_folder
 from cqlora.launch import launch
-from tests.conftest import ROOT, run_verb
+from tests.conftest import HANG_SECONDS, ROOT, run_verb
 from tests.runs import SMALL, events, losses, typed_run
 from tests.test_processes import assert_gone
 
@@ -43,7 +43,7 @@ def start(folder: Path, command: list[str], *overrides: str, **environment: str)
 
 
 def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
-    told, _ = process.communicate(timeout=240)
+    told, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == expect, told
     return told
 
@@ -67,7 +67,7 @@ def test_two_launches_at_once_share_a_cache_and_end_each_in_a_folder_of_its_own(
 
 def test_killed_a_run_leaves_no_worker_and_goes_on_under_torchrun_in_rank_0s_folder(tmp_path):
     run = tmp_path / "run0"
-    long = ("stage.max_steps=500", "stage.schedule=constant")
+    long = ("stage.max_steps=1000000", "stage.schedule=constant")
     command = start(tmp_path, SELF, f"hydra.run.dir={run}", *long)
     while not [step for step, _ in losses(run) if step >= 3]:
         assert command.poll() is None, command.communicate()

@@ -15,7 +15,7 @@ from cqlora.choices import Device, Strategy
 from cqlora.config import HardwareConfig
 from cqlora.errors import ConfigError, Preempted, TrainingError
 from cqlora.processes import run_workers
-from tests.conftest import ROOT
+from tests.conftest import HANG_SECONDS, ROOT
 
 PRELUDE = """
 import os, signal, sys, time
@@ -56,14 +56,15 @@ def is_running(pid: int) -> bool:
 
 
 def assert_gone(*pids: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + HANG_SECONDS
     while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker outlived its command"
         time.sleep(0.02)
 
 
 def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(work, tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(12)))
     work(
         """
         names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
@@ -75,7 +76,7 @@ def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(wo
     told = [(tmp_path / f"told{rank}").read_text().split() for rank in range(3)]
     assert [each[:5] for each in told] == [[str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)]
     assert len({each[5] for each in told}) == 1
-    assert {each[6] for each in told} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+    assert {each[6] for each in told} == {"4"}
 
 
 def test_the_error_that_came_first_is_told_and_not_those_that_followed_from_it(work):
@@ -98,7 +99,6 @@ def test_a_worker_that_is_killed_is_named_with_what_it_said_last_and_those_that_
     work, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(cqlora.processes, "GRACE_SECONDS", 0.5)
-    started = time.monotonic()
     with pytest.raises(
         TrainingError, match=r"(?s)worker 2 of 3 was killed by SIGKILL .*hydra\.run.*\n  so far so good$"
     ):
@@ -112,11 +112,10 @@ def test_a_worker_that_is_killed_is_named_with_what_it_said_last_and_those_that_
                 record_failure("connection closed by peer")
                 sys.exit(1)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(100)
+            time.sleep(10**6)
             """,
             workers=3,
         )
-    assert time.monotonic() - started < 30
     assert_gone(*(int((tmp_path / f"pid{rank}").read_text()) for rank in range(3)))
 
 
@@ -132,7 +131,7 @@ def test_a_signal_is_passed_on_and_what_the_workers_make_of_it_is_told(work):
             if rank == 0:
                 wait_for("ready1")
                 os.kill(int(sys.argv[2]), signal.SIGTERM)
-            time.sleep(100)
+            time.sleep(10**6)
             """
 
     with pytest.raises(Preempted, match=r"^stopped after step 7$"):
@@ -148,7 +147,7 @@ def test_when_the_command_is_killed_no_worker_is_left(tmp_path):
     from pathlib import Path
     import cqlora.processes
     from tests.test_processes import PRELUDE, machine
-    command = [sys.executable, "-c", PRELUDE + "time.sleep(100)", {str(tmp_path)!r}, str(os.getpid())]
+    command = [sys.executable, "-c", PRELUDE + "time.sleep(10**6)", {str(tmp_path)!r}, str(os.getpid())]
     cqlora.processes.worker_command = lambda run_file: command
     cqlora.processes.run_workers(Path({str(tmp_path)!r}) / "run.yaml", machine(2))
     """
@@ -168,7 +167,7 @@ def test_processes_that_prepare_data_end_with_the_one_that_they_work_for(tmp_pat
     from cqlora.data.workers import Workers
     if __name__ == "__main__":
         with Workers(2) as workers:
-            for number, _ in enumerate(workers.map_in_order(time.sleep, [0.0] * 200 + [100.0] * 2)):
+            for number, _ in enumerate(workers.map_in_order(time.sleep, [0.0] * 200 + [10.0**6] * 2)):
                 pids = " ".join(str(child.pid) for child in multiprocessing.active_children())
                 if number == 150:
                     open({str(tmp_path / "pids")!r}, "w").write(pids)

@@ -18,6 +18,7 @@ from cqlora.checkpoint import CheckpointStore
 from cqlora.errors import CheckpointError
 from tests.runs import (
     adapter_sha256,
+    build_once,
     events,
     finish_run,
     kill,
@@ -34,10 +35,11 @@ SHORT = (f"stage.max_steps={STEPS}", "stage.checkpoint_every_steps=3")
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Path) -> Path:
-    folder = workspace / "uninterrupted"
-    assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT), folder) == 0
-    assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
-    return folder
+    def train(folder: Path) -> None:
+        assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT), folder) == 0
+        assert [step for step, _ in losses(folder)] == list(range(1, STEPS + 1))
+
+    return build_once(workspace / "uninterrupted", train)
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -119,17 +121,25 @@ def test_a_flipped_byte_makes_it_fall_back_to_the_checkpoint_before_and_say_so(w
 
 def test_sigterm_finishes_the_step_commits_and_exits_75_and_the_run_goes_on(workspace, tmp_path, uninterrupted):
     config = typed_run(workspace, "stage=pretrain", *SHORT)
-    child = start_run(config, tmp_path)
-    wait_for_step(child, tmp_path, 4)
-    os.kill(child.pid, signal.SIGTERM)
-    child.join(timeout=60)
-    assert child.exitcode == 75
+    assert finish_run(config, tmp_path, ask_to_stop_in_step_4) == 75
     stopped_at = losses(tmp_path)[-1][0]
     assert 4 <= stopped_at < STEPS
     assert (tmp_path / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
     assert events(tmp_path)[-1] == "preempted"
     assert finish_run(config, tmp_path) == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+def ask_to_stop_in_step_4() -> None:
+    """SIGTERM to itself in the middle of a step."""
+    original = cqlora.trainer.Trainer.accumulate
+
+    def accumulate(self, *arguments):
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    cqlora.trainer.Trainer.accumulate = accumulate
 
 
 def plant_nan_at_step_5() -> None:

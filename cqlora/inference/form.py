@@ -10,6 +10,7 @@ import torch
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.kernel import ROWS_TOGETHER, find_fused_nf4
+from cqlora.system.processor import suits_bfloat16_matrices
 from cqlora.weights.nf4 import GROUP
 
 _GIB = 1 << 30
@@ -88,16 +89,11 @@ def needed_bytes(architecture: Architecture, form: Form) -> float:
 def _candidates(architecture: Architecture, quantised: bool, dtype: str, device: torch.device) -> list[Form]:
     """Forms that would do, the fastest first."""
     asked = _named(dtype)
-    order = [torch.bfloat16, torch.float32] if has_bfloat16() else [torch.float32, torch.bfloat16]
+    order = [torch.bfloat16, torch.float32] if suits_bfloat16_matrices() else [torch.float32, torch.bfloat16]
     forms = [Form(Layout.dense, kind, device, unpacked=quantised) for kind in ([asked] if asked else order)]
     if quantised and asked is not torch.float32 and fits_kernel(architecture) and find_fused_nf4():
         forms.insert(0, Form(Layout.fused_nf4, torch.bfloat16, device))
     return forms
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 numbers itself; where it does not, float32 is faster."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fits_kernel(architecture: Architecture) -> bool:

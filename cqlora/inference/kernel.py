@@ -12,15 +12,20 @@ from typing import Any
 
 import torch
 
+from cqlora.system.processor import may_fuse_nf4
 from cqlora.weights.nf4 import GROUP
 
 ROWS_TOGETHER = 32
 """The kernel takes matrices whose rows are a multiple of this and whose columns are one of GROUP."""
 
 
-@cache
 def find_fused_nf4() -> Any:
-    """The library's function; None where the processor or the installed bitsandbytes lacks it."""
+    """The library's function; None where the processor or the installed bitsandbytes lacks it, or it is hidden."""
+    return _load_product() if may_fuse_nf4() else None
+
+
+@cache
+def _load_product() -> Any:
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or spec.origin is None:
         return None
@@ -45,7 +50,7 @@ def fused_nf4_product(inputs: torch.Tensor, packed: torch.Tensor, scales: torch.
     tokens, columns = inputs.shape
     rows = packed.shape[0]
     outputs = inputs.new_empty(tokens, rows)
-    find_fused_nf4()(
+    _load_product()(
         tokens, rows, columns, inputs.data_ptr(), packed.data_ptr(), scales.data_ptr(), outputs.data_ptr(),
         GROUP, columns, rows,
     )  # fmt: skip

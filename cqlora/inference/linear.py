@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from cqlora.inference.kernel import fused_nf4_product
+from cqlora.system.processor import packs_bfloat16
 
 ROW_STEP = 16
 """oneDNN makes and keeps a bfloat16 kernel of over half a megabyte for each number of rows that a matrix meets: prompts
@@ -112,7 +113,7 @@ def pack_dense(linear: Linear) -> Linear:
     """The layer in oneDNN's own order, where it is of a kind that has one here; else as it is."""
     if not isinstance(linear, Dense) or linear.weight.device.type != "cpu" or linear.weight.dtype != torch.bfloat16:
         return linear
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not packs_bfloat16():
         return linear
     return Packed(torch.ops.mkldnn._reorder_linear_weight(linear.weight, ROW_STEP))
 

@@ -16,6 +16,7 @@ from cqlora.errors import ModelError
 from cqlora.model.attention import choose_attention
 from cqlora.model.linear import keep_trainable_layout
 from cqlora.model.skeleton import Fill, lay_out_base
+from cqlora.system.processor import suits_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,8 @@ def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dt
     """
     if precision is not Precision.auto:
         return _DTYPES[precision]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    on_gpu = device.type == "cuda"
+    native = torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else suits_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
 

@@ -3,22 +3,8 @@
 import os
 import time
 from functools import cache
-from pathlib import Path
 
 from cqlora.preflight import list_gpus
-
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-
-
-@cache
-def has_bf16_units() -> bool:
-    """Whether this processor multiplies bfloat16 itself rather than by way of float32."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool(_BF16_FLAGS & set(flags.split()))
 
 
 @cache

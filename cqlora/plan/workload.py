@@ -16,9 +16,10 @@ from cqlora.choices import (
 )
 from cqlora.config import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
 from cqlora.errors import ModelError
-from cqlora.plan.machine import gpus_here, has_bf16_units
+from cqlora.plan.machine import gpus_here
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapted_matrices, embedding_matrices
+from cqlora.system.processor import suits_bfloat16
 
 _STATE_BYTES = {
     Optimizer.auto: 8.0,
@@ -153,5 +154,5 @@ def settle_device(hardware: HardwareConfig) -> Device:
 def compute_bytes(hardware: HardwareConfig) -> int:
     """Bytes of a number that matrix products read and write."""
     if hardware.precision is Precision.auto:
-        return 2 if settle_device(hardware) is Device.cuda or has_bf16_units() else 4
+        return 2 if settle_device(hardware) is Device.cuda or suits_bfloat16() else 4
     return 4 if hardware.precision is Precision.float32 else 2

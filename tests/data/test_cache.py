@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from cqlora.data.cache import TokenCache, prepare_cache
 from cqlora.data.encode import EncodeSettings, RecordEncoder, SharedEncoder, read_encoder
 from cqlora.errors import DataError
 from cqlora.worker import Worker
+from tests.conftest import HANG_SECONDS
 from tests.data.conftest import MakeConfig, sample_texts, write_jsonl
 
 SAMPLE = {
@@ -150,13 +150,11 @@ def test_several_shards_read_as_one(tmp_path: Path, byte_base: Base, make_config
             assert (one.label_mask == other.label_mask).all()
 
 
-def test_a_second_start_builds_nothing_and_is_quick(byte_base: Base, make_config: MakeConfig, no_builds):
+def test_a_second_start_builds_nothing(byte_base: Base, make_config: MakeConfig, no_builds):
     config = make_config(SAMPLE)
     first = prepare_cache(config, byte_base)
     no_builds()
-    started = time.perf_counter()
     second = prepare_cache(config, byte_base)
-    assert time.perf_counter() - started < 2
     assert second.fingerprint == first.fingerprint
     assert second.summary == first.summary
 
@@ -443,23 +441,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_starts_at_once_build_it_once(tmp_path: Path, byte_base: Base, corpus: Path):
     programs = [start(corpus, byte_base, tmp_path / "cache") for _ in range(2)]
-    last = [program.communicate(timeout=120)[0].splitlines()[-1] for program in programs]
+    last = [program.communicate(timeout=HANG_SECONDS)[0].splitlines()[-1] for program in programs]
     assert [program.returncode for program in programs] == [0, 0]
     assert sorted(line.split()[0] for line in last) == ["built", "opened"]
     assert len({line.split()[1] for line in last}) == 1
 
 
 def test_a_kill_at_any_moment_leaves_nothing_that_a_later_run_trusts(tmp_path: Path, byte_base: Base, corpus: Path):
-    whole = start(corpus, byte_base, tmp_path / "whole").communicate(timeout=120)[0].splitlines()
+    whole = start(corpus, byte_base, tmp_path / "whole").communicate(timeout=HANG_SECONDS)[0].splitlines()
     expected = digest(Path(whole[-1].split()[1]))
     steps = len(whole) - 2
     rng = random.Random(11)
     for moment in (*map(str, rng.sample(range(1, steps + 1), 3)), "rename"):
         program = start(corpus, byte_base, tmp_path / "killed", moment)
-        program.communicate(timeout=120)
+        program.communicate(timeout=HANG_SECONDS)
         assert program.returncode == -signal.SIGKILL
         assert [file.parent.suffix for file in (tmp_path / "killed").glob("*/cache.json")] in ([], [".partial"])
-    after = start(corpus, byte_base, tmp_path / "killed").communicate(timeout=120)[0].splitlines()[-1]
+    after = start(corpus, byte_base, tmp_path / "killed").communicate(timeout=HANG_SECONDS)[0].splitlines()[-1]
     assert after.startswith("built")
     assert digest(Path(after.split()[1])) == expected
     assert not list((tmp_path / "killed").glob("*.partial"))

@@ -24,7 +24,7 @@ def machine(monkeypatch):
     def set_up(gib: float, bfloat16: bool = True, fused: bool = True) -> None:
         memory = SimpleNamespace(available=gib * (1 << 30))
         monkeypatch.setattr("cqlora.inference.form.psutil.virtual_memory", lambda: memory)
-        monkeypatch.setattr("cqlora.inference.form.has_bfloat16", lambda: bfloat16)
+        monkeypatch.setattr("cqlora.inference.form.suits_bfloat16_matrices", lambda: bfloat16)
         monkeypatch.setattr("cqlora.inference.form.find_fused_nf4", lambda: fused or None)
 
     return set_up

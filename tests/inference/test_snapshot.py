@@ -51,15 +51,23 @@ def test_every_matrix_begins_at_a_cache_lines_edge(base, nf4_adapter, tmp_path):
     assert tensors and all(tensor.data_ptr() % 64 == 0 for tensor in [*tensors, decoder.weights.embedding])
 
 
-def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter, tmp_path):
+def test_another_adapter_scaling_or_type_has_another_snapshot(base, nf4_adapter, tmp_path, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(nf4_adapter, other)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 16}))
     change_card(other)
-    logits = [open_cached(nf4_adapter, base), open_cached(other, base), open_cached(nf4_adapter, base, "float32")]
+    monkeypatch.setenv("CQLORA_CPU_FEATURES", "plain")
+    logits = [open_cached(nf4_adapter, base, dtype) for dtype in ("float32", "bfloat16")]
+    assert len(files(tmp_path)) == 2
+    assert not torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[1], atol=0.1, rtol=0.1)
+    assert not torch.allclose(logits[0], open_cached(other, base, "float32"), atol=0.1)
     assert len(files(tmp_path)) == 3
-    assert not torch.allclose(logits[0], logits[1], atol=1e-3)
+    for features in ("plain", "bfloat16"):
+        monkeypatch.setenv("CQLORA_CPU_FEATURES", features)
+        open_cached(nf4_adapter, base, "auto")
+    assert len(files(tmp_path)) == 3, "`auto` is one of the two types"
 
 
 def test_a_snapshot_lets_no_other_tokenizer_through(base, nf4_adapter, tmp_path):

@@ -224,10 +224,12 @@ def test_saving_over_an_adapter_leaves_a_whole_one(extended, tmp_path):
     assert adapted.peft_config["default"].inference_mode is False
 
 
-def test_the_compute_type_suits_the_device():
-    expected = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+@pytest.mark.parametrize("features, expected", [("plain", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_the_compute_type_suits_the_processor_unless_one_is_asked_for(features, expected, monkeypatch):
+    monkeypatch.setenv("CQLORA_CPU_FEATURES", features)
     assert choose_compute_dtype(CPU, Precision.auto) is expected
     assert choose_compute_dtype(CPU, Precision.float32) is torch.float32
+    assert choose_compute_dtype(CPU, Precision.bfloat16) is torch.bfloat16
 
 
 def test_a_folder_of_another_shape_is_refused_by_name(extended):

@@ -1,10 +1,10 @@
 """The verb `plan` as a user types it."""
 
-import resource
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import run_verb
+from tests.conftest import ROOT, run_verb
 
 BASE = "experiment=chinese_llama_65b_base"
 
@@ -43,19 +43,30 @@ def test_suggest_finds_a_layout_where_the_one_asked_for_does_not_fit(workspace: 
     assert "hardware.cpu_offload=true" in done.stdout
 
 
-def test_a_plan_takes_less_than_a_second_of_processor_time(workspace: Path) -> None:
-    def spent() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    before = spent()
-    run_verb(workspace, "plan", BASE, "hardware=1x4090", expect=3)
-    assert spent() - before < 1.0
+def test_a_plan_is_light_work(workspace: Path) -> None:
+    """Counted, not timed: the calls of our own functions, and the modules that are there at the end."""
+    code = (
+        "import sys\n"
+        "calls = 0\n"
+        "def count(frame, event, argument):\n"
+        "    global calls\n"
+        "    calls += event == 'call' and '/cqlora/' in frame.f_code.co_filename\n"
+        "from cqlora.plan.__main__ import main\n"
+        "sys.setprofile(count)\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "sys.setprofile(None)\n"
+        "print(calls, len(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, BASE, "hardware=1x4090"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    calls, modules = map(int, done.stdout.splitlines()[-1].split())
+    # A handful of estimates, and Hydra with rich; torch alone brings over a thousand modules.
+    assert 1_000 < calls < 100_000
+    assert 100 < modules < 1_000
 
 
 def test_planning_loads_neither_torch_nor_transformers(workspace: Path) -> None:
-    import subprocess
-
     code = (
         "import sys\n"
         "sys.argv = ['plan', 'stage=pretrain', 'hardware=4xa100']\n"
@@ -63,8 +74,7 @@ def test_planning_loads_neither_torch_nor_transformers(workspace: Path) -> None:
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'transformers', 'wandb', 'peft', 'numpy'} & set(sys.modules) or 'light')\n"
     )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "light"
 
 

@@ -13,6 +13,7 @@ from cqlora.inference.requests import Sampling
 from cqlora.serve.config import ServeConfig
 from cqlora.serve.door import bind, url_of
 from cqlora.serve.server import Server
+from tests.conftest import HANG_SECONDS
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class FakeBatch:
         return reply
 
     def step(self) -> list[tuple[FakeReply, str]]:
-        assert self.engine.open.wait(timeout=30)
+        assert self.engine.open.wait(timeout=HANG_SECONDS)
         time.sleep(self.engine.seconds_per_step)
         if self.engine.breaks:
             raise ValueError("a CUDA error, say")
@@ -109,7 +110,7 @@ class FakeEngine:
 
 def fake_config(**fields: object) -> ServeConfig:
     """A configuration for a server that has its engine already."""
-    return ServeConfig(**{"base": ".", "port": 0, "slots": 2, "queue": 2, "grace": 5, **fields})
+    return ServeConfig(**{"base": ".", "port": 0, "slots": 2, "queue": 2, "grace": HANG_SECONDS, **fields})
 
 
 class Running:
@@ -127,7 +128,7 @@ class Running:
 
     def wait_until(self, true: "callable", what: str = "") -> None:
         """Poll until `true()` holds."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_SECONDS
         while not true():
             assert time.monotonic() < deadline, what or "it never came true"
             time.sleep(0.005)
@@ -154,5 +155,5 @@ def running(engine: object, config: ServeConfig, key: str = "") -> Iterator[Runn
             engine.open.set()
         server._grace = 0
         server.should_exit = True
-        thread.join(timeout=30)
+        thread.join(timeout=HANG_SECONDS)
         assert not thread.is_alive(), "the server does not end"

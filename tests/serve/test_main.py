@@ -12,7 +12,7 @@ import pytest
 
 from cqlora.engine import LlamaEngine
 from cqlora.errors import ConfigError
-from tests.conftest import ROOT, run_verb
+from tests.conftest import HANG_SECONDS, ROOT, run_verb
 from tests.serve.fake import fake_config, running
 from tests.weights.adapters import write_adapter
 
@@ -78,7 +78,7 @@ def test_a_served_model_ends_on_a_signal_with_its_reply_finished(tiny, tmp_path,
             threading.Timer(0.05, server.send_signal, [number]).start()
             reasons = [chunk.choices[0].finish_reason for chunk in stream]
         assert reasons[-1] in ("stop", "length")
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=HANG_SECONDS) == 0
     finally:
         server.kill()
         server.wait()

@@ -7,23 +7,24 @@ import pytest
 from cqlora.inference.requests import Sampling
 from cqlora.serve.failure import Failure
 from cqlora.serve.scheduler import MOST_FAILED_STEPS, PROMPT_TOKENS_PER_STEP, Job, Scheduler
+from tests.conftest import HANG_SECONDS
 from tests.serve.fake import FakeEngine
 
 SAMPLING = Sampling(max_new_tokens=100)
 
 
-def with_scheduler(engine, test, slots=2, queue=2, timeout=20.0):
+def with_scheduler(engine, test, slots=2, queue=2, timeout=HANG_SECONDS):
     """Run the coroutine `test(scheduler)` beside a scheduler that ends with it."""
 
     async def main():
         scheduler = Scheduler(engine.open_batch(slots), slots, queue, timeout)
         scheduler.start()
         try:
-            return await asyncio.wait_for(test(scheduler), 20)
+            return await asyncio.wait_for(test(scheduler), HANG_SECONDS)
         finally:
             engine.open.set()
             scheduler.stop(0)
-            assert await asyncio.to_thread(scheduler.join, 10)
+            assert await asyncio.to_thread(scheduler.join, HANG_SECONDS)
 
     return asyncio.run(main())
 
@@ -182,7 +183,7 @@ def test_stopping_takes_no_more_and_lets_the_others_finish():
     async def test(scheduler):
         engine.open.clear()
         jobs = [scheduler.submit(prompt(name), SAMPLING) for name in "abc"]
-        scheduler.stop(grace=10)
+        scheduler.stop(grace=HANG_SECONDS)
         with pytest.raises(Failure) as refused:
             scheduler.submit(prompt("late"), SAMPLING)
         assert (refused.value.status_code, refused.value.code) == (503, "stopping")
