@@ -24,7 +24,15 @@ from cqlora.diagnosis import explain_composition, find_misfit
 from cqlora.errors import ConfigError
 from cqlora.secrets import guard_environment, holds_secret, raise_refusal, refuse_secret_values, refuse_secrets
 
-_COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, ValueError, TypeError, AssertionError)
+_COMPOSING_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ConfigLoadError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    AssertionError,
+)
 """What Hydra and OmegaConf raise for configurations that they cannot make sense of."""
 
 

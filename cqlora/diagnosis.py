@@ -53,6 +53,9 @@ def explain_composition(error: Exception, schema: type, arguments: list[str], pl
     """
     cause = _first_cause(error)
     key = str(getattr(cause, "full_key", None) or "")
+    if isinstance(error, OverflowError):
+        named = re.search(r"full_key: (\S+)", str(error))
+        return f"{named[1] if named else 'a number'} is too large to be a number; give a smaller one."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         return _name_unknown_choice(error, place_of)
     if isinstance(error, OverrideParseException):
