@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hydra.core.config_store import ConfigStore
 
 from cqlora.cli import run_program
+from cqlora.config import require_used
 from cqlora.engine_config import EngineConfig
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import Conversation, open_terminal, talk
@@ -32,6 +33,8 @@ class ChatConfig(EngineConfig):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         self.sampling()
+        for key in ("top_p", "top_k", "seed"):
+            require_used(self, key, self.temperature > 0, "a temperature above 0")
 
     def sampling(self) -> Sampling:
         """The fields that say how a reply is sampled, checked."""

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit
+from cqlora.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
 
 VERBS = {
     "run": "train one run, or a sweep with --multirun",
@@ -27,12 +28,12 @@ _FLAGS_WITH_VALUE = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--experimental-rerun",
 }  # fmt: skip
+_VALUE_WORD = re.compile(r"[^,\[\]\s][^,\[\]]*")
+_NEEDS_QUOTES = re.compile(r"[^\x00-\x7f]|[~=#&!;<>^()`]")
+_SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(")
 _INTERRUPTED = 130
 """Exit code after Ctrl-C, as a shell gives it."""
 _INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
-_SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{20,}|[0-9a-f]{40})\b")
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 
 def run_program(
@@ -97,12 +98,16 @@ def main() -> None:
 
 
 def quote_words(argument: str) -> str:
-    """Put letters beyond ASCII in quotes, which Hydra's grammar demands and nobody types: `base=模型/底座`."""
+    """Put what Hydra's grammar reads only in quotes into them: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
     key, equals, value = argument.partition("=")
-    if not equals or value.isascii() or any(character in value for character in "'\"{}"):
+    if not equals or any(character in value for character in "'\"{}") or _SWEEP_FUNCTION.match(value):
         return argument
-    quoted = re.sub(r"[^,\[\]\s][^,\[\]]*", lambda word: word[0] if word[0].isascii() else repr(word[0]), value)
-    return f"{key}={quoted}"
+    return f"{key}={re.sub(_VALUE_WORD, lambda word: quote_word(word[0]), value)}"
+
+
+def quote_word(word: str) -> str:
+    """One value in quotes where it needs them."""
+    return f"'{word}'" if _NEEDS_QUOTES.search(word) and not word.endswith("\\") else word
 
 
 def order_flags(arguments: list[str]) -> list[str]:
@@ -122,21 +127,6 @@ def order_flags(arguments: list[str]) -> list[str]:
     return overrides + flags
 
 
-def refuse_secrets(arguments: list[str]) -> None:
-    """Raise ConfigError for an override that carries a secret, before anything writes it down."""
-    planted = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if not value:
-            continue
-        known = any(secret in value for secret in planted)
-        if known or _SECRET_KEY.search(key) or _SECRET_VALUE.search(value):
-            raise ConfigError(
-                f"{key.lstrip('+~')} carries a secret, which would end up in configurations and logs; put it in "
-                "the environment instead (WANDB_API_KEY, HF_TOKEN, CQLORA_API_KEY)."
-            )
-
-
 def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], Any]) -> list[Any]:
     """What `action` returned or which CqloraError it raised, one entry a job."""
     import hydra
@@ -144,17 +134,21 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
+    from cqlora.composition import compose_checked
     from cqlora.config import CONFIG_DIR, register_schemas
     from cqlora.diagnosis import explain_composition, to_schema
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
+    guard_environment()
     outcomes: list[Any] = []
     home = os.getpid()
 
     def task(composed: DictConfig) -> Any:
         try:
+            # Again, now that what Hydra sets for each job can be resolved.
+            refuse_secret_values(composed)
             outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
             error.add_note(describe_job())
@@ -167,8 +161,10 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
 
     program = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR.resolve()), config_name=config_name)
     try:
-        program(task)()
+        with compose_checked(schema):
+            program(task)()
     except (HydraException, OmegaConfBaseException) as error:
+        raise_refusal(error)
         raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
     return outcomes
 

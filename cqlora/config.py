@@ -4,7 +4,9 @@ Hydra composes `configs/` over these schemas; `OmegaConf.to_object` then builds 
 `__post_init__` refuses what cannot run. Nothing here imports torch.
 """
 
+import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,10 @@ class ModelConfig:
     attention: Attention = Attention.auto
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("path",), filled=("name", "path"))
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        require_positive(self, "max_position_embeddings")
+        require_used(self, "double_quantization", self.quantization is Quantization.nf4, "model.quantization=nf4")
         require_positive(self, "num_attention_heads", "num_key_value_heads", "sequence_length")
         if self.head_dim is None:
             require_divides(self, "model", "num_attention_heads", "hidden_size")
@@ -91,10 +96,15 @@ class LoraConfig:
     """Subspace iterations of PiSSA's fast SVD; 0 computes the exact one."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require_positive(self, "rank", "alpha")
+        require_range("lora.pissa_iterations", self.pissa_iterations, 0, 1000)
+        require_used(self, "pissa_iterations", self.method is AdapterMethod.pissa, "lora.method=pissa")
         require_range("lora.dropout", self.dropout, 0.0, 0.99)
         if not self.target_modules:
             raise ConfigError("lora.target_modules is empty; use [all] or names such as [q_proj,v_proj].")
+        if not all(self.target_modules):
+            raise ConfigError("lora.target_modules holds an empty name; use [all] or names such as [q_proj,v_proj].")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,6 +135,11 @@ class SourceConfig:
     """oasst1 only: languages to keep; empty keeps all."""
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("path",))
+        require_used(self, "separator", self.kind is SourceKind.text, "kind=text")
+        require_used(self, "oasst_paths", self.kind is SourceKind.oasst1, "kind=oasst1")
+        require_used(self, "langs", self.kind is SourceKind.oasst1, "kind=oasst1")
+        require_used(self, "subset", bool(self.dataset), "a dataset")
         for key in ("sample", "sample_tokens"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
@@ -154,6 +169,10 @@ class CleanConfig:
     """Jaccard similarity of character 5-grams from which two documents count as near duplicates."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        require_used(self, "near_threshold", self.deduplicate is Deduplication.near, "data.clean.deduplicate=near")
+        require_range("data.clean.min_characters", self.min_characters, 0, math.inf)
+        require_positive(self, "max_characters")
         require_range("data.clean.min_language_share", self.min_language_share, 0.0, 1.0)
         require_range("data.clean.near_threshold", self.near_threshold, 0.1, 1.0)
         if self.min_characters > self.max_characters:
@@ -183,11 +202,13 @@ class DataConfig:
     """Processes that encode; null uses every core."""
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("root", "cache_dir"), filled=("name", "cache_dir"))
         require_range("data.val_fraction", self.val_fraction, 0.0, 0.5)
         require_range("data.test_fraction", self.test_fraction, 0.0, 0.5)
         require_range("data.max_rejected_fraction", self.max_rejected_fraction, 0.0, 1.0)
-        if self.workers is not None:
-            require_positive(self, "workers")
+        for key in ("workers", "sample_evenly"):
+            if getattr(self, key) is not None:
+                require_positive(self, key)
         if not self.sources:
             raise ConfigError("data.sources is empty; name at least one source.")
 
@@ -205,7 +226,7 @@ class StageConfig:
     """Packs per optimizer step, over accumulation steps and workers."""
     max_steps: int | None = None
     epochs: float | None = 1.0
-    """Passes over the packs; ignored when max_steps is set."""
+    """Passes over the packs; of no effect, and therefore refused, beside max_steps."""
     learning_rate: float = 1e-4
     embeddings_learning_rate: float | None = None
     """Learning rate of trained embedding rows; null is learning_rate."""
@@ -236,7 +257,12 @@ class StageConfig:
     """Non-finite steps in a row after which the run stops."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequence_length", "global_batch_size", "learning_rate", "max_bad_steps")
+        check_fields(self, paths=("init_adapter", "resume"), filled=("name", "resume"))
+        require_positive(self, "global_batch_size", "learning_rate", "max_bad_steps")
+        require_range("stage.sequence_length", self.sequence_length, 2, math.inf)
+        named = {"PretrainConfig": "pretrain", "SftConfig": "sft"}.get(type(self).__name__, self.name)
+        if self.name != named:
+            raise ConfigError(f"stage.name={self.name} is the name of no stage; leave it at {named}.")
         require_positive(self, "checkpoint_every_steps", "keep_last", "adam_epsilon", "max_grad_norm")
         for key in ("max_steps", "epochs", "eval_every_steps", "embeddings_learning_rate"):
             if getattr(self, key) is not None:
@@ -245,8 +271,17 @@ class StageConfig:
             require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
         for key in ("adam_beta1", "adam_beta2", "min_learning_rate_ratio"):
             require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)
+        require_used(self, "epochs", self.max_steps is None or self.epochs is None, "stage.max_steps=null")
+        decays = self.schedule is not Schedule.constant
+        require_used(self, "min_learning_rate_ratio", decays, "stage.schedule=cosine or linear")
+        self.check_embeddings_rate()
         if self.max_steps is None and self.epochs is None:
             raise ConfigError("stage.max_steps and stage.epochs are both null; set one, e.g. stage.epochs=1.")
+
+    def check_embeddings_rate(self) -> None:
+        """Raise ConfigError for a learning rate of rows that do not train."""
+        trained = self.embeddings is not Embeddings.frozen
+        require_used(self, "embeddings_learning_rate", trained, "trained embeddings, such as stage.embeddings=new_rows")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -299,6 +334,12 @@ class HardwareConfig:
     """Bandwidth between nodes, per node."""
 
     def __post_init__(self) -> None:
+        check_fields(self, filled=("name",))
+        for key in ("gpus_per_node", "gpu_memory_gib", "host_memory_gib", "peak_tflops", "memory_gb_per_s"):
+            require_range(f"hardware.{key}", getattr(self, key), 0, math.inf)
+        for key in ("link_gb_per_s", "network_gb_per_s"):
+            require_range(f"hardware.{key}", getattr(self, key), 0, math.inf)
+        require_used(self, "gpus_per_node", self.strategy is Strategy.layers, "hardware.strategy=layers")
         require_positive(self, "nodes", "processes_per_node", "micro_batch_size", "global_batch_size")
         if self.precision is Precision.float16 and not self.gradient_scaler:
             raise ConfigError(
@@ -336,6 +377,13 @@ class TrackingConfig:
     """null is the stage's name."""
     tags: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for key in ("mode", "project", "entity", "group", "job_type", "tags"):
+            require_used(self, key, self.tracker is Tracker.wandb, "tracking=wandb")
+        if self.tracker is Tracker.wandb and not self.project:
+            raise ConfigError("tracking.project is empty; give W&B a project's name, such as tracking.project=cqlora.")
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
@@ -350,10 +398,19 @@ class RunConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        require_range("seed", self.seed, 0, 2**31 - 1)
         self._check_sequence_length()
         self._check_global_batch()
         self._check_sources()
         self._check_adapter()
+
+    def notes(self) -> list[str]:
+        """What a user may not have meant and is no mistake, a sentence each."""
+        steps, warmup = self.stage.max_steps, self.stage.warmup_steps
+        if steps is None or warmup < steps:
+            return []
+        return [f"stage.warmup_steps={warmup} reaches the end of max_steps={steps}: the learning rate only rises."]
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -425,18 +482,74 @@ class RunConfig:
                 )
 
 
+def check_fields(config: Any, paths: tuple[str, ...] = (), filled: tuple[str, ...] = ()) -> None:
+    """Check what holds for every field of a schema, and expand `~` in those that are paths.
+
+    Raises:
+        ConfigError: a number that is not finite or has more than 63 bits, a text that no file or log takes, a path
+            that no system takes, or an empty text where one of `filled` is meant.
+    """
+    for name in (each.name for each in dataclasses.fields(config)):
+        value, key = getattr(config, name), dotted(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}={value} is no finite number; give one.")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ConfigError(f"{key} has more than 63 bits; give a smaller number.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(key, text)
+        if name == "name" and len(value) > 100:
+            raise ConfigError(f"{key} has {len(value)} characters; give a name of at most 100.")
+        if name in filled and not value.strip():
+            raise ConfigError(f"{key} is empty; give it a value, or leave it out for its default.")
+        if name in paths:
+            expanded = [os.path.expanduser(path) for path in value] if isinstance(value, list) else value
+            setattr(config, name, expanded if isinstance(value, list) else os.path.expanduser(value))
+            for path in [value] if isinstance(value, str) else value:
+                check_path(key, path)
+
+
+def check_text(key: str, text: str) -> None:
+    """Raise ConfigError for a text that cannot be written down."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{key} holds a zero byte or half a character, which no file takes; leave it out.")
+
+
+def check_path(key: str, path: str) -> None:
+    """Raise ConfigError for a path that is longer than systems allow."""
+    longest = max((len(os.fsencode(part)) for part in path.split("/")), default=0)
+    if longest > 255 or len(os.fsencode(path)) > 4095:
+        raise ConfigError(f"{key} is longer than a file's name may be (255 bytes a part, 4,095 in all); shorten it.")
+
+
+def require_used(config: Any, key: str, used: bool, needed: str) -> None:
+    """Raise ConfigError for a value that differs from its default and would have no effect without what is needed."""
+    if used:
+        return
+    declared = next(each for each in dataclasses.fields(config) if each.name == key)
+    made = declared.default_factory
+    default = made() if made is not dataclasses.MISSING else declared.default
+    value = getattr(config, key)
+    if value != default:
+        shown = getattr(value, "name", value)
+        raise ConfigError(
+            f"{dotted(config, key)}={shown} has no effect without {needed}; leave it out, or use {needed}."
+        )
+
+
 def require_positive(config: Any, *keys: str) -> None:
     """Raise ConfigError for the first of `keys` whose value is not above zero."""
     for key in keys:
         value = getattr(config, key)
         if not value > 0:
-            raise ConfigError(f"{node_name(config)}.{key}={value} must be above 0.")
+            raise ConfigError(f"{dotted(config, key)}={value} must be above 0.")
 
 
 def require_range(key: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
-        raise ConfigError(f"{key}={value} is out of range; use a value from {low} to {high}.")
+        wanted = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ConfigError(f"{key}={value} is out of range; use a value {wanted}.")
 
 
 def require_divides(config: Any, node: str, divisor: str, number: str) -> None:
@@ -448,11 +561,24 @@ def require_divides(config: Any, node: str, divisor: str, number: str) -> None:
         )
 
 
+def dotted(config: Any, key: str) -> str:
+    """A field's whole key, as a user types it."""
+    node = node_name(config)
+    return f"{node}.{key}" if node else key
+
+
 def node_name(config: Any) -> str:
     """Where a schema sits in the composed tree, as a user types it."""
     names = {"SourceConfig": "data.sources.NAME", "CleanConfig": "data.clean", "PretrainConfig": "stage"}
+    names |= dict.fromkeys(_WHOLE_PROGRAMS, "")
     kind = type(config).__name__
     return names.get(kind, kind.removesuffix("Config").lower().replace("sft", "stage"))
+
+
+_WHOLE_PROGRAMS = tuple(
+    f"{verb}Config" for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch")
+)
+"""Schemas whose keys stand at the top of a command line."""
 
 
 def register_schemas() -> None:

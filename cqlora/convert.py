@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.cli import run_program
+from cqlora.config import check_fields
 from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
 from cqlora.weights.sizes import parse_size
 
@@ -26,6 +27,7 @@ class ConvertConfig:
     vocab: VocabConfig = MISSING
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("input_dir", "output_dir"), filled=("input_dir", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
 
 

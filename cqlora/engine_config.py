@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
+from cqlora.config import check_fields
 from cqlora.errors import ConfigError
 from cqlora.inference.damage import told_of_damage
 from cqlora.inference.requests import check_held
@@ -36,6 +37,7 @@ class EngineConfig:
     """Memory in which keys and values of ended replies wait for prompts that begin with the same tokens; 0 is none."""
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("base", "adapter"), filled=("base",))
         check_held(self.quantization, self.dtype, self.device)
         if not 0 <= self.prefix_cache_gib < math.inf:
             raise ConfigError(f"prefix_cache_gib={self.prefix_cache_gib} is no size; give GiB, or 0 to keep nothing.")

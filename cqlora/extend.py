@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.cli import run_program
+from cqlora.config import check_fields, require_used
 from cqlora.errors import ConfigError
 from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
 from cqlora.weights.sizes import parse_size
@@ -26,9 +27,13 @@ class ExtendConfig:
     """Largest shard written from a GGUF file; a folder keeps its shards."""
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("base", "output_dir"), filled=("base", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
         if not Path(self.base).exists():
             raise ConfigError(f"base={self.base} does not exist; give a Hugging Face folder or a GGUF file.")
+        is_folder = Path(self.base).is_dir()
+        require_used(self, "copy", is_folder, "a folder as base")
+        require_used(self, "max_shard_size", not is_folder, "a GGUF file as base")
 
 
 def extend(config: ExtendConfig) -> None:

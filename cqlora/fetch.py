@@ -7,6 +7,7 @@ from hydra.core.config_store import ConfigStore
 
 from cqlora.base import read_base, read_card
 from cqlora.cli import run_program
+from cqlora.config import check_fields
 
 
 @dataclass(kw_only=True, slots=True)
@@ -14,6 +15,9 @@ class FetchConfig:
     """Where the model goes."""
 
     output_dir: str = "models/smollm2_135m"
+
+    def __post_init__(self) -> None:
+        check_fields(self, paths=("output_dir",), filled=("output_dir",))
 
 
 def fetch(config: FetchConfig) -> None:

@@ -1,5 +1,6 @@
 """`python -m cqlora.merge`: adapters into their base, as safetensors, a GGUF file or an NF4 folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from omegaconf import MISSING
 
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.cli import run_program
+from cqlora.config import check_fields, check_path, require_used
 from cqlora.errors import ConfigError
 from cqlora.weights.sizes import parse_size
 
@@ -39,6 +41,7 @@ class MergeConfig:
     """Tokens of it to compare."""
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("base", "output_dir", "measure"), filled=("base", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
         self.adapter = [self.adapter] if isinstance(self.adapter, str) else self.adapter
         if not isinstance(self.adapter, list) or not all(isinstance(folder, str) for folder in self.adapter):
@@ -51,8 +54,23 @@ class MergeConfig:
             raise ConfigError(f"measure={self.measure} does not exist; give a file of text.")
         if self.measure and len(self.adapter) != 1:
             raise ConfigError(f"measure compares with one adapter's training, and adapter= has {len(self.adapter)}.")
+        if not all(self.adapter):
+            raise ConfigError("adapter= names an empty folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
+        self.adapter = [os.path.expanduser(folder) for folder in self.adapter]
+        for folder in self.adapter:
+            check_path("adapter", folder)
+        self._check_effects()
         if self.measure_tokens < 2:
             raise ConfigError(f"measure_tokens={self.measure_tokens} is too few; use at least 2.")
+
+    def _check_effects(self) -> None:
+        """Raise ConfigError for an option that this merge does not read."""
+        as_nf4 = self.onto is MergeOnto.nf4 or self.format is ModelFormat.nf4 or bool(self.measure)
+        require_used(self, "gguf_type", self.format is ModelFormat.gguf, "format=gguf")
+        require_used(self, "max_shard_size", self.format is not ModelFormat.gguf, "format=safetensors or nf4")
+        require_used(self, "double_quantization", as_nf4, "onto=nf4, format=nf4 or measure=FILE")
+        require_used(self, "precision", as_nf4, "onto=nf4, format=nf4 or measure=FILE")
+        require_used(self, "measure_tokens", bool(self.measure), "measure=FILE")
 
 
 def merge(config: MergeConfig) -> None:

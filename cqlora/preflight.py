@@ -96,6 +96,7 @@ def settle_embeddings(config: RunConfig, base: Base | None) -> None:
     extended = base is not None and base.added_rows > 0
     if config.stage.embeddings is Embeddings.auto:
         config.stage.embeddings = Embeddings.new_rows if extended else Embeddings.frozen
+    config.stage.check_embeddings_rate()
     if config.stage.embeddings is Embeddings.new_rows and not extended:
         raise ConfigError(
             f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "

@@ -1,5 +1,6 @@
 """`python -m cqlora.run`: compose → typed → checked → launched; torch is imported by nobody here."""
 
+import sys
 from pathlib import Path
 
 from cqlora.cli import run_program
@@ -18,6 +19,8 @@ def run(config: RunConfig) -> float | None:
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
     refuse_unsubmitted(config.hardware.name, str(hydra.launcher._target_), swept)
+    for note in config.notes():
+        print(f"note: {note}", file=sys.stderr)
     given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
     submitted = is_submitted()
     try:

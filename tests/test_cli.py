@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from cqlora.cli import order_flags, quote_words, refuse_secrets
+from cqlora.cli import order_flags, quote_words
 from cqlora.errors import ConfigError
+from cqlora.secrets import refuse_secrets
 from tests.conftest import run_verb
 
 
@@ -14,7 +15,7 @@ from tests.conftest import run_verb
     "arguments, words",
     [
         (["stage=pretrain", "stage.lerning_rate=1"], "did you mean stage.learning_rate?"),
-        (["stage=pretrain", "learning_rate=1"], "did you mean stage.learning_rate?"),
+        (["stage=pretrain", "learning_rate=1"], "did you mean stage.learning_rate=1?"),
         (["stage=pretrain", "+stage.x=1"], "stage.x is not a key"),
         (["stage=pretrain", "stage.learning_rate=abc"], "stage.learning_rate=abc is not of type float"),
         (["stage=pretrain", "stage.max_steps=1.5"], "stage.max_steps=1.5 is not of type integer"),
@@ -93,8 +94,13 @@ def test_ordinary_overrides_are_no_secrets():
         ("name=一,二", "name='一','二'"),
         ("name='已加引号'", "name='已加引号'"),
         ("seed=1,2", "seed=1,2"),
+        ("model.path=~/llama", "model.path='~/llama'"),
+        ("model.path=models/a=b", "model.path='models/a=b'"),
+        ("model.path=/a/b (1)", "model.path='/a/b (1)'"),
+        ("seed=range(1,4)", "seed=range(1,4)"),
+        ("name=${oc.env:HOME}/a=b", "name=${oc.env:HOME}/a=b"),
         ("--multirun", "--multirun"),
     ],
 )
-def test_chinese_values_need_no_quotes_of_their_own(typed: str, passed: str) -> None:
+def test_chinese_values_and_paths_need_no_quotes_of_their_own(typed: str, passed: str) -> None:
     assert quote_words(typed) == passed

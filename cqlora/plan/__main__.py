@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
-from cqlora.config import RunConfig
+from cqlora.config import RunConfig, require_positive, require_range
 from cqlora.errors import DoesNotFit
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory, settle_checkpointing
@@ -32,6 +32,12 @@ class PlanConfig(RunConfig):
     """Tokens of one epoch; null estimates them from the number of documents asked for."""
     added_rows: int = 0
     """Embedding rows that an extension will add, while the base's folder is not there yet."""
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        require_range("added_rows", self.added_rows, 0, 10_000_000)
+        if self.tokens is not None:
+            require_positive(self, "tokens")
 
 
 def plan(config: PlanConfig) -> int:

@@ -36,5 +36,5 @@ class ServeConfig(EngineConfig):
                 raise ConfigError(f"{key}={getattr(self, key)} cannot be served with; give {least} or more.")
         if self.port > 65535:
             raise ConfigError(f"port={self.port} is no port; give one from 0 to 65535.")
-        if self.timeout <= 0:
+        if not self.timeout > 0:
             raise ConfigError(f"timeout={self.timeout:g} leaves no time to reply in; give seconds above 0.")

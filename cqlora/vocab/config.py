@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from cqlora.config import CONFIG_DIR, require_positive, require_range
+from cqlora.config import CONFIG_DIR, check_fields, require_positive, require_range, require_used
 from cqlora.errors import ConfigError
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|end-paragraph|>")
@@ -57,6 +57,15 @@ class VocabConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self, paths=("model", "corpus"))
+        learned = self.kind in (VocabKind.auto, VocabKind.sentencepiece, VocabKind.bpe)
+        for key in ("size", "max_characters"):
+            require_used(self, key, learned, "vocab=auto, sentencepiece or bpe")
+        require_used(self, "min_frequency", learned and self.kind is not VocabKind.sentencepiece, "vocab=auto or bpe")
+        require_used(self, "seed", self.init is RowInit.sampled, "vocab.init=sampled")
+        require_range("vocab.seed", self.seed, 0, 2**31 - 1)
+        if not all(self.corpus):
+            raise ConfigError("vocab.corpus holds an empty path; give files or folders of text.")
         require_positive(self, "size", "max_characters", "min_frequency", "pad_to_multiple_of")
         require_range("vocab.held_out_fraction", self.held_out_fraction, 0.0, 0.9)
         if self.kind is VocabKind.path and not self.model:
