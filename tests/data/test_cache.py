@@ -121,10 +121,10 @@ def test_bytes_are_the_same_on_one_core_and_on_two_by_either_encoder(
     monkeypatch.setattr(collect, "_BATCH_BYTES", 20_000)
     monkeypatch.setattr(build, "_TASK_BYTES", 20_000)
     digests = set()
-    for count, bulk_bytes in ((1, 1 << 30), (1, 0), (2, 1 << 30), (2, 0)):
-        monkeypatch.setattr(build, "BULK_BYTES", bulk_bytes)
+    for count, fast_bytes in ((1, 1 << 30), (1, 0), (2, 1 << 30), (2, 0)):
+        monkeypatch.setattr(build, "FAST_BYTES", fast_bytes)
         made = prepare_cache(
-            make_config(SAMPLE, cache_dir=str(tmp_path / f"{count}-{bulk_bytes}"), workers=count), byte_base
+            make_config(SAMPLE, cache_dir=str(tmp_path / f"{count}-{fast_bytes}"), workers=count), byte_base
         )
         digests.add((made.fingerprint, str(digest(made.folder))))
         assert not list(made.folder.glob("*.pickle"))
