@@ -293,7 +293,7 @@ def test_a_system_prompt_of_training_begins_every_conversation_without_one(where
     engine = LlamaEngine(folder, base, use_lora=True) if where == "adapter" else LlamaEngine(folder, "", use_lora=False)
     tokenizer = PlainTokenizer(base)
     turns = [Turn("user", "长江在哪里？"), Turn("assistant", "x")]
-    sequence = ConversationEncoder(tokenizer, 256, False, PROMPT).encode([0], [turns], in_bulk=False).tokens.tolist()
+    sequence = ConversationEncoder(tokenizer, 256, False, PROMPT).encode([0], [turns]).tokens.tolist()
     asked = [{"role": "user", "text": "长江在哪里？"}]
     ids = engine.encode_messages(asked)
     assert sequence[: len(ids)] == ids

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from cqlora.choices import Deduplication
 from cqlora.config import RunConfig
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
-from cqlora.data.encode import EncodeSettings, EncodeTask, RecordEncoder, SharedEncoder, encode_task
+from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import LANGUAGES
 from cqlora.data.mix import (
@@ -41,8 +41,8 @@ Progress = Callable[[str, int, int | None], None]
 _TASK_BYTES = 1 << 19
 _TASK_RECORDS = 4096
 _SHOWN_FIELDS = 50
-BULK_BYTES = 4 << 20
-"""Bytes of files from which the faster encoder and other processes are worth their start."""
+FAST_BYTES = 4 << 20
+"""Bytes of files from which proving the faster tokenizer and other processes are worth their start."""
 MEASURED_RECORDS = 200
 """Records of a source on which tokens per Chinese character are measured."""
 
@@ -103,26 +103,24 @@ def build_cache(
     with Workers(count_workers(config.data.workers)) as workers, ThreadPoolExecutor(1) as beside:
         if much:
             workers.start_early(collect_batch)
-        encoder = RecordEncoder(encode_settings(config, base_folder))
-        shared = SharedEncoder(encoder, staging / "encoder.pickle")
-        proof = beside.submit(encoder.tokenizer.prove_bulk) if much else None
+        settings = encode_settings(config, base_folder)
+        proof = beside.submit(open_encoder(settings).tokenizer.prove_fast) if much else None
         gathered = gather_sources(config, locations, sizes, staging, kept_rejections, workers, progress)
         total = sum(len(each.index) for each in gathered)
 
         def drop_near(chosen: list[Chosen]) -> None:
             drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
-        in_bulk = proof is not None and proof.result()
-        count = partial(count_tokens, shared, in_bulk)
+        settings = replace(settings, fast=proof is not None and proof.result())
+        count = partial(count_tokens, settings)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
-        description = CacheWriter(chosen, shared, in_bulk, staging, config.seed, workers, progress).write()
+        description = CacheWriter(chosen, settings, staging, config.seed, workers, progress).write()
     if not description["splits"]["train"]["documents"]:
         raise DataError(
             f"data={config.data.name} leaves nothing to train on: of "
             f"{sum(each.read for each in gathered)} rows none is kept ({summarize_losses(chosen)}); "
             "loosen data.clean or name other sources."
         )
-    shared.close()
     for each in gathered:
         each.spool.unlink()
     return description
@@ -165,16 +163,16 @@ def gather_sources(
 
 
 def promises_much(locations: dict[str, Location]) -> bool:
-    """Whether there is text enough for the faster encoder and for processes, by the size of the files."""
+    """Whether there is text enough for the faster tokenizer and for processes, by the size of the files."""
     size = sum(file.path.stat().st_size for location in locations.values() for file in location.files)
-    return size > BULK_BYTES or any(location.dataset for location in locations.values())
+    return size > FAST_BYTES or any(location.dataset for location in locations.values())
 
 
-def count_tokens(shared: SharedEncoder, in_bulk: bool, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
+def count_tokens(settings: EncodeSettings, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
-    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0, in_bulk=in_bulk)
-    batch = encode_task(shared, task)
+    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0)
+    batch = encode_task(settings, task)
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
 
 
@@ -201,24 +199,22 @@ class CacheWriter:
     def __init__(
         self,
         chosen: list[Chosen],
-        shared: SharedEncoder,
-        in_bulk: bool,
+        settings: EncodeSettings,
         staging: Path,
         seed: int,
         workers: Workers,
         progress: Progress,
     ) -> None:
         self.chosen = chosen
-        self.shared = shared
-        self.capacity = shared.encoder.settings.sequence_length
-        self.in_bulk = in_bulk
+        self.settings = settings
+        self.capacity = settings.sequence_length
         self.staging = staging
         self.seed = seed
         self.workers = workers
         self.progress = progress
         self.totals = [SourceTotals() for _ in chosen]
         self.groups = list_groups(chosen)
-        self.dtype = shared.encoder.tokenizer.dtype
+        self.dtype = open_encoder(settings).tokenizer.dtype
 
     def write(self) -> dict[str, Any]:
         """All splits; returns the cache's description."""
@@ -239,7 +235,7 @@ class CacheWriter:
         writer = SplitWriter(self.staging / split, self.dtype)
         total = sum(int((each.kept & (each.splits == number)).sum()) for each in self.chosen)
         done = 0
-        encode = partial(encode_source_task, self.shared)
+        encode = partial(encode_source_task, self.settings)
         with ExitStack() as stack:
             results = self.workers.map_in_order(encode, self.tasks(number))
             stack.callback(results.close)  # type: ignore[attr-defined]
@@ -275,7 +271,6 @@ class CacheWriter:
                     offsets=entries["offset"],
                     lengths=entries["length"],
                     measured=min(measured, end - start),
-                    in_bulk=self.in_bulk,
                 )
                 yield SourceTask(source, numbers[start:end], task)
                 measured -= task.measured
@@ -306,9 +301,9 @@ class CacheWriter:
         }
 
 
-def encode_source_task(shared: SharedEncoder, task: SourceTask) -> EncodedBatch:
+def encode_source_task(settings: EncodeSettings, task: SourceTask) -> EncodedBatch:
     """encode_task for a task that knows its source."""
-    return encode_task(shared, task.encode)
+    return encode_task(settings, task.encode)
 
 
 def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:

@@ -79,12 +79,10 @@ class ChatEncoder:
         self.newline = self.segment.encode("\n", add_special_tokens=False).ids
         self.header = self.segment.encode("assistant\n", add_special_tokens=False).ids
 
-    def encode_turns(
-        self, turns: Sequence[Turn], every_token: bool = False, in_bulk: bool = False
-    ) -> list[EncodedTurn]:
+    def encode_turns(self, turns: Sequence[Turn], every_token: bool = False) -> list[EncodedTurn]:
         """The turns of any number of conversations, in order; `every_token` makes all of them labels."""
         texts = [f"{turn.role}\n{turn.text.strip()}" for turn in turns]
-        encoded = self.tokenizer.encode_segments(texts, in_bulk)
+        encoded = self.tokenizer.encode_segments(texts)
         return [
             self.label_turn(turn, text, words, every_token)
             for turn, text, words in zip(turns, texts, encoded, strict=True)

@@ -24,10 +24,10 @@ class ConversationEncoder:
         self.all_tokens = all_tokens
         self.system_prompt = system_prompt
 
-    def encode(self, records: Sequence[int], conversations: Sequence[list[Turn]], in_bulk: bool) -> EncodedBatch:
+    def encode(self, records: Sequence[int], conversations: Sequence[list[Turn]]) -> EncodedBatch:
         """The pieces of conversations, which are the records of these numbers."""
         opened = [self.turns_of(turns) for turns in conversations]
-        encoded = iter(self.chat.encode_turns([turn for turns in opened for turn in turns], self.all_tokens, in_bulk))
+        encoded = iter(self.chat.encode_turns([turn for turns in opened for turn in turns], self.all_tokens))
         pieces = Pieces()
         for record, turns in zip(records, opened, strict=True):
             self.add_conversation(pieces, record, [next(encoded) for _ in turns])

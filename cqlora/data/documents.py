@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from cqlora.data.pieces import EncodedBatch, cut_points
-from cqlora.data.tokenizer import SpecialTokens, TextTokens
+from cqlora.data.text_tokens import TextTokens
+from cqlora.data.tokenizer import SpecialTokens
 
 
 def encode_documents(

@@ -4,15 +4,15 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from cqlora.data.bulk import agrees, open_bulk_encoder
-from cqlora.data.bulk_encoder import BulkEncoder
+from cqlora.data.fast_tokenizer import FastTokenizer, agrees
+from cqlora.data.text_tokens import StockTokens, TextTokens
 from cqlora.errors import ModelError
 
 TURN_START = "<|im_start|>"
@@ -37,21 +37,18 @@ class PlainTokenizer:
     """Text to ids, without special tokens of its own adding, with control tokens' text split like any other.
 
     `text` encodes whole texts; `segment` encodes what stands after a control token, where a SentencePiece
-    tokenizer puts no space before the first word. `bulk` takes their place where much is to be encoded and
-    a faster encoder of the same ids is to be had (see prove_bulk).
+    tokenizer puts no space before the first word. Where `fast`, which `prove_fast` must have found true, both
+    are done by fastokens.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fast: bool = False) -> None:
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; give the folder of a converted model.")
         self._folder = folder
         self._names = read_special_names(folder)
         self.special = resolve_special_tokens(self.text, self._names, folder)
         self.dtype = np.dtype(np.uint16 if self.text.get_vocab_size() <= 1 << 16 else np.uint32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what takes long to build and can be built again: another process may need `bulk` alone."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_document", "text", "segment")}
+        self._fast = fast
 
     @cached_property
     def _document(self) -> dict[str, Any]:
@@ -76,68 +73,49 @@ class PlainTokenizer:
         return tokenizer if named <= controls else build_tokenizer(self._document)
 
     @cached_property
-    def segment(self) -> Tokenizer:
-        """For what stands after a control token."""
+    def _segment_document(self) -> dict[str, Any]:
+        """As _document, without the space before the first word."""
         document = deepcopy(self._document) if self._document.get("pre_tokenizer") else self._document
-        return build_tokenizer(document) if never_prepend(document) else self.text
+        return document if never_prepend(document) else self._document
 
     @cached_property
-    def bulk(self) -> BulkEncoder | None:
-        """The faster encoder; None for a tokenizer that has none."""
-        return open_bulk_encoder(self._document, self.text, self.dtype)
+    def segment(self) -> Tokenizer:
+        """For what stands after a control token."""
+        different = self._segment_document is not self._document
+        return build_tokenizer(self._segment_document) if different else self.text
 
-    def prove_bulk(self) -> bool:
-        """Whether there is a faster encoder and it gives the same ids: to be asked once, before it is used."""
-        return self.bulk is not None and agrees(self.bulk, self.text)
+    @cached_property
+    def fast_text(self) -> FastTokenizer:
+        """As `text`, by fastokens."""
+        return FastTokenizer(self._document, self.text, self.dtype)
 
-    def encode_texts(self, texts: list[str], in_bulk: bool) -> "TextTokens":
-        """The tokens of whole texts; `in_bulk` by the faster encoder, which has been proven."""
-        if in_bulk and self.bulk is not None and self.bulk.takes(texts):
-            return self.bulk.encode(texts)
+    @cached_property
+    def fast_segment(self) -> FastTokenizer:
+        """As `segment`, by fastokens."""
+        if self.segment is self.text:
+            return self.fast_text
+        return FastTokenizer(self._segment_document, self.segment, self.dtype)
+
+    def encode_texts(self, texts: list[str]) -> TextTokens:
+        """The tokens of whole texts."""
+        if self._fast:
+            return self.fast_text.encode(texts)
         return StockTokens(self.text.encode_batch(texts, add_special_tokens=False), self.dtype)
 
-    def encode_segments(self, texts: list[str], in_bulk: bool) -> list[list[int]]:
+    def encode_segments(self, texts: list[str]) -> list[list[int]]:
         """The ids of what stands after control tokens."""
-        if in_bulk and self.bulk is not None and self.bulk.takes(texts):
-            tokens = self.bulk.encode(texts)
-            ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
-            return [ids[start:end] for start, end in pairwise(bounds)]
-        return [encoding.ids for encoding in self.segment.encode_batch_fast(texts, add_special_tokens=False)]
+        if not self._fast:
+            return [encoding.ids for encoding in self.segment.encode_batch_fast(texts, add_special_tokens=False)]
+        tokens = self.fast_segment.encode(texts)
+        ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
+        return [ids[start:end] for start, end in pairwise(bounds)]
 
-
-class TextTokens(Protocol):
-    """The tokens of many texts, and where in them they end."""
-
-    ids: np.ndarray
-    """(tokens,), text after text."""
-    offsets: np.ndarray
-    """int64 (texts + 1,): where each text's tokens begin."""
-
-    def character_ends(self, number: int, tokens: list[int]) -> list[int]:
-        """The characters at which tokens of a text end; one of several tokens ends with the first of them."""
-
-    def count_over(self, number: int, marked: np.ndarray) -> int:
-        """How many tokens of a text cover a character that is marked; `marked` is bool (characters,)."""
-
-
-class StockTokens:
-    """From `tokenizers`."""
-
-    def __init__(self, encodings: list[Encoding], dtype: np.dtype[Any]) -> None:
-        self._encodings = encodings
-        self.ids: np.ndarray = np.fromiter(chain.from_iterable(each.ids for each in encodings), dtype=dtype)
-        self.offsets: np.ndarray = np.cumsum([0, *map(len, encodings)])
-
-    def character_ends(self, number: int, tokens: list[int]) -> list[int]:
-        """See TextTokens."""
-        ends = self._encodings[number].offsets
-        return [ends[token][1] for token in tokens]
-
-    def count_over(self, number: int, marked: np.ndarray) -> int:
-        """See TextTokens."""
-        before = np.concatenate([[0], np.cumsum(marked)])
-        spans = np.array(self._encodings[number].offsets, dtype=np.int64).reshape(-1, 2)
-        return int((before[spans[:, 1]] > before[spans[:, 0]]).sum())
+    def prove_fast(self) -> bool:
+        """Whether fastokens is there, reads this tokenizer, and gives the same ids as the tokenizer itself."""
+        try:
+            return all(map(agrees, {id(each): each for each in (self.fast_text, self.fast_segment)}.values()))
+        except (ImportError, ValueError):
+            return False
 
 
 def build_tokenizer(document: dict[str, Any]) -> Tokenizer:

@@ -130,3 +130,4 @@ def start_process(parent: int) -> None:
 def use_one_core() -> None:
     """Keep this process's tokenizer to one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"

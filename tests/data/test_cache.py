@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import random
 import re
 import signal
@@ -23,7 +22,6 @@ from cqlora.choices import SourceKind
 from cqlora.config import RunConfig, SourceConfig
 from cqlora.data import build, cache, collect, digests, store, workers
 from cqlora.data.cache import TokenCache, prepare_cache
-from cqlora.data.encode import EncodeSettings, RecordEncoder, SharedEncoder, read_encoder
 from cqlora.errors import DataError
 from cqlora.worker import Worker
 from tests.conftest import HANG_SECONDS
@@ -127,10 +125,10 @@ def test_bytes_are_the_same_on_one_core_and_on_two_by_either_encoder(
     monkeypatch.setattr(collect, "_BATCH_BYTES", 20_000)
     monkeypatch.setattr(build, "_TASK_BYTES", 20_000)
     digests = set()
-    for count, bulk_bytes in ((1, 1 << 30), (1, 0), (2, 1 << 30), (2, 0)):
-        monkeypatch.setattr(build, "BULK_BYTES", bulk_bytes)
+    for count, fast_bytes in ((1, 1 << 30), (1, 0), (2, 1 << 30), (2, 0)):
+        monkeypatch.setattr(build, "FAST_BYTES", fast_bytes)
         made = prepare_cache(
-            make_config(SAMPLE, cache_dir=str(tmp_path / f"{count}-{bulk_bytes}"), workers=count), byte_base
+            make_config(SAMPLE, cache_dir=str(tmp_path / f"{count}-{fast_bytes}"), workers=count), byte_base
         )
         digests.add((made.fingerprint, str(digest(made.folder))))
         assert not list(made.folder.glob("*.pickle"))
@@ -372,17 +370,6 @@ def test_only_the_first_worker_of_a_node_reads_the_whole_cache(monkeypatch: pyte
     assert Worker(4, 8, device).leads_node
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert not Worker(3, 8, device).leads_node
-
-
-def test_an_encoder_that_somebody_else_has_put_into_the_cache_folder_is_not_unpickled(tmp_path: Path, byte_base: Base):
-    settings = EncodeSettings(folder=str(byte_base.path), sequence_length=64, all_tokens=True)
-    shared = SharedEncoder(RecordEncoder(settings), tmp_path / "encoder.pickle")
-    sent = pickle.dumps(shared)
-    assert pickle.loads(sent).encoder.settings == settings
-    read_encoder.cache_clear()
-    (tmp_path / "encoder.pickle").write_bytes(b"cos\nsystem\n(S'touch planted'\ntR.")
-    with pytest.raises(DataError, match="was changed"):
-        pickle.loads(sent)
 
 
 PROGRAM = """
