@@ -60,7 +60,7 @@ def commands(page: Path) -> list[str]:
     found = []
     for block in code_blocks(page):
         for line in block.replace("\\\n", " ").splitlines():
-            line = re.sub(r"^(\$ |!)", "", line).strip()
+            line = re.sub(r"^(\$ |nohup )", "", line).strip()
             first = line.split(" ")[0]
             if first in {"cqlora", "python", "torchrun", "srun", "sbatch"} or line.startswith(tuple(NOT_RUN)):
                 found.append(re.sub(r"\s+#.*$", "", line))
@@ -70,7 +70,7 @@ def commands(page: Path) -> list[str]:
 
 def composable(command: str) -> tuple[str, list[str]] | None:
     """(verb, arguments) of a command of this package, whatever starts it; None for another program."""
-    words = [word for word in shlex.split(command) if word != "&"]
+    words = shlex.split(re.sub(r" > \S+ 2>&1 &$", "", command))
     if words[0] == "sbatch":
         return "run", words[2:]
     for number, word in enumerate(words):
