@@ -12,7 +12,7 @@ SHOWN_CHARACTERS = 600
 
 
 def prepare(config: RunConfig) -> None:
-    """Build or open the cache, print its table and three examples, write examples.html beside it."""
+    """Build or open the cache, print its table and an example of each source, write examples.html beside it."""
     from rich.console import Console
     from tokenizers import Tokenizer
 
@@ -34,7 +34,7 @@ def prepare(config: RunConfig) -> None:
     console = Console()
     show_sources(console, cache.summary["sources"])
     show_splits(console, cache.summary["splits"])
-    for example in examples:
+    for example in {(each.source, each.language): each for each in reversed(examples)}.values():
         show_example(console, example.source, example.tokens, example.spans)
     console.print(f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}")
 

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -10,7 +11,7 @@ from tokenizers import Tokenizer
 from cqlora.data.cache import Pack, TokenCache
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="zh-Hans"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem;
@@ -28,8 +29,9 @@ h2 {{ font-size: 1rem; }}
 }}
 </style></head><body>
 <h1>{title}</h1>
-<p><span class="trained">trained</span> words are labels; <span class="context">context</span> is read and not
+<p lang="en"><span class="trained">Trained</span> words are labels; <span class="context">context</span> is read and not
 learned.</p>
+<p><span class="trained">参与训练</span>的文字是标签；<span class="context">上下文</span>只作输入，不计损失。</p>
 {examples}
 </body></html>
 """
@@ -40,22 +42,22 @@ class Example:
     """One document, or one piece of a long one."""
 
     source: str
+    language: str
+    """`zh`, `en` or `mixed`."""
     tokens: int
     spans: list[tuple[bool, str]]
     """(whether it is trained, words), in order."""
 
 
-def pick_examples(cache: TokenCache, tokenizer: Tokenizer, count: int = 3) -> list[Example]:
-    """`count` training documents, from as many sources as there are."""
+def pick_examples(cache: TokenCache, tokenizer: Tokenizer, per_group: int = 3) -> list[Example]:
+    """The first `per_group` training documents of every source in each of its languages."""
     split = cache.splits["train"]
-    by_source = [split.packs_of(source, count * cache.sequence_length) for source in range(len(cache.sources))]
-    queues = [list(documents_of(packs)) for packs in by_source]
-    picked: list[Example] = []
-    while len(picked) < count and any(queues):
-        for source, queue in zip(cache.sources, queues, strict=True):
-            if queue and len(picked) < count:
-                ids, labels = queue.pop(0)
-                picked.append(Example(source.name, len(ids), decode_spans(tokenizer, ids, labels)))
+    picked = []
+    for number, source in enumerate(cache.sources):
+        documents = documents_of(split.packs_of(number, per_group * cache.sequence_length))
+        for ids, labels in islice(documents, per_group):
+            spans = decode_spans(tokenizer, ids, labels)
+            picked.append(Example(source.name, source.language, len(ids), spans))
     return picked
 
 
@@ -81,5 +83,8 @@ def render_html(title: str, examples: list[Example]) -> str:
             f'<span class="{"trained" if trained else "context"}">{html.escape(words)}</span>'
             for trained, words in example.spans
         )
-        blocks.append(f"<h2>{html.escape(example.source)}, {example.tokens} tokens</h2>\n<pre>{spans}</pre>")
+        heading = f"{html.escape(example.source)} · {example.language} · {example.tokens} tokens"
+        # Chinese text under another language's tag is drawn in another language's glyphs.
+        language = "en" if example.language == "en" else "zh-Hans"
+        blocks.append(f'<h2 lang="en">{heading}</h2>\n<pre lang="{language}">{spans}</pre>')
     return _PAGE.format(title=html.escape(title), examples="\n".join(blocks))
