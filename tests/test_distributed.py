@@ -304,4 +304,5 @@ def assert_sharded_is_one(workspace: Path, folder: Path, *overrides: str) -> Non
     assert finish_run(typed_run(workspace, *overrides), one, functools.partial(record_steps, one)) == 0
     config = typed_run(workspace, *overrides, *FSDP)
     assert finish_workers(config, folder, functools.partial(record_steps, folder, one)) == [0, 0]
-    assert_same_run(folder, one)
+    # A row that few tokens meet has a gradient near nothing, which AdamW takes to full size.
+    assert_same_run(folder, one, 10 * GRADIENT_BOUND, 100 * UPDATE_BOUND)
