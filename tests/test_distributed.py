@@ -51,13 +51,13 @@ SHORT = (*RUN, "stage.max_steps=3")
 DDP = ("hardware.processes_per_node=2", "hardware.strategy=ddp")
 FSDP = ("hardware.processes_per_node=2", "hardware.strategy=fsdp")
 
-GRADIENT_BOUND = 1e-5
+GRADIENT_BOUND = 1e-6
 """How far any entry of a gradient may be from the other's, as a share of the gradient's norm. From the same parameters,
-two layouts differ by the order in which float32 numbers are added alone: 6e-8 a sum, some hundred times that after a
-few hundred products, whatever the processor. What is lost or counted twice of a worker is of the size of the norm."""
-UPDATE_BOUND = 1e-2
+two layouts differ by the order in which the packs' float32 gradients are added alone: 6e-8 a sum, on any processor;
+3e-8 was the most on one with AVX2. What is lost or counted twice of a worker is of the size of the norm."""
+UPDATE_BOUND = 1e-4
 """How far an update may be from the other's, as a share of its norm. AdamW divides a gradient by its own size, so an
-entry whose gradient is rounding alone may go either way: few entries do."""
+entry whose gradient is rounding alone may go either way: few are, and 1e-6 was the most with AVX2."""
 
 
 def one_process(workspace: Path, *overrides: str) -> Path:
@@ -138,7 +138,9 @@ def assert_same_run(
     found, expected = ([row for row in read_metrics(each) if row["kind"] == "train"] for each in (folder, reference))
     assert len(found) == len(expected) > 0
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=gradient_bound), key
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=10 * gradient_bound), (
+            key
+        )
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     for ours, theirs in zip(evaluations(folder), evaluations(reference), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=max(1e-4, gradient_bound))
@@ -155,8 +157,8 @@ def test_the_compared_run_learns_and_ends_with_a_step_that_leaves_a_worker_witho
     taken = losses(one_process(workspace, *LONG))
     order = StepOrder(len(prepare_cache(config, read_base(config.model.path)).splits["train"]), BATCH, config.seed)
     assert [len(order.packs_of_step(step)) for step in range(STEPS)] == [BATCH] * (STEPS - 1) + [1]
-    # By a hundred times what two workers may differ by.
-    assert taken[-2][1] < taken[0][1] * (1 - 100 * GRADIENT_BOUND)
+    # By a thousand times what two workers may differ by.
+    assert taken[-2][1] < taken[0][1] * (1 - 1000 * GRADIENT_BOUND)
 
 
 @pytest.mark.parametrize("layout", [DDP, FSDP, (*FSDP, "hardware.cpu_offload=true")], ids=["ddp", "fsdp", "offload"])
@@ -170,11 +172,11 @@ def test_two_workers_are_one_process_with_the_same_global_batch(layout, workspac
 @pytest.mark.parametrize(
     "overrides, bounds",
     [
-        # Its moments have eight bits, in blocks of 256 that lie elsewhere in a shard.
-        (("stage.optimizer=adamw_8bit",), (GRADIENT_BOUND, 0.1)),
+        # Its moments have eight bits: one that is rounded the other way is a sixteenth of itself off.
+        (("stage.optimizer=adamw_8bit",), (GRADIENT_BOUND, 1e-2)),
         (("stage.embeddings=full",), (GRADIENT_BOUND, UPDATE_BOUND)),
-        # Eight bits.
-        (("hardware.precision=bfloat16",), (1e-2, 0.5)),
+        # Products have eight bits, of the same packs one by one in both.
+        (("hardware.precision=bfloat16",), (1e-4, 1e-2)),
     ],
     ids=lambda value: value[0] if isinstance(value[0], str) else "",
 )
@@ -302,4 +304,5 @@ def assert_sharded_is_one(workspace: Path, folder: Path, *overrides: str) -> Non
     assert finish_run(typed_run(workspace, *overrides), one, functools.partial(record_steps, one)) == 0
     config = typed_run(workspace, *overrides, *FSDP)
     assert finish_workers(config, folder, functools.partial(record_steps, folder, one)) == [0, 0]
-    assert_same_run(folder, one)
+    # A row that few tokens meet has a gradient near nothing, which AdamW takes to full size.
+    assert_same_run(folder, one, 10 * GRADIENT_BOUND, 100 * UPDATE_BOUND)
