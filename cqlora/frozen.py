@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from cqlora.config import DataConfig, PretrainConfig, RunConfig, SftConfig
 from cqlora.errors import ConfigError
+from cqlora.system.refusals import told_as_sentence
 
 RUN_FILE = "run.yaml"
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
@@ -14,9 +15,10 @@ _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 def freeze_config(config: RunConfig, folder: Path) -> Path:
     """Write `folder`/run.yaml with every value resolved; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_FILE
-    OmegaConf.save(OmegaConf.structured(config), file)
+    with told_as_sentence(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), file)
     return file
 
 

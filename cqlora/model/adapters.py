@@ -21,6 +21,7 @@ from cqlora.errors import ConfigError, ModelError
 from cqlora.model.load import find_decoder
 from cqlora.preflight import check_fingerprints
 from cqlora.system.durable import staged_folder
+from cqlora.system.refusals import require_space
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def save_adapter(
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
     with staged_folder(folder, replace=True) as staging:
+        require_space(staging, sum(tensor.nbytes for tensor in state.values()))
         config.save_pretrained(staging)
         save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
         write_card(staging, base, trained_on)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cqlora.base import write_json
 from cqlora.errors import ModelError
+from cqlora.system.refusals import require_space
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {
@@ -138,6 +139,8 @@ def write_shards(
 
     `produce` is asked for one tensor after the other, in order, and gives it in blocks of rows.
     """
+    specs = list(specs)
+    require_space(folder, sum(spec.nbytes for spec in specs))
     shards = plan_shards(specs, max_shard_size)
     names = shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
@@ -158,6 +161,7 @@ def write_shard(file: Path, specs: list[TensorSpec], produce: Callable[[TensorSp
 
     A block is still read after the next one was asked for: `produce` gives each in memory that stays as it is.
     """
+    require_space(file.parent, sum(spec.nbytes for spec in specs))
     with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[Any] = writer.submit(stream.write, _encode_header(specs))
         for spec in specs:
