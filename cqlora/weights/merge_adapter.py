@@ -15,6 +15,7 @@ from typing import Any
 
 from cqlora.base import fingerprint_weights, read_card
 from cqlora.errors import ModelError
+from cqlora.system.durable import recover_folders
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
 from cqlora.weights.shards import ShardReader
 
@@ -54,6 +55,7 @@ def open_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: no adapter, weights that are truncated, or a method that cannot be merged.
     """
+    recover_folders(folder.parent)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
