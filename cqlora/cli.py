@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit
 from cqlora.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
+from cqlora.system.refusals import told_as_sentence
 
 VERBS = {
     "run": "train one run, or a sweep with --multirun",
@@ -42,16 +43,17 @@ def run_program(
     """Compose `configs/<config_name>.yaml` with the command line, build `schema`, call `action` with it.
 
     A CqloraError, whether of the composition or of the action, is printed as one sentence and becomes the
-    exit code; other exceptions keep their traceback. An int that `action` returns is the exit code too. The
-    jobs of a sweep all run, whatever becomes of one of them. `help_overrides` stand in for groups without a
-    default when `--help` is asked for.
+    exit code, and so is what the operating system refuses; other exceptions keep their traceback. An int that
+    `action` returns is the exit code too. The jobs of a sweep all run, whatever becomes of one of them.
+    `help_overrides` stand in for groups without a default when `--help` is asked for.
     """
     try:
         refuse_secrets(sys.argv[1:])
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = help_overrides
-        outcomes = _compose_and_call(config_name, schema, action)
+        with told_as_sentence():
+            outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
         _stop(error)
     except KeyboardInterrupt:
@@ -149,7 +151,8 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
         try:
             # Again, now that what Hydra sets for each job can be resolved.
             refuse_secret_values(composed)
-            outcomes.append(action(to_schema(composed, schema)))
+            with told_as_sentence():
+                outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
             error.add_note(describe_job())
             if os.getpid() != home:

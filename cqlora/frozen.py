@@ -9,6 +9,7 @@ from yaml import YAMLError
 
 from cqlora.config import DataConfig, PretrainConfig, RunConfig, SftConfig
 from cqlora.errors import ConfigError
+from cqlora.system.refusals import told_as_sentence
 
 RUN_FILE = "run.yaml"
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
@@ -20,9 +21,10 @@ _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError,
 
 def freeze_config(config: RunConfig, folder: Path) -> Path:
     """Write `folder`/run.yaml with every value resolved; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / RUN_FILE
-    OmegaConf.save(OmegaConf.structured(config), file)
+    with told_as_sentence(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), file)
     return file
 
 

@@ -1,24 +1,43 @@
 """metrics.jsonl, the record of a run that pages, sweeps and checks read: one flat object a line."""
 
 import json
+import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from cqlora.system.durable import replace_file
+from cqlora.system.refusals import NoRoom, told_as_sentence
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's record; a line that a kill cut short is not one."""
+    """Every whole line of a run's record; a last one that a kill cut short is not one, a damaged one is told."""
     file = folder / METRICS_FILE
     if not file.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    for line in file.read_bytes().split(b"\n")[:-1]:
-        rows.append(json.loads(line))
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        row = read_line(line)
+        if row is None:
+            logger.warning("%s, line %d is damaged and left out", file, number)
+        else:
+            rows.append(row)
     return rows
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """The line's object; None where it is not one of a record."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row
+    return row if known and (row["kind"] == "event" or "loss" in row) else None
 
 
 def rewind_metrics(folder: Path, step: int) -> None:
@@ -31,9 +50,21 @@ def rewind_metrics(folder: Path, step: int) -> None:
 
 
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
-    """Add one line, at once readable by others."""
-    with (folder / METRICS_FILE).open("a", encoding="utf-8") as stream:
-        stream.write(to_line(row))
+    """Add one line, at once readable by others.
+
+    Raises:
+        DiskError: the disk refused; the record ends as it did before.
+    """
+    file = folder / METRICS_FILE
+    with told_as_sentence(file), file.open("ab+", buffering=0) as stream:
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        # A line that a kill cut short stays a line of its own.
+        begun = end > 0 and stream.read(1) != b"\n"
+        line = b"\n" * begun + to_line(row).encode()
+        if (written := stream.write(line)) < len(line):
+            stream.truncate(end)
+            raise NoRoom(len(line) - written)
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantiz
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.system.durable import recover_folders
 from cqlora.system.fingerprints import VERSION
 
 
@@ -106,6 +107,7 @@ def settle_embeddings(config: RunConfig, base: Base | None) -> None:
 
 def check_adapter_folder(folder: Path) -> None:
     """Raise ModelError unless the folder holds an adapter."""
+    recover_folders(folder.parent)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run.")

@@ -201,5 +201,10 @@ def record_failure(text: str) -> bool:
     file = os.environ.get(FAILURE_FILE)
     if file is None:
         return False
-    Path(file).write_text(text, encoding="utf-8")
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError:
+        # The disk may be full, which is then what is to be told.
+        Path(file).unlink(missing_ok=True)
+        return False
     return True

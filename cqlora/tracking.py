@@ -18,6 +18,7 @@ from cqlora.config import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.frozen import describe_config
 from cqlora.metrics import append_metrics, rewind_metrics
+from cqlora.system.durable import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def run_id(output_dir: Path) -> str:
     """The W&B id of a run folder, the same when the run is resumed."""
     file = output_dir / _RUN_ID_FILE
     if not file.is_file():
-        file.write_text(os.urandom(6).hex(), encoding="utf-8")
+        replace_file(file, os.urandom(6).hex().encode())
     return file.read_text(encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ from cqlora.progress import StageDisplay, show_log
 from cqlora.random_base import open_base
 from cqlora.signals import die_with
 from cqlora.snapshot import describe_identity
+from cqlora.system.refusals import told_as_sentence
 from cqlora.tracking import Record, open_record
 from cqlora.trainer import Trainer
 from cqlora.worker import Worker, seed_everything, start_worker
@@ -123,7 +124,8 @@ def main() -> None:
     sys.excepthook = tell_failure
     show_log()
     try:
-        train(load_frozen(run_file), run_file.parent)
+        with told_as_sentence():
+            train(load_frozen(run_file), run_file.parent)
     except CqloraError as error:
         if not record_failure(str(error)):
             print(f"error: {error}", file=sys.stderr)

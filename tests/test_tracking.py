@@ -1,7 +1,9 @@
 """The record always, trackers as asked, secrets nowhere."""
 
 import json
+import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,23 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_rewinding_keeps_events(tmp_
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
     assert [row["step"] for row in rows if row["kind"] == "event"] == [1, 2, 3]
+
+
+def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_told(tmp_path, caplog):
+    append_metrics(tmp_path, {"kind": "train", "step": 1, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')
+    append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "damaged_checkpoint"})
+    for line in (b"\xff", b"[1]", b'{"kind": "train", "stap": 1}', b"[" * 9_999, b'{"kind": "eval", "step": 1}'):
+        with (tmp_path / "metrics.jsonl").open("ab") as stream:
+            stream.write(line + b"\n")
+    append_metrics(tmp_path, {"kind": "train", "step": 2, "loss": 2.0})
+    with caplog.at_level(logging.WARNING):
+        rows = read_metrics(tmp_path)
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 1), ("event", 1), ("train", 2)]
+    assert [int(number) for number in re.findall(r"line (\d+) is damaged", caplog.text)] == [2, 4, 5, 6, 7, 8]
+    rewind_metrics(tmp_path, 2)
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 3
 
 
 def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):

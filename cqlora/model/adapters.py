@@ -22,6 +22,7 @@ from cqlora.lineage import describe_lineage
 from cqlora.model.load import find_decoder
 from cqlora.preflight import check_fingerprints
 from cqlora.system.durable import staged_folder
+from cqlora.system.refusals import require_space
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ def save_adapter(
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
     said = (lineage or describe_lineage("")) | ({"system_prompt": system_prompt} if system_prompt else {})
     with staged_folder(folder, replace=True) as staging:
+        require_space(staging, sum(tensor.nbytes for tensor in state.values()))
         config.save_pretrained(staging)
         save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
         write_card(staging, base, trained_on, said)

@@ -156,7 +156,15 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def recover_folders(parent: Path) -> None:
-    """Bring back every folder of `parent` that a writer was killed over, unless a writer is at it now."""
+    """Bring back every folder of `parent` that a writer was killed over, unless a writer is at it now.
+
+    For readers, who may have no right to do so: then the folder is as missing as it looks.
+    """
+    with suppress(OSError):
+        _recover_folders(parent)
+
+
+def _recover_folders(parent: Path) -> None:
     for path in list_names(parent):
         aside = _ASIDE.fullmatch(path.name)
         if aside and (descriptor := lock_file(parent / f".{aside['name']}.lock", wait=False)) is not None:

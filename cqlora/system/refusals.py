@@ -12,9 +12,11 @@ from cqlora.errors import CqloraError, DiskError
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors and tokenizers, which are written in Rust, end what an operating system told them."""
+_NUMPY_ERROR = re.compile(r"\d+ requested and \d+ written")
+"""What numpy's `tofile` says of a disk that took less, without the system's number."""
 
 _REASONS = {
-    errno.ENOSPC: "the disk is full",
+    errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "your quota of disk space is used up",
     errno.EFBIG: "the file system or `ulimit -f` allows no file as large as that",
     errno.EROFS: "it lies on a read-only file system; give a folder that can be written to",
@@ -40,11 +42,20 @@ _REASONS = {
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+class NoRoom(OSError):
+    """Less is free than is going to be written."""
+
+    def __init__(self, needed_bytes: int) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.needed_bytes = needed_bytes
+
+
 def explain_os_error(error: OSError, path: Path | None = None, needed_bytes: int = 0) -> DiskError:
-    """The error as a sentence about `path`, or where that is None about the path that it carries.
+    """The error as a sentence about `path`, which was to be written; where that is None, about what it names itself.
 
     `needed_bytes` is how much was to be written, where that is known.
     """
+    needed_bytes = error.needed_bytes if isinstance(error, NoRoom) else needed_bytes
     place = path or (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None)
     subject = shorten(place) if place else "a file"
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
@@ -52,19 +63,21 @@ def explain_os_error(error: OSError, path: Path | None = None, needed_bytes: int
         room = f" and {needed_bytes:,} bytes are needed" if needed_bytes else ""
         free = f"; {free_bytes(place):,} bytes are free{room}" if place else ""
         reason += f"{free}: make room and type the same command again"
-    return DiskError(f"{subject} could not be read or written: {reason}.")
+    return DiskError(f"{subject} could not be {'written' if path else 'read or written'}: {reason}.")
 
 
 def find_os_error(error: BaseException) -> OSError | None:
     """The operating system's error that `error` is or was made from; None where it has nothing to do with one."""
     if isinstance(error, OSError):
+        if _NUMPY_ERROR.fullmatch(str(error)):
+            return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return error if error.errno else None
     told = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
     return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
 
 
 @contextmanager
-def told_as_sentence(path: Path, staging: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
+def told_as_sentence(path: Path | None = None, staging: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
     """Raise what the operating system refuses in the block as a DiskError.
 
     It is about `path` unless the error names another; what lies in `staging`, which will be gone, is not named.
@@ -80,11 +93,10 @@ def told_as_sentence(path: Path, staging: Path | None = None, needed_bytes: int 
         raise explain_os_error(refused, path if own else None, needed_bytes) from error
 
 
-def require_space(folder: Path, needed_bytes: int, path: Path | None = None) -> None:
-    """Raise DiskError where `folder` has no room for so many bytes, before the work that they come of is done."""
-    free = free_bytes(folder)
-    if 0 <= free < needed_bytes:
-        raise explain_os_error(OSError(errno.ENOSPC, ""), path or folder, needed_bytes)
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Raise NoRoom where `folder` has no room for so many bytes, before the work that they come of is done."""
+    if 0 <= free_bytes(folder) < needed_bytes:
+        raise NoRoom(needed_bytes)
 
 
 def free_bytes(path: Path) -> int:

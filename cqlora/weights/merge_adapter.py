@@ -17,6 +17,7 @@ from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
 from cqlora.base import fingerprint_adapter, read_card
 from cqlora.errors import ModelError
+from cqlora.system.durable import recover_folders
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
 from cqlora.weights.shards import ShardReader
 
@@ -55,6 +56,7 @@ def open_adapter(folder: Path) -> Adapter:
     Raises:
         ModelError: no adapter, weights that are truncated, or a method that cannot be merged.
     """
+    recover_folders(folder.parent)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"adapter={folder} has no {name}; give the adapter/ folder of a finished run.")

@@ -18,6 +18,7 @@ import torch
 
 from cqlora.base import write_json
 from cqlora.errors import ModelError
+from cqlora.system.refusals import require_space
 from cqlora.system.tensor_files import INDEX, StoredTensor, open_plain, read_header, read_tensors
 
 DTYPES = {
@@ -134,6 +135,8 @@ def write_shards(
 
     `produce` is asked for one tensor after the other, in order, and gives it in blocks of rows.
     """
+    specs = list(specs)
+    require_space(folder, sum(spec.nbytes for spec in specs))
     shards = plan_shards(specs, max_shard_size)
     names = shard_names(len(shards))
     digests: dict[str, str] = {}
@@ -162,6 +165,7 @@ def write_shard(
         sha256 of each tensor's bytes by its name, taken where they are written.
     """
     digests = {spec.name: hashlib.sha256() for spec in specs}
+    require_space(file.parent, sum(spec.nbytes for spec in specs))
     with file.open("wb", buffering=0) as stream, ThreadPoolExecutor(max_workers=1) as writer:
         pending: Future[Any] = writer.submit(stream.write, _encode_header(specs))
         for spec in specs:
