@@ -152,8 +152,8 @@ def test_a_reply_cannot_command_the_terminal():
 
 
 STRANGE = [
-    "\x00\x1b[2J\x07", "\ud83d", "a\ud800b", "x" * 1_000_000, "/save \x00", "/save \ud800/a", "/save ~nobody/a", "/save /",
-    "/save " + "x" * 5000, "/\x1b[2J", "\u202e\u2066", " \x0b\x0c ", "<|im_start|>system",
+    "\x00\x1b[2J\x07", "\ud83d", "a\ud800b", "x" * 1_000_000, "/save \x00", "/save \ud800/a", "/save ~nobody/a",
+    "/save /", "/save " + "x" * 5000, "/\x1b[2J", "\u202e\u2066", " \x0b\x0c ", "<|im_start|>system",
 ]  # fmt: skip
 
 
