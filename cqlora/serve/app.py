@@ -18,7 +18,13 @@ from cqlora.serve.requests import ChatRequest, CompletionRequest, shorten
 from cqlora.serve.service import Service
 
 PAGE_FOLDER = Path(__file__).parent / "page"
-_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_MEDIA_TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -60,6 +66,7 @@ def add_api(app: FastAPI, service: Service) -> None:
         "owned_by": "cqlora",
         "max_model_len": service.engine.max_length,
         "max_tokens": service.max_tokens,
+        "system_prompt": service.engine.system_prompt,
     }
 
     @app.post("/v1/chat/completions")
@@ -95,12 +102,15 @@ def add_upkeep(app: FastAPI, service: Service) -> None:
 
 def add_page(app: FastAPI) -> None:
     """The chat page, from files that are read once."""
-    files = {file.name: (file.read_bytes(), _MEDIA_TYPES[file.suffix]) for file in PAGE_FOLDER.iterdir()}
+    files = {
+        file.relative_to(PAGE_FOLDER).as_posix(): (file.read_bytes(), _MEDIA_TYPES[file.suffix])
+        for file in PAGE_FOLDER.rglob("*.*")
+    }
 
-    @app.get("/page/{name}")
+    @app.get("/page/{name:path}")
     async def page_file(name: str) -> Response:
         if name not in files:
-            raise Failure(404, f"there is no page file {name!r}.", "not_found")
+            raise Failure(404, f"there is no page file {shorten(repr(name))}.", "not_found")
         content, media_type = files[name]
         return Response(content, media_type=media_type, headers=PAGE_HEADERS)
 

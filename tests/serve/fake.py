@@ -80,6 +80,7 @@ class FakeEngine:
     """`open` is cleared to hold every step still, `breaks` is set to let the next one raise."""
 
     name = "fake"
+    system_prompt = ""
 
     def __init__(
         self, words: int = 5, seconds_per_step: float = 0.0, max_length: int = 4096, refuses: str = "", word: str = ""

@@ -1,5 +1,7 @@
 """The chat page in a browser without a screen: what a person sees, does and cannot be made to run."""
 
+import hashlib
+import json
 import re
 import shutil
 
@@ -140,12 +142,218 @@ def test_text_is_never_read_as_html_and_code_stands_in_a_block(driver):
         page.ask("<script>document.title='owned'</script>")
         page.wait_until_quiet()
         assert page.all_texts("article.user .prose") == ["<script>document.title='owned'</script>"]
-        prose = page.all_texts("article.assistant .prose")
+        prose = page.all_texts("article.assistant .markdown > p")
         assert prose == ["<img src=x onerror=\"document.title='owned'\"><b>bold</b>", "after"]
         assert page.find("figure code").text == "print('<i>hi</i>')"
         assert page.find("figcaption span").text == "python"
         assert not driver.find_elements("css selector", "article img, article b, article script, article i")
         assert driver.title == "fake · cqlora"
+
+
+MARKDOWN = """# Rivers
+
+**Bold**, *slanted*, `code` and a [link](https://example.com/a).
+
+1. one
+2. two
+   - inner
+
+| River | km |
+|---|---:|
+| 长江 | 6300 |
+
+> quoted
+- [x] done
+"""
+
+
+@in_browser
+def test_a_reply_is_shown_as_markdown(driver):
+    with running(TextEngine(MARKDOWN), fake_config()) as run:
+        page = Page(driver, run)
+        page.ask("**stays**")
+        page.wait_until_quiet()
+        assert page.all_texts("article.user .prose") == ["**stays**"]
+        for selector, text in {
+            "h1": "Rivers", "strong": "Bold", "em": "slanted", "p > code": "code", "ol > li:first-child": "one",
+            "td[align=right]": "6300", "blockquote": "quoted", ".scroll th": "River", "ul > li:last-child": "☑ done",
+        }.items():  # fmt: skip
+            assert text in page.all_texts(f"article.assistant .markdown {selector}"), selector
+        link = page.find("article.assistant a")
+        assert link.get_attribute("href") == "https://example.com/a"
+        assert link.get_attribute("target") == "_blank" and "noopener" in link.get_attribute("rel")
+        assert page.complaints() == []
+
+
+ATTACKS = [
+    "<img src=x onerror=alert(1)>", "<script>alert(1)</script>", "[a](javascript:alert(1))", "[a](JaVascript:alert(1))",
+    "[a](data:text/html,<script>alert(1)</script>)", "![a](x' onerror='alert(1))", "![a](https://example.com/leak.png)",
+    '<a href="javascript:alert(1)">a</a>', "<svg/onload=alert(1)>", "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>", "<form action=//evil><button>go</button></form>",
+    "`<img src=x onerror=alert(1)>`", "```html\n<img src=x onerror=alert(1)>\n```", "<style>body{display:none}</style>",
+    "| <img src=x onerror=alert(1)> |\n|---|\n| <script>alert(1)</script> |", "[a]: javascript:alert(1)\n\n[a]",
+    "<javascript:alert(1)>", "[x](vbscript:a)", "&lt;img src=x onerror=alert(1)&gt;", "[a](&#106;avascript:alert(1))",
+    "<div style='position:fixed;inset:0'>", "<input autofocus onfocus=alert(1)>", "<base href=//evil>",
+]  # fmt: skip
+
+
+@in_browser
+def test_no_reply_runs_loads_or_styles_anything(driver):
+    """Every attack is rendered by itself, with scripts that count what they are called for."""
+    with running(FakeEngine(), fake_config()) as run:
+        page = Page(driver, run)
+        found = driver.execute_async_script(
+            """
+            const [attacks, done] = arguments;
+            window.alert = () => (window.owned = true);
+            const { renderMarkdown } = await import("/page/render.js");
+            const bad = "img, script, svg, iframe, math, style, form, input, base, [style], [onerror], [id], [name]";
+            const wrong = [];
+            for (const text of attacks) {
+              const target = document.createElement("div");
+              document.querySelector("#messages").append(target);
+              renderMarkdown(text, target);
+              const links = [...target.querySelectorAll("a")].map((link) => link.getAttribute("href"));
+              const strange = links.some((href) => href !== null && !/^(https?|mailto):/.test(href));
+              if (target.querySelector(bad) || strange) wrong.push(text + " -> " + target.innerHTML);
+              if (!target.textContent.trim() && !text.startsWith("[a]:")) wrong.push(text + " shows nothing");
+            }
+            setTimeout(() => done([wrong, Boolean(window.owned)]), 100);
+            """,
+            ATTACKS,
+        )
+        assert found == [[], False]
+        assert page.complaints() == [], "the policy had to stop nothing"
+
+
+@in_browser
+def test_what_is_too_long_to_be_parsed_is_shown_as_it_is(driver):
+    table = "| a | b |\n|---|---|\n" + "| 1 | 2 |\n" * 6000
+    with running(FakeEngine(), fake_config()) as run:
+        Page(driver, run)
+        shown = driver.execute_async_script(
+            """
+            const [texts, done] = arguments;
+            const { renderMarkdown } = await import("/page/render.js");
+            done(texts.map((text) => {
+              const target = document.createElement("div");
+              renderMarkdown(text, target);
+              return [target.querySelectorAll("tr").length, target.textContent.length];
+            }));
+            """,
+            [table, table[:4000], "[" * 20_000, "*a " * 10_000, "> " * 5000 + "a"],
+        )
+        assert shown[0] == [0, len(table)] and shown[1][0] > 300
+        assert all(characters for _, characters in shown)
+
+
+class Turns:
+    """Says what number the reply has: the page cannot show one answer for another."""
+
+    def __new__(cls):
+        engine = FakeEngine(words=1)
+        engine.count = 0
+
+        def encode(messages, encode=engine.encode_messages):
+            engine.count += 1
+            engine.word = f"answer {engine.count}"
+            return encode(messages)
+
+        engine.encode_messages = encode
+        return engine
+
+
+@in_browser
+def test_an_answer_is_made_again_and_a_question_changed(driver):
+    engine = Turns()
+    with running(engine, fake_config()) as run:
+        page = Page(driver, run)
+        for text in ("first", "second"):
+            page.ask(text)
+            page.wait_until_quiet()
+        assert page.all_texts("article .body") == ["first", "answer 1", "second", "answer 2"]
+        (again,) = driver.find_elements("css selector", "button.regenerate")
+        again.click()
+        page.wait(lambda: page.all_texts("article .body")[-1] == "answer 3")
+        page.wait_until_quiet()
+        assert engine.admitted[-1] == "user:first|assistant:answer 1|user:second"
+        driver.find_elements("css selector", "button.edit")[0].click()
+        page.find("article textarea").send_keys(" changed\ue007")
+        page.wait(lambda: page.all_texts("article .body") == ["first changed", "answer 4"])
+        page.wait_until_quiet()
+        assert engine.admitted[-1] == "user:first changed"
+        page.find("button.edit").click()
+        page.find("article textarea").send_keys("x\ue00c")
+        assert page.all_texts("article .body") == ["first changed", "answer 4"]
+        assert page.complaints() == []
+
+
+@in_browser
+def test_an_answer_that_cannot_be_made_again_stays(driver):
+    engine = Turns()
+    with running(engine, fake_config()) as run:
+        page = Page(driver, run)
+        page.ask("first")
+        page.wait_until_quiet()
+        engine.refuses = "first"
+        page.find("button.regenerate").click()
+        page.wait(lambda: "refused" in page.find("#notice").text)
+        assert page.all_texts("article .body") == ["first", "answer 1"]
+
+
+@in_browser
+def test_conversations_are_kept_opened_renamed_exported_and_deleted(driver):
+    engine = Turns()
+    with running(engine, fake_config()) as run:
+        page = Page(driver, run)
+        for text in ("first", "<b>second</b>"):
+            page.find("#new").click()
+            page.ask(text)
+            page.wait_until_quiet()
+        driver.refresh()
+        page.wait(lambda: page.all_texts("#chat-list .open") == ["<b>second</b>", "first"])
+        driver.find_elements("css selector", "#chat-list .open")[1].click()
+        assert page.all_texts("article .body") == ["first", "answer 1"]
+        page.ask("more")
+        page.wait(lambda: page.all_texts("#chat-list .open") == ["first", "<b>second</b>"])
+        page.wait_until_quiet()
+        page.find("#chat-list button.rename").click()
+        page.find("#chat-list input").send_keys("renamed\ue007")
+        assert page.all_texts("#chat-list .open")[0] == "renamed"
+        driver.execute_script(
+            "window.blobs = []; const make = URL.createObjectURL;"
+            "URL.createObjectURL = (b) => { b.text().then((text) => window.blobs.push(text)); return make(b); }"
+        )
+        page.find("#chat-list button.export").click()
+        page.wait(lambda: driver.execute_script("return window.blobs.length"))
+        turns = json.loads(driver.execute_script("return window.blobs[0]"))
+        assert [turn["text"] for turn in turns] == ["first", "answer 1", "more", "answer 3"]
+        page.find("#chat-list button.delete").click()
+        driver.switch_to.alert.accept()
+        page.wait(lambda: page.all_texts("#chat-list .open") == ["<b>second</b>"])
+        assert page.all_texts("article") == []
+        assert page.complaints() == []
+
+
+@in_browser
+def test_a_full_or_damaged_store_is_told_and_harms_nothing(driver):
+    with running(Turns(), fake_config()) as run:
+        page = Page(driver, run)
+        driver.execute_script(
+            "for (const text of ['', '{', 'null', '{\"id\": 3}', '{\"id\": \"c5\", \"title\": 1}'])"
+            "  localStorage.setItem(`cqlora-chat-c${text.length}`, text);"
+            "localStorage.setItem('cqlora', '[[');"
+        )
+        driver.refresh()
+        page.wait(lambda: page.find("#model").text == "fake")
+        assert page.all_texts("#chat-list .open") == []
+        driver.execute_script(
+            "for (let n = 5e6; n > 1; n /= 2) try { localStorage.setItem(`x${n}`, 'x'.repeat(n)) } catch {}"
+        )
+        page.ask("first")
+        page.wait(lambda: "no room" in page.find("#notice").text)
+        assert page.all_texts("article .body") == ["first", "answer 1"]
+        driver.execute_script("localStorage.clear()")
 
 
 @in_browser
@@ -220,7 +428,15 @@ def test_a_phone_sees_everything_without_scrolling_sideways(driver):
             assert driver.execute_script("return document.documentElement.scrollWidth") == 360
             assert not page.find("#settings").is_displayed() and page.find("#send").is_displayed()
             page.find("#settings-toggle").click()
-            assert page.find("#settings").is_displayed() and page.find("#send").is_displayed()
+            assert page.find("#settings").is_displayed()
+            page.find("#settings .close").click()
+            assert not page.find("#settings").is_displayed()
+            page.find("#chats-toggle").click()
+            page.find("#words")
+            assert page.find("#chats").is_displayed()
+            page.find("body").send_keys("\ue00c")
+            assert not page.find("#chats").is_displayed()
+            assert driver.execute_script("return document.documentElement.scrollWidth") == 360
         finally:
             driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             driver.set_window_size(width, height)
@@ -239,10 +455,25 @@ def test_the_page_needs_nothing_from_elsewhere_and_forbids_it():
     with running(FakeEngine(), fake_config()) as run:
         policy = httpx.get(run.url).headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
-    for file in PAGE_FOLDER.iterdir():
+    for file in [file for file in PAGE_FOLDER.iterdir() if file.is_file()]:
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|@import|innerHTML|insertAdjacentHTML|document\.write|eval\(", text), file.name
         assert not re.search(r"\s(style|on\w+)=", text) or file.suffix == ".js", file.name
+
+
+VENDORED = {
+    "marked.js": "5371fea86fd0656b4fc7bea7c94c663109d82789b69433eeee78d42895aa44de",
+    "purify.js": "1a06b721ad8b46d6174b21f22ea70290aaf3e5a81d65af3b7178113953f7c9b1",
+}
+
+
+def test_the_libraries_of_others_are_whole_and_have_their_licences_beside_them():
+    for name, digest in VENDORED.items():
+        file = PAGE_FOLDER / "vendor" / name
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest, name
+        version = re.search(r"v?(\d+\.\d+\.\d+)", file.read_text(encoding="utf-8"))[1]
+        told = file.with_suffix(".LICENSE.txt").read_text(encoding="utf-8")
+        assert version in told and re.search("MIT|Apache", told)
 
 
 def test_both_languages_have_every_label():

@@ -1,70 +1,68 @@
-// A message's text as nodes: fenced code stands in a block of its own; text is never read as HTML.
+// A message's text on the page: what was asked as it is, what was answered as Markdown.
 
 import { label } from "./labels.js";
+import { markdownNodes } from "./markdown.js";
 
-const FENCE = /^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[ \t]*$/;
-
-export function renderText(text, target) {
-  target.replaceChildren(...splitBlocks(text).map((block) => (block.code ? codeBlock(block) : paragraph(block))));
+export function renderPlain(text, target) {
+  const prose = element("div", "prose");
+  prose.textContent = text;
+  target.replaceChildren(prose);
 }
 
-// Consecutive blocks of prose and code; a fence that is not closed yet runs to the end.
-export function splitBlocks(text) {
-  const blocks = [];
-  let block = { code: false, language: "", lines: [] };
-  let fence = "";
-  const close = (next) => {
-    if (block.code || block.lines.join("").trim()) blocks.push(block);
-    block = next;
-  };
-  for (const line of text.split("\n")) {
-    const found = FENCE.exec(line);
-    if (!fence && found) {
-      fence = found[1];
-      close({ code: true, language: found[2], lines: [] });
-    } else if (fence && found && found[1].startsWith(fence) && !found[2]) {
-      fence = "";
-      close({ code: false, language: "", lines: [] });
-    } else {
-      block.lines.push(line);
-    }
+export function renderMarkdown(text, target) {
+  const nodes = markdownNodes(text);
+  if (nodes === null) {
+    renderPlain(text, target);
+    return;
   }
-  close(null);
-  return blocks;
+  for (const code of nodes.querySelectorAll("pre > code")) code.parentElement.replaceWith(codeBlock(code));
+  for (const table of nodes.querySelectorAll("table")) {
+    const frame = element("div", "scroll");
+    frame.tabIndex = 0;
+    table.replaceWith(frame);
+    frame.append(table);
+  }
+  const prose = element("div", "markdown");
+  prose.append(nodes);
+  target.replaceChildren(...(prose.hasChildNodes() ? [prose] : []));
+}
+
+// A button whose words are a label.
+export function button(name, act) {
+  const made = element("button", name);
+  made.type = "button";
+  made.dataset.label = name;
+  made.textContent = label(name);
+  made.addEventListener("click", act);
+  return made;
 }
 
 export function copyButton(read) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "copy";
-  button.dataset.label = "copy";
-  button.textContent = label("copy");
-  button.addEventListener("click", async () => {
-    button.textContent = label((await copy(read())) ? "copied" : "copyFailed");
-    setTimeout(() => (button.textContent = label("copy")), 1500);
+  const made = button("copy", async () => {
+    made.textContent = label((await copy(read())) ? "copied" : "copyFailed");
+    setTimeout(() => (made.textContent = label("copy")), 1500);
   });
-  return button;
+  return made;
 }
 
-function paragraph(block) {
-  const element = document.createElement("div");
-  element.className = "prose";
-  element.textContent = block.lines.join("\n").replace(/^\n+|\s+$/g, "");
-  return element;
+export function element(tag, className) {
+  const made = document.createElement(tag);
+  made.className = className;
+  return made;
 }
 
-function codeBlock(block) {
-  const figure = document.createElement("figure");
+function codeBlock(code) {
+  const figure = element("figure", "code");
   const caption = document.createElement("figcaption");
   const name = document.createElement("span");
-  name.textContent = block.language;
-  const text = block.lines.join("\n");
+  name.textContent = /language-(\S+)/.exec(code.className)?.[1] ?? "";
+  const text = code.textContent.replace(/\n$/, "");
   caption.append(name, copyButton(() => text));
   const pre = document.createElement("pre");
   pre.tabIndex = 0;
-  const code = document.createElement("code");
-  code.textContent = text;
-  pre.append(code);
+  const body = document.createElement("code");
+  body.textContent = text;
+  pre.append(body);
   figure.append(caption, pre);
   return figure;
 }

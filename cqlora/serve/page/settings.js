@@ -9,6 +9,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tok
 const byId = (id) => document.getElementById(id);
 const fields = () => [...NUMBERS, "system"].map(byId);
 let looks = { theme: "auto", language: "" };
+let modelsPrompt = "";
 
 export function setUpSettings() {
   const kept = readStore();
@@ -27,7 +28,6 @@ export function setUpSettings() {
   });
   byId("theme").addEventListener("click", () => change({ theme: THEMES[(THEMES.indexOf(looks.theme) + 1) % 3] }));
   byId("language").addEventListener("click", () => change({ language: currentLanguage() === "zh" ? "en" : "zh" }));
-  setUpToggle();
   showLooks();
   showValues();
 }
@@ -50,14 +50,10 @@ export function limitTokens(most) {
   if (Number(field.value) > most) field.value = most;
 }
 
-function setUpToggle() {
-  const toggle = byId("settings-toggle");
-  const open = (shown) => {
-    byId("settings").hidden = !shown;
-    toggle.setAttribute("aria-expanded", shown);
-  };
-  toggle.addEventListener("click", () => open(byId("settings").hidden));
-  open(window.matchMedia("(min-width: 800px)").matches);
+// What the model was tuned to begin with stands where nothing is written.
+export function showModelsPrompt(prompt) {
+  modelsPrompt = prompt ?? "";
+  showLooks();
 }
 
 function change(what) {
@@ -70,6 +66,7 @@ function showLooks() {
   setLanguage(looks.language || (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en"));
   document.documentElement.dataset.theme = looks.theme;
   writeLabels(document);
+  if (modelsPrompt) byId("system").placeholder = modelsPrompt;
   byId("theme").textContent = label("theme")[looks.theme];
   byId("language").textContent = label("otherLanguage");
   byId("language").lang = currentLanguage() === "zh" ? "en" : "zh-CN";
