@@ -22,6 +22,7 @@ from cqlora.choices import SourceKind
 from cqlora.config import RunConfig, SourceConfig
 from cqlora.data import build, cache, collect, digests, store, workers
 from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.digests import MEMORY, hash_files
 from cqlora.errors import DataError
 from cqlora.worker import Worker
 from tests.conftest import HANG_SECONDS
@@ -462,3 +463,13 @@ def test_cache_is_typed_as_the_trainer_reads_it(byte_base: Base, make_config: Ma
     assert made.folder.name == made.fingerprint[:32]
     assert set(made.splits) == {"train", "val", "test"}
     assert 0 < made.splits["train"].label_tokens < made.splits["train"].tokens
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"\xff", b"null", b'{"x": 5}', b"[" * 100_000])
+def test_damaged_hashes_of_files_are_made_anew(tmp_path: Path, damaged: bytes):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"text")
+    expected = hash_files([file], tmp_path)
+    (tmp_path / MEMORY).write_bytes(damaged)
+    assert hash_files([file], tmp_path) == expected == {file: hashlib.sha256(b"text").hexdigest()}
+    assert list(json.loads((tmp_path / MEMORY).read_text()).values()) == [expected[file]]

@@ -232,3 +232,49 @@ def test_wiki_puts_the_title_before_the_text_once():
     assert parse(SourceKind.wiki, {"title": "长江", "text": "长江\n\n很长。"})[0] == [Document("长江\n\n很长。")]
     with pytest.raises(RowError, match="missing field text"):
         parse(SourceKind.wiki, {"title": "长江"})
+
+
+def test_system_and_history_of_instruction_rows_are_used():
+    row = {
+        "instruction": "q2",
+        "input": "i",
+        "output": "a2",
+        "system": "s",
+        "history": [["q0", "a0"], ["q1", "a1"]],
+    }
+    expected = talk((S, "s"), (U, "q0"), (A, "a0"), (U, "q1"), (A, "a1"), (U, "q2\ni"), (A, "a2"))
+    assert parse(SourceKind.belle, row) == ([expected], Counter())
+    assert parse(SourceKind.belle, {"instruction": "q", "output": "a", "system": "", "history": None})[0] == [
+        talk((U, "q"), (A, "a"))
+    ]
+    for history in ([["q"]], "q", [["q", 5]], {"q": "a"}):
+        with pytest.raises(RowError, match="field history"):
+            parse(SourceKind.belle, {"instruction": "q", "output": "a", "history": history})
+
+
+@pytest.mark.parametrize("kind", [SourceKind.sharegpt, SourceKind.messages, SourceKind.belle])
+def test_a_system_field_beside_the_messages_is_their_system_message(kind: SourceKind):
+    name = "messages" if kind is SourceKind.messages else "conversations"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    expected = talk((S, "s"), (U, "q"), (A, "a"))
+    assert parse(kind, {name: turns, "system": " s "}) == ([expected], Counter())
+    own = [{"role": "system", "content": "s"}, *turns]
+    assert parse(kind, {name: own, "system": "s"}) == ([expected], Counter())
+    assert parse(kind, {name: own, "system": "t"}) == ([expected], Counter({"field not used: system": 1}))
+    with pytest.raises(RowError, match="field system is a number"):
+        parse(kind, {name: turns, "system": 5})
+
+
+def test_fields_that_nothing_is_made_of_are_counted_where_they_hold_something():
+    row = {
+        "id": 7,
+        "tools": "",
+        "lang": None,
+        "messages": [
+            {"role": "user", "content": "q", "name": "Ann"},
+            {"role": "assistant", "content": "a", "name": "Bob", "tool_calls": []},
+        ],
+    }
+    assert parse(SourceKind.messages, row)[1] == {"field not used: id": 1, "field not used: message name": 1}
+    assert parse(SourceKind.wiki, {"text": "t", "url": "u"})[1] == {"field not used: url": 1}
+    assert parse(SourceKind.belle, {"input": "q", "target": "a", "topic": "t"})[1] == {"field not used: topic": 1}

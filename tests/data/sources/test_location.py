@@ -1,12 +1,15 @@
 """Where a source is found, in which order, and what is said when it is not."""
 
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from cqlora.choices import SourceKind
 from cqlora.config import SourceConfig
+from cqlora.data.sources import hub
 from cqlora.data.sources.hub import read_dataset
 from cqlora.data.sources.location import SAMPLE_DIR, Location, list_files, locate_source
 from cqlora.errors import DataError
@@ -99,3 +102,79 @@ def test_a_dataset_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(DataError, match=r"wikimedia/wikipedia cannot be streamed.*data\.root=FOLDER"):
         list(read_dataset(Location(dataset="wikimedia/wikipedia", subset="20231101.zh")))
+
+
+def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.jsonl").touch()
+    for location in (locate_source("x", source(path="~/x.jsonl"), ""), locate_source("x", source(), "~")):
+        assert [file.path for file in location.files] == [tmp_path / "x.jsonl"]
+
+
+def test_a_table_is_refused_with_how_to_convert_it(tmp_path: Path):
+    (tmp_path / "x.csv").write_text("instruction,output\nq,a\n")
+    belle = SourceConfig(kind=SourceKind.belle, path=str(tmp_path / "x.csv"))
+    with pytest.raises(DataError, match=r"x\.csv ends in \.csv, and kind=belle reads .*read_csv\('x\.csv'\)") as error:
+        locate_source("x", belle, "")
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_hold_no_rows_are_refused_or_passed_over(tmp_path: Path):
+    for name in ("README.md", "rows.jsonl.gz"):
+        (tmp_path / name).touch()
+    assert [file.path.name for file in list_files(tmp_path, "x", SourceKind.belle)] == ["rows.jsonl.gz"]
+    assert len(list_files(tmp_path, "x", SourceKind.text)) == 2
+    with pytest.raises(DataError, match=r"README\.md ends in \.md, and kind=belle reads \.jsonl, \.json, \.parquet"):
+        list_files(tmp_path / "README.md", "x", SourceKind.belle)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+THREE_PLACES = r"^source wiki is nowhere to be found: data\.sources\.wiki\.path .* data\.root, and .*dataset=a/b .*{}"
+
+
+def test_a_hub_that_never_answers_is_waited_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch, no_proxies):
+    released = threading.Event()
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.05)
+
+    def answer_never(*_: object, **__: object) -> None:
+        released.wait()
+        raise OSError
+
+    monkeypatch.setattr(hub, "urlopen", answer_never)
+    with pytest.raises(DataError, match=THREE_PLACES.format("no answer in 0.05 s")):
+        hub.require_hub(Location(dataset="a/b", name="wiki"))
+    released.set()
+
+
+@pytest.mark.parametrize(("status", "answers"), [(200, True), (401, True), (404, True), (503, False)])
+def test_a_hub_that_answers_is_asked_for_the_dataset(
+    monkeypatch: pytest.MonkeyPatch, no_proxies, status: int, answers: bool
+):
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        if answers:
+            hub.require_hub(Location(dataset="a/b", name="wiki"))
+        else:
+            with pytest.raises(DataError, match=THREE_PLACES.format("503")):
+                hub.require_hub(Location(dataset="a/b", name="wiki"))
+        server.shutdown()
+
+
+def test_an_address_that_nobody_listens_at_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch, no_proxies):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=THREE_PLACES.format("refused")):
+        hub.require_hub(Location(dataset="a/b", name="wiki"))
