@@ -14,6 +14,7 @@ from tokenizers import Encoding, Tokenizer
 from cqlora.data.fast_tokenizer import FastTokenizer, agrees
 from cqlora.data.text_tokens import StockTokens, TextTokens
 from cqlora.errors import ModelError
+from cqlora.system.documents import read_object, read_object_if_there, read_text, take
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -53,7 +54,7 @@ class PlainTokenizer:
     @cached_property
     def _document(self) -> dict[str, Any]:
         """tokenizer.json, every control token flagged as one."""
-        document: dict[str, Any] = json.loads((self._folder / "tokenizer.json").read_text(encoding="utf-8"))
+        document = read_object(self._folder / "tokenizer.json")
         document["truncation"] = document["padding"] = None
         for token in document.get("added_tokens") or []:
             # encode_special_tokens leaves alone only what is flagged special.
@@ -63,14 +64,13 @@ class PlainTokenizer:
     @cached_property
     def text(self) -> Tokenizer:
         """For whole texts."""
-        file = self._folder / "tokenizer.json"
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = parse_tokenizer(read_text(self._folder / "tokenizer.json"), self._folder)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True
         controls = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         named = {name for name in self._names.values() if tokenizer.token_to_id(name) is not None}
-        return tokenizer if named <= controls else build_tokenizer(self._document)
+        return tokenizer if named <= controls else build_tokenizer(self._document, self._folder)
 
     @cached_property
     def _segment_document(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class PlainTokenizer:
     def segment(self) -> Tokenizer:
         """For what stands after a control token."""
         different = self._segment_document is not self._document
-        return build_tokenizer(self._segment_document) if different else self.text
+        return build_tokenizer(self._segment_document, self._folder) if different else self.text
 
     @cached_property
     def fast_text(self) -> FastTokenizer:
@@ -118,9 +118,24 @@ class PlainTokenizer:
             return False
 
 
-def build_tokenizer(document: dict[str, Any]) -> Tokenizer:
+def parse_tokenizer(text: str, folder: Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes.
+
+    Raises:
+        ModelError: the library refuses it; a panic of its Rust code, which is no Exception, is a refusal too.
+    """
+    try:
+        return Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{folder / 'tokenizer.json'} holds no tokenizer ({reason}); fetch it again.") from error
+
+
+def build_tokenizer(document: dict[str, Any], folder: Path) -> Tokenizer:
     """A tokenizer of this description that treats control tokens in text as text."""
-    tokenizer = Tokenizer.from_str(json.dumps(document))
+    tokenizer = parse_tokenizer(json.dumps(document), folder)
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -160,14 +175,14 @@ def token_of_id(folder: Path, ids: Any) -> str | None:
     wanted = ids[0] if isinstance(ids, list) and ids else ids
     if not isinstance(wanted, int):
         return None
-    added = read_json(folder / "tokenizer.json").get("added_tokens") or []
+    file = folder / "tokenizer.json"
+    added = take(read_json(file), "added_tokens", file, list, default=[])
     return next((token["content"] for token in added if token["id"] == wanted), None)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`, or an empty one where there is no file."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    return read_object_if_there(file)
 
 
 def token_text(token: Any) -> str | None:

@@ -50,7 +50,12 @@ def read_parts(reader: ShardReader, name: str) -> Nf4Parts:
     """
     if f"{name}.{STATE}" not in reader.specs:
         raise ModelError(f"{reader.folder} has no NF4 state of {name}; give a folder that `cqlora merge` wrote.")
-    state = json.loads(bytes(reader.read(f"{name}.{STATE}").tolist()))
+    try:
+        state = json.loads(bytes(reader.read(f"{name}.{STATE}").tolist()))
+        if state["quant_type"] != "nf4" or type(state["blocksize"]) is not int:
+            raise ValueError("it is of another kind")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{reader.folder} has a damaged NF4 state of {name} ({error}); merge it again.") from error
     if state["blocksize"] != GROUP:
         raise ModelError(f"{reader.folder} has NF4 groups of {state['blocksize']}; the engine reads {GROUP}.")
     scales = reader.read(f"{name}.absmax")

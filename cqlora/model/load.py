@@ -52,17 +52,24 @@ def load_base(
     """
     check_shape(base, model)
     transformers_logging.disable_progress_bar()
+    loader: Any = AutoModelForCausalLM
+    loaded: PreTrainedModel
     try:
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded, report = loader.from_pretrained(
             base.path,
             dtype=dtype,
             quantization_config=quantization_config(model, hardware, dtype),
             attn_implementation=choose_attention(model.attention.name, device.type),
             device_map=device_map(model, hardware, device),
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged folder ends in errors of many kinds within transformers
         raise ModelError(f"the weights of {base.path} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        # transformers fills them with random numbers.
+        lacking = min(report["missing_keys"])
+        raise ModelError(f"{base.path} has no {lacking}, so its weights are not whole; fetch it again.")
     logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
     return freeze(loaded)
 

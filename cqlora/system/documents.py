@@ -19,18 +19,31 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: the file is missing, no plain file, too large, or holds something else.
     """
+    text = read_text(file)
+    try:
+        document = _parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read as JSON ({_reason(error)}); fetch it again.") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{file} holds a JSON {type(document).__name__} and no object; fetch it again.")
+    return document
+
+
+def read_text(file: Path) -> str:
+    """The text of a file of modest size.
+
+    Raises:
+        ModelError: the file is missing, no plain file, too large, or no UTF-8.
+    """
     if not file.is_file():
         what = "is no plain file" if file.exists() else "does not exist"
         raise ModelError(f"{file} {what}; give the folder of a whole model or adapter.")
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ModelError(f"{file} has {size:,} bytes, more than any such file needs; fetch it again.")
-        document = _parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({_reason(error)}); fetch it again.") from error
-    if not isinstance(document, dict):
-        raise ModelError(f"{file} holds a JSON {type(document).__name__} and no object; fetch it again.")
-    return document
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as text ({_reason(error)}); fetch it again.") from error
 
 
 def read_object_if_there(file: Path) -> dict[str, Any]:

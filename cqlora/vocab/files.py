@@ -8,8 +8,10 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
+from cqlora.base import read_token_ids
+from cqlora.data.tokenizer import parse_tokenizer
 from cqlora.errors import ModelError
-from cqlora.system.documents import copy_inside
+from cqlora.system.documents import copy_inside, read_object, read_object_if_there
 
 PIECE_MODEL = "tokenizer.model"
 _OTHER_FILES = ("chat_template.jinja",)
@@ -41,7 +43,7 @@ class TokenizerFiles:
 
     def build(self) -> Tokenizer:
         """The tokenizer, treating control tokens in text as text."""
-        tokenizer = Tokenizer.from_str(json.dumps(self.document))
+        tokenizer = parse_tokenizer(json.dumps(self.document), self.folder)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -65,14 +67,16 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     Raises:
         ModelError: neither a byte-level BPE nor a SentencePiece BPE with its tokenizer.model.
     """
-    document = _read_json(folder / "tokenizer.json")
+    read_token_ids(folder / "tokenizer.json")
+    document = read_object(folder / "tokenizer.json")
+    # Whatever the library takes has the form that is read below.
+    parse_tokenizer(json.dumps(document), folder)
     if document["model"]["type"] != "BPE":
         raise ModelError(
             f"{folder} has a tokenizer of type {document['model']['type']}; only the BPE tokenizers of "
             "LLaMA models can be extended."
         )
-    settings_file = folder / "tokenizer_config.json"
-    settings = _read_json(settings_file) if settings_file.is_file() else {}
+    settings = read_object_if_there(folder / "tokenizer_config.json")
     pieces = None if is_byte_level(document) else read_piece_model(folder / PIECE_MODEL)
     files = TokenizerFiles(folder, document, settings, pieces)
     if pieces is not None:
@@ -116,10 +120,3 @@ def _adopt_added_tokens(files: TokenizerFiles) -> None:
                 "put the tokenizer.model that it was made from there."
             )
         files.pieces.pieces.append(kinds(piece=added[token_id], score=0.0, type=kinds.CONTROL))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; give a model folder with a tokenizer.json.")
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return document

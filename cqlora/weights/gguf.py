@@ -6,6 +6,7 @@ the `gguf` package; the query and key rows come in llama.cpp's order and are put
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.system.model_config import check_config, check_tensors
+from cqlora.weights.gguf_header import check_header
 from cqlora.weights.rotary import interleaved_to_halves
 from cqlora.weights.shards import BLOCK_BYTES, DTYPES, TensorSpec
 
@@ -49,17 +52,22 @@ class GgufModel:
             ModelError: a file that cannot be read, or that is of another architecture than LLaMA.
         """
         self.file = file
+        if not file.is_file():
+            raise ModelError(f"{file} is no plain file; give a GGUF file.")
         reader = _open(file)
         self._fields = reader.fields
         self._tensors = {}
         self._rope_factors: np.ndarray | None = None
-        architecture = self.field("general.architecture", "")
+        with told_as_damage(file):
+            architecture = self.field("general.architecture", "")
         if architecture != "llama":
             raise ModelError(f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA.")
         for tensor in reader.tensors:
             if tensor.name == ROPE_FACTORS:
                 self._rope_factors = tensor.data
                 continue
+            if not all(tensor.shape.tolist()):
+                raise ModelError(f"{file} holds {tensor.name} without a number in it; fetch it again.")
             self._tensors[_rename(file, tensor.name)] = tensor
         kept_in_bf16 = any(tensor.tensor_type.name == "BF16" for tensor in reader.tensors)
         self.dtype = "BF16" if kept_in_bf16 else "F16"
@@ -71,6 +79,16 @@ class GgufModel:
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value by its GGUF name."""
         return self._fields[key].contents() if key in self._fields else default
+
+    def needed(self, key: str) -> Any:
+        """A metadata value that must be there.
+
+        Raises:
+            ModelError: it is not.
+        """
+        if key not in self._fields:
+            raise ModelError(f"{self.file} has no {key}; give a GGUF file with a whole tokenizer.")
+        return self.field(key)
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor's rows in Hugging Face's order, widened about 64 MiB at a time."""
@@ -95,7 +113,18 @@ class GgufModel:
         return int(declared or self.field("llama.embedding_length") // self.field("llama.attention.head_count"))
 
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
+        """The model's `config.json`, which asks for the tensors that are there.
+
+        Raises:
+            ModelError: a field is missing or of another type, or the tensors are of another model.
+        """
+        with told_as_damage(self.file):
+            config = self._read_config()
+        check_config(config, self.file)
+        check_tensors(config, {name: spec.shape for name, spec in self.specs.items()}, self.file)
+        return config
+
+    def _read_config(self) -> dict[str, Any]:
         heads = int(self.field("llama.attention.head_count"))
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -152,6 +181,18 @@ class GgufModel:
         return parameters
 
 
+@contextmanager
+def told_as_damage(file: Path) -> Iterator[None]:
+    """Say in one sentence that a GGUF file is damaged, where a field is not what it must be."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{file} has a field that cannot be read ({reason}); fetch it again.") from error
+
+
 def llama3_rope_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
     """By what Llama 3.1 divides each rotary frequency, [head_dim / 2] (llama-models, apply_scaling)."""
     theta, factor = parameters["rope_theta"], parameters["factor"]
@@ -172,9 +213,12 @@ def _open(file: Path) -> Any:
     except ImportError as error:
         raise ModelError(f"reading {file.name} needs the package gguf; pip install 'cqlora[gguf]'.") from error
     try:
-        return GGUFReader(file)
-    except (ValueError, OSError, IndexError) as error:
-        raise ModelError(f"{file} cannot be read as a GGUF file ({error}); fetch it again.") from error
+        check_header(file)
+        with np.errstate(all="ignore"):
+            return GGUFReader(file)
+    except Exception as error:  # the package says nothing of what a damaged file ends in
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"{file} cannot be read as a GGUF file ({reason}); fetch it again.") from error
 
 
 def _rename(file: Path, name: str) -> str:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from cqlora.base import write_json
 from cqlora.errors import ModelError
 from cqlora.vocab.fast import LLAMA3_SPLIT, write_piece_tokenizer
-from cqlora.weights.gguf import GgufModel
+from cqlora.weights.gguf import GgufModel, told_as_damage
 
 CONTROL, USER_DEFINED = 3, 4
 
@@ -24,6 +24,11 @@ def write_gguf_tokenizer(model: GgufModel, folder: Path) -> None:
     Raises:
         ModelError: the file's tokenizer is of another kind, or splits text by a rule unknown here.
     """
+    with told_as_damage(model.file):
+        _write(model, folder)
+
+
+def _write(model: GgufModel, folder: Path) -> None:
     if model.field("tokenizer.ggml.model") == "llama":
         write_piece_tokenizer(piece_model(model), folder, int(model.field("llama.context_length")))
         return
@@ -34,8 +39,8 @@ def write_gguf_tokenizer(model: GgufModel, folder: Path) -> None:
             f"{model.file} has a tokenizer of kind {kind!r}, rule {rule!r}; use a GGUF file of kind 'llama', "
             f"or of kind 'gpt2' and rule {', '.join(rules)}, or the model's Hugging Face folder."
         )
-    pieces = model.field("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in model.field("tokenizer.ggml.merges")]
+    pieces = model.needed("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in model.needed("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     tokenizer.pre_tokenizer = rules[rule]
     tokenizer.decoder = decoders.ByteLevel()

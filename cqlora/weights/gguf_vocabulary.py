@@ -6,7 +6,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cqlora.data.tokenizer import parse_tokenizer
 from cqlora.errors import ModelError
+from cqlora.system.documents import read_text
 from cqlora.vocab.files import TokenizerFiles, read_tokenizer_files
 from cqlora.weights.gguf_tokenizer import CONTROL, USER_DEFINED, split_rules
 
@@ -87,7 +89,7 @@ def name_split_rule(files: TokenizerFiles) -> str:
 
 def begins_with(folder: Path, bos: int | None) -> bool:
     """Whether the tokenizer puts the beginning-of-text token before a text."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a").ids[:1] == [bos]
+    return parse_tokenizer(read_text(folder / "tokenizer.json"), folder).encode("a").ids[:1] == [bos]
 
 
 def read_template(folder: Path, settings: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ and `lora_B.weight`, for an embedding `lora_embedding_A` and `lora_embedding_B`,
 `token_adapter.trainable_tokens_delta`; a module that is saved whole keeps its own names.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
 from cqlora.base import fingerprint_adapter, read_card
 from cqlora.errors import ModelError
+from cqlora.system.documents import read_object, shorten, take, take_number
 from cqlora.system.durable import recover_folders
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
 from cqlora.weights.shards import ShardReader
@@ -60,7 +60,8 @@ def open_adapter(folder: Path) -> Adapter:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_object(folder / CONFIG)
+    check_config(config, folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"adapter={folder} is of kind {config.get('peft_type')}; only LoRA and its kin can be merged.")
     options = [name for name in _UNMERGEABLE if config.get(name)]
@@ -78,6 +79,33 @@ def open_adapter(folder: Path) -> Adapter:
     if not adapter.reader.specs:
         raise ModelError(f"adapter={folder} holds no weights; give the adapter/ folder of a finished run.")
     return adapter
+
+
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Refuse an adapter_config.json whose numbers or patterns are missing, of another type or impossible.
+
+    Raises:
+        ModelError: see above.
+    """
+    take_number(config, "r", file, 1, 1 << 20)
+    take_number(config, "lora_alpha", file, -1e12, 1e12, float)
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        take(config, key, file, bool, default=None)
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        patterns = take(config, key, file, dict, default={})
+        for pattern in patterns:
+            take_number(patterns, pattern, file, -1e12 if kind is float else 1, 1e12, kind)
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ModelError(
+                    f"{file} has {key} of {shorten(pattern)}, no pattern ({error}); fetch it again."
+                ) from error
+    rows = take(config, "trainable_token_indices", file, (dict, list), default={})
+    for indices in rows.values() if isinstance(rows, dict) else [rows]:
+        whole = isinstance(indices, list) and all(type(index) is int for index in indices)
+        if not whole or len(set(indices)) < len(indices):
+            raise ModelError(f"{file} has trainable_token_indices that are no rows, each named once; fetch it again.")
 
 
 def find_changes(adapter: Adapter, base: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Change]]:

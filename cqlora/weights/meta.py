@@ -6,9 +6,7 @@ embedding along its columns (LLaMA, Llama 2) or rows (Llama 3), norms are in eve
 meta-llama/llama and of meta-llama/llama-models).
 """
 
-import json
 import math
-import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.system.documents import read_object, shorten, take, take_number
 from cqlora.weights.rotary import interleaved_to_halves
 from cqlora.weights.shards import BLOCK_BYTES, TensorSpec, dtype_name, split_rows
 
@@ -38,6 +37,7 @@ _LAYER_NAMES = {
     "feed_forward.w2": "mlp.down_proj",
 }
 _ROPE_TABLE = re.compile(r"(.*\.)?rope\.freqs")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 
 
@@ -71,23 +71,26 @@ def read_params(folder: Path) -> MetaParams:
     file = folder / "params.json"
     if not file.is_file():
         raise ModelError(f"{file} does not exist; give input_dir=FOLDER of Meta's files, or its parent and model_size.")
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-        stated = stated.get("model", stated)
-        dim, n_heads, n_layers = (int(stated[key]) for key in ("dim", "n_heads", "n_layers"))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{file} is no params.json of a LLaMA ({error!r}); fetch it again.") from error
-    return MetaParams(
-        dim=dim,
-        n_layers=n_layers,
+    document = read_object(file)
+    stated = take(document, "model", file, dict, default=document)
+    n_heads = take_number(stated, "n_heads", file, 1, 1 << 16)
+    params = MetaParams(
+        dim=take_number(stated, "dim", file, 1, 1 << 20),
+        n_layers=take_number(stated, "n_layers", file, 1, 10_000),
         n_heads=n_heads,
-        n_kv_heads=int(stated.get("n_kv_heads") or n_heads),
-        norm_eps=float(stated["norm_eps"]),
-        rope_theta=float(stated.get("rope_theta", 10000.0)),
-        use_scaled_rope=bool(stated.get("use_scaled_rope", False)),
-        rope_scaling_factor=stated.get("rope_scaling_factor"),
+        n_kv_heads=take_number(stated, "n_kv_heads", file, 1, 1 << 16, default=n_heads),
+        norm_eps=float(take_number(stated, "norm_eps", file, 1e-12, 1.0, float)),
+        rope_theta=float(take_number(stated, "rope_theta", file, 1e-6, 1e12, float, default=10000.0)),
+        use_scaled_rope=take(stated, "use_scaled_rope", file, bool, default=False),
+        rope_scaling_factor=take_number(stated, "rope_scaling_factor", file, 1e-6, 1e12, float, default=None),
         states_kv_heads=stated.get("n_kv_heads") is not None or "ffn_dim_multiplier" in stated,
     )
+    if params.dim % (2 * n_heads) or n_heads % params.n_kv_heads:
+        raise ModelError(
+            f"{file} says dim={params.dim}, n_heads={n_heads}, n_kv_heads={params.n_kv_heads}, which do not divide; "
+            "fetch it again."
+        )
+    return params
 
 
 class MetaCheckpoint:
@@ -199,9 +202,9 @@ class MetaCheckpoint:
     def _check_shards(self) -> None:
         params = self.params
         query = self.parts[0].get("layers.0.attention.wq.weight")
-        if query is None:
+        if query is None or query.dim() != 2 or not 0 < query.shape[0] <= params.dim:
             raise ModelError(f"{self.files[0]} holds no LLaMA (no layers.0.attention.wq.weight); check input_dir.")
-        expected = params.dim // query.shape[0]
+        expected = max(1, params.dim // query.shape[0])
         if len(self.files) < expected:
             missing = f"consolidated.{len(self.files):02}.pth"
             raise ModelError(f"{self.folder / missing} is missing: these files are cut in {expected}; fetch it.")
@@ -224,8 +227,10 @@ class MetaCheckpoint:
 
     def _check_shapes(self, file: Path, part: dict[str, torch.Tensor], cut: int) -> None:
         params, shape = self.params, {name: tuple(tensor.shape) for name, tensor in part.items()}
-        tokens = self.parts[0].get("output.weight", self.parts[0]["tok_embeddings.weight"]).shape[0]
+        tokens = shape.get("output.weight", shape["tok_embeddings.weight"])[0]
         hidden = shape["layers.0.feed_forward.w1.weight"][0]
+        if not tokens or not hidden:
+            raise ModelError(f"{file} has a matrix without rows; it is damaged, fetch it again.")
         kv_rows = params.n_kv_heads * params.head_dim // cut
         per_layer = {
             "attention_norm": (params.dim,),
@@ -273,11 +278,15 @@ def open_shard(file: Path) -> dict[str, torch.Tensor]:
     """
     try:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:120]
+    except Exception as error:  # unpickling damaged bytes ends in any of them
+        reason = " ".join(str(error).partition("\n")[0].split())[:120]
         raise ModelError(f"{file} cannot be read ({reason}); it is truncated or damaged, fetch it again.") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise ModelError(f"{file} holds something else than named tensors; fetch it again.")
+    for name, value in tensors.items():
+        usable = value.dtype in _DTYPES and value.dim() > 0 and value.layout is torch.strided
+        if not isinstance(name, str) or not (usable or _ROPE_TABLE.fullmatch(name)):
+            raise ModelError(f"{file} has {shorten(name)} of a type or shape that no LLaMA's has; fetch it again.")
     return tensors
 
 
