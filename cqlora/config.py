@@ -243,7 +243,8 @@ class StageConfig:
     max_grad_norm: float = 1.0
     embeddings: Embeddings = Embeddings.auto
     init_adapter: str = ""
-    """Adapter folder to continue from."""
+    """Adapter folder to continue from; its rank, alpha, method, adapted layers and embeddings are fixed, its dropout
+    is not."""
     eval_every_steps: int | None = None
     """null evaluates at the start and at the end only."""
     eval_tokens: int = 16_384

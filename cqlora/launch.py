@@ -62,5 +62,6 @@ def read_final_loss(output_dir: Path) -> float | None:
     evaluations = [row for row in read_metrics(output_dir) if row["kind"] == "eval"]
     if not evaluations:
         return None
-    last = [row["loss"] for row in evaluations if row["step"] == evaluations[-1]["step"]]
+    # A loss that is not finite is in the record by its name.
+    last = [float(row["loss"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
     return float(sum(last) / len(last))

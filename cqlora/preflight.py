@@ -11,7 +11,6 @@ from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantiz
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
-from cqlora.system.durable import recover_folders
 from cqlora.system.fingerprints import VERSION
 
 
@@ -19,12 +18,14 @@ def check_run(config: RunConfig) -> None:
     """Settle what is left to `auto`, and refuse what cannot start on this machine.
 
     Raises:
-        ConfigError: GPUs are missing, or new rows are asked for on a base that has none.
+        ConfigError: GPUs are missing, new rows are asked for on a base that has none, or the adapter to continue
+            was trained with other values.
         ModelError: the base's folder or the adapter to continue from is missing or unfit, or the base is of a kind
             that cqlora does not train.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run.
     """
+    from cqlora.continuation import settle_continuation
     from cqlora.data.sources import find_sources
 
     settle_device(config.hardware)
@@ -33,10 +34,10 @@ def check_run(config: RunConfig) -> None:
     base = None if unbuilt else read_base(config.model.path)
     if base is not None:
         require_known(Part.train, base.config, base.path, config.stage.sequence_length)
+    if config.stage.init_adapter:
+        settle_continuation(config, base)
     settle_embeddings(config, base)
     settle_memory(config, base.added_rows if base else 0)
-    if config.stage.init_adapter:
-        check_adapter_folder(Path(config.stage.init_adapter))
     find_sources(config.data, config.stage.name)
 
 
@@ -103,14 +104,6 @@ def settle_embeddings(config: RunConfig, base: Base | None) -> None:
             f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "
             "base=… output_dir=… vocab=…` first, or use stage.embeddings=frozen."
         )
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Raise ModelError unless the folder holds an adapter."""
-    recover_folders(folder.parent)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise ModelError(f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
 
 
 def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:

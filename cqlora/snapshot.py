@@ -57,6 +57,8 @@ class Progress:
     """Tokens seen."""
     bad_steps: int = 0
     """Non-finite steps in a row."""
+    applied: int = 0
+    """Steps that were finite, and so moved the parameters."""
 
 
 def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_steps: int) -> dict[str, Any]:
@@ -149,7 +151,12 @@ def restore_snapshot(
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
     restore_generators(random, worker.device)
     state = _read_state(folder)
-    return Progress(step=state["step"], tokens=state["tokens"], bad_steps=state["bad_steps"])
+    return Progress(
+        step=state["step"],
+        tokens=state["tokens"],
+        bad_steps=state["bad_steps"],
+        applied=state.get("applied", state["step"] - state["bad_steps"]),
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -141,10 +141,10 @@ def sweep_group(output_dir: Path) -> str | None:
 
 
 def tracker_values(row: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers under the names that a dashboard groups by: `train/loss`, `eval/wiki_zh/loss`."""
+    """A line's numbers under the names that a dashboard groups by: `train/loss`, `eval/wiki_zh/zh/loss`."""
     if row["kind"] == "event":
         return {}
-    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}"
+    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
     return {
         f"{prefix}/{key}": value
         for key, value in row.items()

@@ -13,7 +13,7 @@ from cqlora.choices import AdapterMethod
 from cqlora.config import RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache
 from cqlora.errors import CqloraError, DataError
-from cqlora.frozen import load_frozen
+from cqlora.frozen import describe_config, load_frozen
 from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fusion import fuse_blocks
@@ -50,7 +50,7 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
     seed_everything(config.seed)
     base = worker.first(lambda: open_base(config.model))
     cache = open_cache(config, base, worker)
-    lineage = describe_lineage(config.stage.init_adapter)
+    lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
 
     dtype = choose_compute_dtype(worker.device, config.hardware.precision)
     frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
@@ -68,6 +68,13 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record
     trainer.resume(worker.first(lambda: identify(config, base, cache, trainer.total_steps)))
     trainer.fit()
     save_final(config, trainer, base, lineage, output_dir)
+
+
+def describe_adapter(config: RunConfig) -> dict[str, Any]:
+    """The settled values that an adapter was trained with, for its card."""
+    lora = describe_config(config)["lora"]
+    names = ("method", "rank", "alpha", "dropout", "target_modules")
+    return {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
 
 
 def agree_on_folder(output_dir: Path, worker: Worker) -> Path:

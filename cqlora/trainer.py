@@ -130,6 +130,8 @@ class Trainer:
         """
         stage = self.config.stage
         self._measure_speed()
+        # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
+        self.module.train()
         with watch_signals() as signals, StepDisplay(self.total_steps, self.worker.is_main) as display:
             if self.progress.step == 0:
                 self.evaluate(display)
@@ -153,6 +155,7 @@ class Trainer:
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.scaler.step(self.optimizer)
             self.progress.bad_steps = 0
+            self.progress.applied += 1
             self._log_step(result, rate, time.perf_counter() - started, display)
         else:
             self._skip_step(result)
@@ -263,7 +266,7 @@ class Trainer:
         }
         for source, nats, count in zip(self.cache.sources, result.nats, result.labels, strict=True):
             if count:
-                row[f"loss/{source.name}"] = float(nats / count)
+                row[f"loss/{source.name}/{source.language}"] = float(nats / count)
         self.record.log(row)
         display.show_step(row)
 
@@ -278,6 +281,11 @@ class Trainer:
                 f"{self.progress.bad_steps} steps in a row were not finite, the last being {self.progress.step}; "
                 f"{f'{last} stands' if last else 'nothing was saved yet'}: lower stage.learning_rate or "
                 "look at the data."
+            )
+        if self.progress.step == self.total_steps and not self.progress.applied:
+            raise TrainingError(
+                f"none of the {self.total_steps} steps was finite, so nothing was trained and no adapter is written; "
+                "lower stage.learning_rate, look at the data, or train for more steps."
             )
 
     def _leave(self) -> None:

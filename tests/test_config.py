@@ -99,6 +99,15 @@ def test_every_experiment_types_on_every_hardware(experiment):
         assert config.stage.global_batch_size == 32
 
 
+def test_the_published_instruct_model_goes_on_from_the_base_models_adapter():
+    instruct = typed("experiment=chinese_llama_65b_instruct")
+    base = typed("experiment=chinese_llama_65b_base")
+    assert instruct.stage.init_adapter == "outputs/chinese_llama_65b_base/adapter" and not base.stage.init_adapter
+    # What an adapter fixes.
+    assert (instruct.lora, instruct.model) == (base.lora, base.model)
+    assert instruct.stage.embeddings is base.stage.embeddings
+
+
 def test_a_choice_on_the_command_line_wins_over_the_experiment():
     config = typed("experiment=chinese_llama_65b_base", "model=llama_7b", "stage=sft")
     assert (config.model.name, config.stage.name, config.lora.rank) == ("llama_7b", "sft", 64)

@@ -67,7 +67,7 @@ def test_every_line_of_the_record_has_the_published_fields(workspace, tmp_path):
     assert [row["step"] for row in rows if row["kind"] == "eval" and fields <= row.keys()] == [0, 0, 2, 2]
     assert all(not isinstance(value, dict | list) for row in rows for value in row.values())
     seen = [name for name in train[0] if name.startswith("loss/")]
-    assert seen and set(seen) <= {"loss/sample_zh", "loss/sample_en"}
+    assert seen and set(seen) <= {"loss/sample_zh/zh", "loss/sample_en/en"}
 
 
 def test_wandb_offline_records_config_group_tags_and_values_and_no_secret_of_the_environment(workspace, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 
@@ -27,8 +28,8 @@ class StepOrder:
 
     def count_steps(self, epochs: float) -> int:
         """Optimizer steps of `epochs` passes, a partial one rounded up to whole steps."""
-        whole = math.floor(epochs)
-        return whole * self.steps_per_epoch + math.ceil((epochs - whole) * self.steps_per_epoch)
+        # As the decimal that was typed: in binary 1.1 is a little more than 1.1, and would be rounded up a step.
+        return math.ceil(Decimal(str(epochs)) * self.steps_per_epoch)
 
     def packs_of_step(self, step: int) -> list[int]:
         """Packs of the step with this number, counted from 0, over all ranks."""

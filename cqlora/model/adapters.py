@@ -1,7 +1,6 @@
 """Attach, continue, save: the trainable low-rank matrices and embedding rows, as plain PEFT adapters."""
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_c
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
-from cqlora.lineage import describe_lineage
+from cqlora.lineage import WEIGHTS, describe_lineage
 from cqlora.model.load import find_decoder
+from cqlora.model.masters import keep_masters, restore_masters
 from cqlora.preflight import check_fingerprints
 from cqlora.system.durable import staged_folder
 from cqlora.system.refusals import require_space
@@ -35,37 +35,25 @@ def attach_adapter(
     """Put a new adapter on a frozen base, or the one in `init_adapter`, ready to train.
 
     Raises:
-        ConfigError: target modules that the model does not have, or an adapter of another rank or rows.
+        ConfigError: target modules that the model does not have.
         ModelError: an adapter of another base or tokenizer.
     """
     if init_adapter:
-        return continue_adapter(model, base, lora, embeddings, Path(init_adapter))
+        return continue_adapter(model, base, lora, Path(init_adapter))
     adapted: PeftModel = get_peft_model(model, peft_config(model, base, lora, embeddings))
+    keep_masters(adapted)
     return adapted
 
 
-def continue_adapter(
-    model: PreTrainedModel, base: Base, lora: LoraConfig, embeddings: Embeddings, folder: Path
-) -> PeftModel:
-    """Load an adapter to train on."""
+def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folder: Path) -> PeftModel:
+    """Load an adapter to train on, as it was but for its dropout; `cqlora.continuation` has compared the rest."""
     check_fingerprints(folder, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
-    found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if found["r"] != lora.rank:
-        raise ConfigError(
-            f"lora.rank={lora.rank}, but {folder} has rank {found['r']}; use lora.rank={found['r']} to continue it."
-        )
-    trains_rows = bool(found.get("trainable_token_indices"))
-    if trains_rows != (embeddings is Embeddings.new_rows):
-        held = "new rows" if trains_rows else "no new rows"
-        raise ConfigError(
-            f"stage.embeddings={embeddings.name}, but {folder} was trained with {held}; use stage.embeddings="
-            f"{'new_rows' if trains_rows else 'frozen'} to continue it."
-        )
-    adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True)
-    adapted.peft_config["default"].lora_dropout = lora.dropout
-    for module in adapted.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = lora.dropout
+    config = PeftLoraConfig.from_pretrained(folder)
+    # Before the layers are made: without dropout they are made to have none, and fuse.
+    config.lora_dropout = lora.dropout
+    adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    if keep_masters(adapted):
+        restore_masters(adapted, folder / WEIGHTS)
     return adapted
 
 
@@ -152,7 +140,7 @@ def save_adapter(
     with staged_folder(folder, replace=True) as staging:
         require_space(staging, sum(tensor.nbytes for tensor in state.values()))
         config.save_pretrained(staging)
-        save_file(state, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
         write_card(staging, base, trained_on, said)
     logger.info("adapter written to %s", folder)
 

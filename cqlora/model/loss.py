@@ -52,6 +52,8 @@ class OutputHead:
     """(V, r)."""
     lora_scale: float = 1.0
     lora_dropout: float = 0.0
+    dtype: torch.dtype | None = None
+    """What the products compute in outside autocast; None is the type of `weight`."""
 
     @classmethod
     def from_module(cls, lm_head: nn.Module) -> Self:
@@ -203,7 +205,7 @@ def _sweep(
     """Token losses (L,) of `targets` given the hidden states at `sources`; adds to `gradients` on the way."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.weight.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast else head.dtype or head.weight.dtype
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     shape = (min(chunk_tokens, len(targets)), len(head.weight))
     exact = torch.empty(shape, dtype=torch.float32, device=hidden.device)

@@ -1,5 +1,7 @@
 """What is optimised: the adapted model and its loss as one module, so that DDP and FSDP see a single forward."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -33,7 +35,8 @@ class Objective(nn.Module):
             hidden = decoder(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state
-        head = OutputHead.from_module(find_head(self.model))
+        # A head that trains whole is held in float32 and computes as the rest does.
+        head = replace(OutputHead.from_module(find_head(self.model)), dtype=self.dtype)
         # Under `layers` the head may be on another GPU than the last block, and both on another than the batch.
         device = head.weight.device
         loss, losses, positions = label_cross_entropy(hidden.to(device), batch.labels.to(device), head, divisor)

@@ -40,8 +40,10 @@ def lay_out_base(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if quantization is not None:
         replace_with_bnb_linear(model, ["lm_head"], quantization)
-        # PEFT looks here for the kind of its adapters.
+        # As the stock loader leaves them: PEFT looks here for the kind of its adapters, an adapter's card for how
+        # its base was held.
         model.is_loaded_in_4bit = True
+        model.config.quantization_config = quantization
     blocks = {id(module): block for block in model.model.layers for module in block.modules()}
     places: dict[int, list[_Place]] = {id(block): [] for block in model.model.layers}
     outside: list[_Place] = []

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config import RunConfig, require_positive, require_range
+from cqlora.continuation import settle_continuation
 from cqlora.errors import DoesNotFit
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory, settle_checkpointing
@@ -50,6 +52,8 @@ def plan(config: PlanConfig) -> int:
     base = find_base(config.model)
     if base is not None:
         require_known(Part.plan, base.config, base.path, config.stage.sequence_length)
+    if config.stage.init_adapter and Path(config.stage.init_adapter).is_dir():
+        settle_continuation(config, base)
     settled = settle_checkpointing(config, config.added_rows)
     time = plan_time(settled, config.added_rows, config.tokens)
     verdict = judge(settled, config.added_rows)

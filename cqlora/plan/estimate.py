@@ -200,7 +200,7 @@ def _at_loss(work: Workload) -> dict[str, float]:
         "activations": _kept_activations(work) + states,
         "logits": _logits(work, program.logits_peak_bytes),
         "gathered": _gathered(work),
-        "buffers": _adapter_casts(work),
+        "buffers": _adapter_casts(work) + _head_cast(work),
     }
 
 
@@ -265,6 +265,12 @@ def _adapter_casts(work: Workload) -> float:
     cast = adapter_parameters(work.model, work.lora) * work.program.compute_bytes
     blocks = _own_blocks(work) if work.checkpointing is Checkpointing.none else 1
     return cast * blocks / work.model.num_hidden_layers
+
+
+def _head_cast(work: Workload) -> float:
+    """The output projection in the compute type, while the logits are made of it."""
+    numbers = work.model.vocab_size * work.model.hidden_size
+    return float(numbers * work.program.compute_bytes) if work.program.casts_head else 0.0
 
 
 def _logits(work: Workload, bytes_each: int) -> float:

@@ -56,6 +56,8 @@ class Program:
     """Times that gradients are held: 2 where DDP's buckets are copies."""
     casts_adapter: bool = False
     """Autocast makes a copy of each adapter matrix in the compute type, which the graph holds."""
+    casts_head: bool = False
+    """The output projection trains whole in float32 and is copied to the compute type at the loss."""
     optimizer_temporaries: int = 0
     """Copies of the trainable parameters that a step of the optimizer makes; a fused one makes none."""
     reserves: bool = True

@@ -131,6 +131,7 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         attention_copies=2 if by_document else 1,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,
+        casts_head=size < 4 and stage.embeddings is Embeddings.full,
         gradient_copies=2 if hardware.strategy is Strategy.ddp and hardware.world_size > 1 else 1,
         reserves=on_gpu,
         context=on_gpu,
