@@ -7,9 +7,11 @@ import runpy
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
-from cqlora.errors import ConfigError, CqloraError, DoesNotFit
+from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
+from cqlora.signals import INTERRUPTED, Stopped
 
 VERBS = {
     "run": "train one run, or a sweep with --multirun",
@@ -27,8 +29,6 @@ _FLAGS_WITH_VALUE = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--experimental-rerun",
 }  # fmt: skip
-_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell gives it."""
 _INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 _SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password)$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|wandb_v1_\w{20,}|[0-9a-f]{40})\b")
@@ -52,14 +52,14 @@ def run_program(
             sys.argv[1:1] = help_overrides
         outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
-        _stop(error)
+        stop(error)
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if len(outcomes) > 1:
         sys.exit(report_sweep(outcomes))
     (outcome,) = outcomes or [None]
     if isinstance(outcome, CqloraError):
-        _stop(outcome)
+        stop(outcome)
     sys.exit(outcome if type(outcome) is int else 0)
 
 
@@ -72,7 +72,7 @@ def report_sweep(outcomes: list[Any]) -> int:
     failed = [error for error in errors if not isinstance(error, DoesNotFit)]
     for error in errors:
         kind = "skipped" if isinstance(error, DoesNotFit) else "error"
-        print(f"{kind}: {' '.join(error.__notes__)}: {error}", file=sys.stderr)
+        print(f"{kind}: {' '.join(getattr(error, '__notes__', []))}: {error}", file=sys.stderr)
     if failed:
         return failed[-1].exit_code
     return DoesNotFit.exit_code if len(errors) == len(outcomes) else 0
@@ -91,7 +91,7 @@ def main() -> None:
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `cqlora {near[0]}`?" if near else f"use one of {', '.join(VERBS)}."
-        _stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
+        stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
     sys.argv = [f"cqlora {verb}", *sys.argv[2:]]
     runpy.run_module(f"cqlora.{verb}", run_name="__main__", alter_sys=False)
 
@@ -140,20 +140,24 @@ def refuse_secrets(arguments: list[str]) -> None:
 def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], Any]) -> list[Any]:
     """What `action` returned or which CqloraError it raised, one entry a job."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from cqlora.config import CONFIG_DIR, register_schemas
     from cqlora.diagnosis import explain_composition, to_schema
+    from cqlora.folder import describe_refusal, drop_unused
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     outcomes: list[Any] = []
+    started: list[Path] = []
     home = os.getpid()
 
     def task(composed: DictConfig) -> Any:
+        started.append(Path(HydraConfig.get().runtime.output_dir))
         try:
             outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
@@ -162,15 +166,37 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
                 # A launcher runs the job elsewhere, and what it raises is what comes back.
                 raise
             outcomes.append(error)
+            if isinstance(error, Preempted):
+                # Hydra would start the next job of a sweep.
+                raise _SweepStopped from error
             return None
+        finally:
+            drop_unused(started[-1])
         return outcomes[-1]
 
     program = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR.resolve()), config_name=config_name)
     try:
         program(task)()
+    except _SweepStopped:
+        pass
+    except Stopped as stopped:
+        outcomes.append(stop_early(stopped))
+    except OSError as error:
+        if started or error.filename is None:
+            raise
+        raise ConfigError(describe_refusal(error, Path(error.filename))) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
     return outcomes
+
+
+def stop_early(stopped: Stopped) -> Preempted:
+    """What is told of a signal that came when no run had begun here, or none any more."""
+    return Preempted(f"stopped by {stopped.name} before a run had begun; the same command starts it.")
+
+
+class _SweepStopped(BaseException):
+    """A signal ended a job, and with it the jobs that would have come after."""
 
 
 def describe_job() -> str:
@@ -183,7 +209,8 @@ def describe_job() -> str:
     return f"{number}({job.override_dirname.replace(',', ' ')})"
 
 
-def _stop(error: CqloraError) -> NoReturn:
+def stop(error: CqloraError) -> NoReturn:
+    """End with an error's sentence and exit code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 

@@ -9,13 +9,20 @@ from cqlora.config import DataConfig, PretrainConfig, RunConfig, SftConfig
 from cqlora.errors import ConfigError
 
 RUN_FILE = "run.yaml"
+STAGED_FILE = ".run.yaml.staging"
+"""What workers read of a run that nobody has accepted yet."""
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 
 def freeze_config(config: RunConfig, folder: Path) -> Path:
-    """Write `folder`/run.yaml with every value resolved; return its path."""
+    """Write `folder`/run.yaml with every value resolved, whole or not at all; return its path."""
+    return stage_config(config, folder).replace(folder / RUN_FILE)
+
+
+def stage_config(config: RunConfig, folder: Path) -> Path:
+    """Write the configuration beside run.yaml, which stays as it is until the run is accepted; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RUN_FILE
+    file = folder / STAGED_FILE
     OmegaConf.save(OmegaConf.structured(config), file)
     return file
 

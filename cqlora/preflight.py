@@ -10,6 +10,7 @@ from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantiz
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.random_base import is_to_be_built
 
 
 def check_run(config: RunConfig) -> None:
@@ -25,8 +26,7 @@ def check_run(config: RunConfig) -> None:
 
     settle_device(config.hardware)
     check_device_support(config)
-    unbuilt = config.model.random_init and not Path(config.model.path).exists()
-    base = None if unbuilt else read_base(config.model.path)
+    base = None if is_to_be_built(config.model) else read_base(config.model.path)
     settle_embeddings(config, base)
     settle_memory(config, base.added_rows if base else 0)
     if config.stage.init_adapter:

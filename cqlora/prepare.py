@@ -12,13 +12,14 @@ SHOWN_CHARACTERS = 600
 
 def prepare(config: RunConfig) -> None:
     """Build or open the cache, print its table and three examples, write examples.html beside it."""
-    from rich.console import Console
     from tokenizers import Tokenizer
 
     from cqlora.data.cache import prepare_cache
     from cqlora.data.examples import pick_examples, render_html
     from cqlora.data.sources import find_sources
-    from cqlora.progress import StageDisplay
+    from cqlora.progress import StageDisplay, open_console, show_log
+
+    show_log()
 
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
@@ -28,12 +29,14 @@ def prepare(config: RunConfig) -> None:
     page = cache.folder / "examples.html"
     page.write_text(render_html(f"data={config.data.name} stage={config.stage.name}", examples), encoding="utf-8")
 
-    console = Console()
+    console = open_console()
     show_sources(console, cache.summary["sources"])
     show_splits(console, cache.summary["splits"])
     for example in examples:
         show_example(console, example.source, example.tokens, example.spans)
-    console.print(f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}")
+    console.print(
+        f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}", soft_wrap=True
+    )
 
 
 def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:

@@ -25,9 +25,21 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
     transformers_logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_tiny(staging, model, texts, chat_template, seed)
+        if not (folder / "config.json").is_file():
+            # Otherwise another process finished first; its folder is the same as this one.
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def write_tiny(folder: Path, model: ModelConfig, texts: list[str], chat_template: str, seed: int) -> None:
+    """The files of the random model, into a folder that is there."""
     tokenizer = train_tokenizer(texts, model.vocab_size)
     tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(staging)
+    tokenizer.save_pretrained(folder)
     control = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -37,13 +49,7 @@ def build_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")],
         pad_token_id=tokenizer.pad_token_id,
     )
-    weights.save_pretrained(staging)
-    if (folder / "config.json").is_file():
-        # Another process finished first; its folder is the same as this one.
-        shutil.rmtree(staging)
-    else:
-        staging.rename(folder)
-    return folder
+    weights.save_pretrained(folder)
 
 
 def llama_config(model: ModelConfig, **options: Any) -> LlamaConfig:
