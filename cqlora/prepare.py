@@ -5,6 +5,7 @@ from typing import Any
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
 from cqlora.random_base import open_base
+from cqlora.signals import stop_on_signals
 
 SHOWN_CHARACTERS = 600
 """Of each example in the terminal; examples.html holds them whole."""
@@ -20,7 +21,6 @@ def prepare(config: RunConfig) -> None:
     from cqlora.progress import StageDisplay, open_console, show_log
 
     show_log()
-
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
     with StageDisplay(is_main=True) as display:
@@ -104,7 +104,8 @@ def show_example(console: Any, source: str, tokens: int, spans: list[tuple[bool,
 
 def main() -> None:
     """The verb `prepare`."""
-    run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
+    with stop_on_signals():
+        run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
 
 
 if __name__ == "__main__":
