@@ -181,12 +181,12 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
         pass
     except Stopped as stopped:
         outcomes.append(stop_early(stopped))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
     except OSError as error:
         if started or error.filename is None:
             raise
         raise ConfigError(describe_refusal(error, Path(error.filename))) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
     return outcomes
 
 
