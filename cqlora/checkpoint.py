@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _STAGING_SUFFIX = ".staging"
+_MANIFEST_BYTES = 16 << 20
+"""A hundred bytes for each of three files of 50,000 workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class CheckpointStore:
         """An empty folder for a checkpoint's files; it counts for nothing until `commit`."""
         staging = self.root / f"{folder_name(step)}{_STAGING_SUFFIX}"
         try:
-            for leftover in self.root.glob(f"*{_STAGING_SUFFIX}"):
+            for leftover in self.root.glob(f"step-*{_STAGING_SUFFIX}"):
                 shutil.rmtree(leftover)
             staging.mkdir(parents=True)
         except OSError as error:
@@ -62,8 +65,8 @@ class CheckpointStore:
         return folder
 
     def committed(self) -> list[Path]:
-        """Committed checkpoints, newest first."""
-        return sorted((folder for folder in self.root.glob("step-*") if folder.suffix != _STAGING_SUFFIX), reverse=True)
+        """Committed checkpoints, newest first; whatever else lies beside them is somebody else's."""
+        return sorted((each for each in self.root.glob("step-*") if is_checkpoint(each)), reverse=True)
 
     def find_newest(self, on_reject: Callable[[Path, str], None]) -> Path | None:
         """The newest checkpoint whose every file is as it was written; None where there are none at all.
@@ -110,6 +113,11 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has the name of a committed checkpoint and is a folder."""
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None and path.is_dir()
+
+
 def step_of(folder: Path) -> int:
     """The optimizer steps that a checkpoint has behind it."""
     return int(folder.name.removeprefix("step-"))
@@ -117,22 +125,46 @@ def step_of(folder: Path) -> int:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, in a few words; None when all are as they were written."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"no {MANIFEST}"
     try:
-        digests = json.loads(manifest.read_bytes())
-    except ValueError:
-        return f"{MANIFEST} is not JSON"
-    if not isinstance(digests, dict) or not digests:
-        return f"{MANIFEST} names no files"
-    for name, digest in digests.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if hash_file(file) != digest:
-            return f"{name} is not as it was written (sha256 differs)"
+        digests = read_manifest(folder)
+        for name, digest in digests.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if hash_file(folder / name) != digest:
+                return f"{name} is not as it was written (sha256 differs)"
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror or error})"
     return None
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """sha256 of each of a checkpoint's files by name.
+
+    Raises:
+        CheckpointError: it is not there or nothing that `commit` has written; what is wrong, in a few words.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"no {MANIFEST}")
+    if file.stat().st_size > _MANIFEST_BYTES:
+        raise CheckpointError(f"{MANIFEST} has {file.stat().st_size:,} bytes, more than any")
+    try:
+        digests = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{MANIFEST} is not JSON") from None
+    if not isinstance(digests, dict) or not digests:
+        raise CheckpointError(f"{MANIFEST} names no files")
+    for name, digest in digests.items():
+        if not is_file_name(name) or not isinstance(digest, str):
+            raise CheckpointError(f"{MANIFEST} has {name[:40]!r}, which is no file of a checkpoint with its sha256")
+    return digests
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name stays in its folder and can be one."""
+    return name.isprintable() and not set(name) & set("/\\") and name not in ("", ".", "..") and len(name) < 256
 
 
 def hash_file(file: Path) -> str:

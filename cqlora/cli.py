@@ -7,10 +7,12 @@ import runpy
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
-from cqlora.errors import ConfigError, CqloraError, DoesNotFit
+from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
 from cqlora.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
+from cqlora.signals import INTERRUPTED, Stopped
 from cqlora.system.refusals import told_as_sentence
 
 VERBS = {
@@ -32,8 +34,6 @@ _FLAGS_WITH_VALUE = {
 _VALUE_WORD = re.compile(r"[^,\[\]\s][^,\[\]]*")
 _NEEDS_QUOTES = re.compile(r"[^\x00-\x7f]|[~=#&!;<>^()`]")
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(")
-_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as a shell gives it."""
 _INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
 
 
@@ -55,14 +55,14 @@ def run_program(
         with told_as_sentence():
             outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
-        _stop(error)
+        stop(error)
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if len(outcomes) > 1:
         sys.exit(report_sweep(outcomes))
     (outcome,) = outcomes or [None]
     if isinstance(outcome, CqloraError):
-        _stop(outcome)
+        stop(outcome)
     sys.exit(outcome if type(outcome) is int else 0)
 
 
@@ -75,7 +75,7 @@ def report_sweep(outcomes: list[Any]) -> int:
     failed = [error for error in errors if not isinstance(error, DoesNotFit)]
     for error in errors:
         kind = "skipped" if isinstance(error, DoesNotFit) else "error"
-        print(f"{kind}: {' '.join(error.__notes__)}: {error}", file=sys.stderr)
+        print(f"{kind}: {' '.join(getattr(error, '__notes__', []))}: {error}", file=sys.stderr)
     if failed:
         return failed[-1].exit_code
     return DoesNotFit.exit_code if len(errors) == len(outcomes) else 0
@@ -94,7 +94,7 @@ def main() -> None:
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean `cqlora {near[0]}`?" if near else f"use one of {', '.join(VERBS)}."
-        _stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
+        stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
     sys.argv = [f"cqlora {verb}", *sys.argv[2:]]
     runpy.run_module(f"cqlora.{verb}", run_name="__main__", alter_sys=False)
 
@@ -132,6 +132,7 @@ def order_flags(arguments: list[str]) -> list[str]:
 def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], Any]) -> list[Any]:
     """What `action` returned or which CqloraError it raised, one entry a job."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
@@ -139,15 +140,18 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     from cqlora.composition import compose_checked
     from cqlora.config import CONFIG_DIR, register_schemas
     from cqlora.diagnosis import explain_composition, to_schema
+    from cqlora.folder import describe_refusal, drop_unused
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     guard_environment()
     outcomes: list[Any] = []
+    started: list[Path] = []
     home = os.getpid()
 
     def task(composed: DictConfig) -> Any:
+        started.append(Path(HydraConfig.get().runtime.output_dir))
         try:
             # Again, now that what Hydra sets for each job can be resolved.
             refuse_secret_values(composed)
@@ -159,17 +163,39 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
                 # A launcher runs the job elsewhere, and what it raises is what comes back.
                 raise
             outcomes.append(error)
+            if isinstance(error, Preempted):
+                # Hydra would start the next job of a sweep.
+                raise _SweepStopped from error
             return None
+        finally:
+            drop_unused(started[-1])
         return outcomes[-1]
 
     program = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR.resolve()), config_name=config_name)
     try:
         with compose_checked(schema):
             program(task)()
+    except _SweepStopped:
+        pass
+    except Stopped as stopped:
+        outcomes.append(stop_early(stopped))
     except (HydraException, OmegaConfBaseException) as error:
         raise_refusal(error)
         raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
+    except OSError as error:
+        if started or error.filename is None:
+            raise
+        raise ConfigError(describe_refusal(error, Path(error.filename))) from error
     return outcomes
+
+
+def stop_early(stopped: Stopped) -> Preempted:
+    """What is told of a signal that came when no run had begun here, or none any more."""
+    return Preempted(f"stopped by {stopped.name} before a run had begun; the same command starts it.")
+
+
+class _SweepStopped(BaseException):
+    """A signal ended a job, and with it the jobs that would have come after."""
 
 
 def describe_job() -> str:
@@ -182,7 +208,8 @@ def describe_job() -> str:
     return f"{number}({job.override_dirname.replace(',', ' ')})"
 
 
-def _stop(error: CqloraError) -> NoReturn:
+def stop(error: CqloraError) -> NoReturn:
+    """End with an error's sentence and exit code."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 

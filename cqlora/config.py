@@ -372,6 +372,8 @@ class TrackingConfig:
     mode: TrackingMode = TrackingMode.auto
     project: str = "cqlora"
     entity: str | None = None
+    name: str | None = None
+    """null is stage, model and folder, and in a sweep what tells the job from the others."""
     group: str | None = None
     """null groups a sweep's jobs under the sweep's folder name."""
     job_type: str | None = None

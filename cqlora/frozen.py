@@ -12,6 +12,8 @@ from cqlora.errors import ConfigError
 from cqlora.system.refusals import told_as_sentence
 
 RUN_FILE = "run.yaml"
+STAGED_FILE = ".run.yaml.staging"
+"""What workers read of a run that nobody has accepted yet."""
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
@@ -20,8 +22,15 @@ _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError,
 
 
 def freeze_config(config: RunConfig, folder: Path) -> Path:
-    """Write `folder`/run.yaml with every value resolved; return its path."""
+    """Write `folder`/run.yaml with every value resolved, whole or not at all; return its path."""
     file = folder / RUN_FILE
+    with told_as_sentence(file):
+        return stage_config(config, folder).replace(file)
+
+
+def stage_config(config: RunConfig, folder: Path) -> Path:
+    """Write the configuration beside run.yaml, which stays as it is until the run is accepted; return its path."""
+    file = folder / STAGED_FILE
     with told_as_sentence(file):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), file)

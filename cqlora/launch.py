@@ -1,5 +1,6 @@
 """Start a checked run: in this process, in worker processes of its own, or as one of the workers of a cluster."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,10 +8,12 @@ from cqlora.cluster import find_place, take_place
 from cqlora.config import RunConfig
 from cqlora.errors import ConfigError
 from cqlora.folder import hold_folder
-from cqlora.frozen import freeze_config
-from cqlora.metrics import read_metrics
+from cqlora.frozen import stage_config
+from cqlora.metrics import mean_loss, read_metrics
 from cqlora.preflight import check_run
 from cqlora.processes import run_workers
+
+logger = logging.getLogger(__name__)
 
 
 def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given: bool = True) -> float | None:
@@ -41,9 +44,8 @@ def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given:
         # The first worker names the folder and holds it.
         return train_here(config, output_dir)
     with hold_folder(output_dir, folder_given) as folder:
-        run_file = freeze_config(config, folder)
         if place is None and (own_process or config.hardware.world_size > 1):
-            run_workers(run_file, config.hardware)
+            run_workers(stage_config(config, folder), config.hardware)
             return read_final_loss(folder)
         return train_here(config, folder)
 
@@ -51,17 +53,15 @@ def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given:
 def train_here(config: RunConfig, output_dir: Path) -> float | None:
     """Train in this process."""
     from cqlora.progress import show_log
-    from cqlora.train import train
 
     show_log()
+    logger.info("run %s: importing torch", output_dir)
+    from cqlora.train import train
+
     return read_final_loss(train(config, output_dir))
 
 
 def read_final_loss(output_dir: Path) -> float | None:
-    """Mean over sources of the last held-out losses."""
+    """Mean over all tokens of the last held-out losses."""
     evaluations = [row for row in read_metrics(output_dir) if row["kind"] == "eval"]
-    if not evaluations:
-        return None
-    # A loss that is not finite is in the record by its name.
-    last = [float(row["loss"]) for row in evaluations if row["step"] == evaluations[-1]["step"]]
-    return float(sum(last) / len(last))
+    return mean_loss([row for row in evaluations if row["step"] == evaluations[-1]["step"]])

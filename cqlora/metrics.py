@@ -49,6 +49,12 @@ def rewind_metrics(folder: Path, step: int) -> None:
     replace_file(folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
 
 
+def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
+    """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were scored of it."""
+    tokens = sum(row["tokens"] for row in evaluations)
+    return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
+
+
 def append_metrics(folder: Path, row: dict[str, Any]) -> None:
     """Add one line, at once readable by others.
 

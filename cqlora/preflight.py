@@ -11,6 +11,7 @@ from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantiz
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.random_base import is_to_be_built
 from cqlora.system.fingerprints import VERSION
 
 
@@ -30,8 +31,7 @@ def check_run(config: RunConfig) -> None:
 
     settle_device(config.hardware)
     check_device_support(config)
-    unbuilt = config.model.random_init and not Path(config.model.path).exists()
-    base = None if unbuilt else read_base(config.model.path)
+    base = None if is_to_be_built(config.model) else read_base(config.model.path)
     if base is not None:
         require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     if config.stage.init_adapter:

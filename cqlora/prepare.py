@@ -6,6 +6,7 @@ from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config import RunConfig
 from cqlora.random_base import open_base
+from cqlora.signals import stop_on_signals
 
 SHOWN_CHARACTERS = 600
 """Of each example in the terminal; examples.html holds them whole."""
@@ -13,15 +14,15 @@ SHOWN_CHARACTERS = 600
 
 def prepare(config: RunConfig) -> None:
     """Build or open the cache, print its table and an example of each source, write examples.html beside it."""
-    from rich.console import Console
     from tokenizers import Tokenizer
 
     from cqlora.data.cache import prepare_cache
     from cqlora.data.examples import pick_examples, render_html
     from cqlora.data.sources import find_sources
-    from cqlora.progress import StageDisplay
+    from cqlora.progress import StageDisplay, open_console, show_log
     from cqlora.system.durable import replace_file
 
+    show_log()
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
     require_known(Part.train, base.config, base.path, config.stage.sequence_length)
@@ -31,12 +32,14 @@ def prepare(config: RunConfig) -> None:
     page = cache.folder / "examples.html"
     replace_file(page, render_html(f"data={config.data.name} stage={config.stage.name}", examples).encode())
 
-    console = Console()
+    console = open_console()
     show_sources(console, cache.summary["sources"])
     show_splits(console, cache.summary["splits"])
     for example in {(each.source, each.language): each for each in reversed(examples)}.values():
         show_example(console, example.source, example.tokens, example.spans)
-    console.print(f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}")
+    console.print(
+        f"cache     {cache.folder}\nsummary   {cache.folder / 'summary.json'}\nexamples  {page}", soft_wrap=True
+    )
 
 
 def show_sources(console: Any, sources: dict[str, dict[str, Any]]) -> None:
@@ -107,7 +110,8 @@ def show_example(console: Any, source: str, tokens: int, spans: list[tuple[bool,
 
 def main() -> None:
     """The verb `prepare`."""
-    run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
+    with stop_on_signals():
+        run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from cqlora.config import HardwareConfig
 from cqlora.errors import Preempted, TrainingError, error_of_code
-from cqlora.signals import hear_signals
+from cqlora.signals import ASKING_TO_END, hear_signals
 
 STORE_SOCKET = "CQLORA_STORE_SOCKET"
 """Environment variable with the descriptor of the socket on which rank 0 hears the others."""
+WORKERS_FOLDER = "workers"
+"""In a run's folder: what workers beside the first one print, and why one failed."""
 FAILURE_FILE = "CQLORA_FAILURE_FILE"
 """Environment variable with the file in which a worker says why it fails."""
 
@@ -55,22 +57,24 @@ class WorkerProcess:
 def run_workers(run_file: Path, hardware: HardwareConfig) -> None:
     """Train from a frozen configuration in processes of their own, one per GPU or as many as configured.
 
-    SIGTERM and SIGINT are passed on. When this process ends, however it ends, so do they.
+    Signals that ask for an end are passed on. When this process ends, however it ends, so do they.
 
     Raises:
         CqloraError: the error of the worker that failed first; Preempted when a signal stopped the run after a
             commit.
     """
-    folder = run_file.parent / "workers"
+    folder = run_file.parent / WORKERS_FOLDER
     folder.mkdir(exist_ok=True)
     for leftover in folder.iterdir():
         leftover.unlink()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        # Bound by the kernel and handed to rank 0 as it is, so that no other launch can take the port meanwhile.
-        workers = [start_process(rank, run_file, hardware, listener) for rank in range(hardware.processes_per_node)]
+    workers: list[WorkerProcess] = []
     received: list[int] = []
     try:
         with hear_signals(lambda number: pass_on(workers, number, received)):
+            start_all(workers, run_file, hardware)
+            for number in set(received):
+                # Some had not been started yet when it came.
+                pass_on(workers, number, [])
             wait_for_all(workers)
             end_all(workers)
     finally:
@@ -79,9 +83,17 @@ def run_workers(run_file: Path, hardware: HardwareConfig) -> None:
     raise_failure(workers, received)
 
 
+def start_all(workers: list[WorkerProcess], run_file: Path, hardware: HardwareConfig) -> None:
+    """Start the workers of this machine, each of which is in the list as soon as it runs."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Bound by the kernel and handed to rank 0 as it is, so that no other launch can take the port meanwhile.
+        for rank in range(hardware.processes_per_node):
+            workers.append(start_process(rank, run_file, hardware, listener))
+
+
 def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener: socket.socket) -> WorkerProcess:
     """Start one worker, in a session of its own so that a terminal's Ctrl-C comes by way of this process."""
-    folder = run_file.parent / "workers"
+    folder = run_file.parent / WORKERS_FOLDER
     log = folder / f"rank{rank}.log" if rank else None
     failure = folder / f"rank{rank}.failure"
     environment = {**os.environ, **worker_environment(rank, hardware, listener), FAILURE_FILE: str(failure)}
@@ -102,7 +114,7 @@ def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener:
 
 def worker_command(run_file: Path) -> list[str]:
     """What trains from a frozen configuration and ends with this process."""
-    return [sys.executable, "-m", "cqlora.train", str(run_file), str(os.getpid())]
+    return [sys.executable, "-m", "cqlora.worker_process", str(run_file), str(os.getpid())]
 
 
 def worker_environment(rank: int, hardware: HardwareConfig, listener: socket.socket) -> dict[str, str]:
@@ -148,11 +160,16 @@ def end_all(workers: list[WorkerProcess]) -> None:
 
 
 def pass_on(workers: list[WorkerProcess], number: int, received: list[int]) -> None:
-    """Send a signal to every worker that still runs, and note it."""
+    """Let every worker that still runs finish what it does, whatever the signal, and note it.
+
+    Ctrl-C goes as SIGTERM, of which a worker that has only just started makes no traceback. A second one ends all.
+    """
     received.append(number)
+    if number == signal.SIGINT and len(received) > 1:
+        raise KeyboardInterrupt
     for worker in workers:
         if worker.process.poll() is None:
-            worker.process.send_signal(number)
+            worker.process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
@@ -162,10 +179,13 @@ def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
         return
     folder = first.failure.parent.parent
     again = f"the same command with hydra.run.dir={folder} goes on from the last checkpoint."
-    if not first.fell_silently:
-        raise error_of_code(first.code, first.failure.read_text(encoding="utf-8"))
-    if -first.code in received:
-        raise Preempted(f"stopped by {signal.Signals(-first.code).name} before a step; {again}")
+    stopped = next((worker for worker in workers if worker.code == Preempted.exit_code and received), None)
+    if stopped is not None or not first.fell_silently:
+        # What befalls others when one has left at a signal is no failure.
+        told = stopped or first
+        raise error_of_code(told.code, told.failure.read_text(encoding="utf-8"))
+    if received and -first.code in ASKING_TO_END:
+        raise Preempted(f"stopped by {signal.Signals(received[0]).name} before a step; {again}")
     raise TrainingError(f"worker {first.rank} of {len(workers)} {describe_end(first.code)}; {again}{tail(first.log)}")
 
 

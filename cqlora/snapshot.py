@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from cqlora.checkpoint import CheckpointStore
+from cqlora.checkpoint import CheckpointStore, read_manifest
 from cqlora.choices import Schedule, Strategy
 from cqlora.config import RunConfig
 from cqlora.errors import CheckpointError, TrainingError
@@ -140,6 +140,8 @@ def restore_snapshot(
 ) -> Progress:
     """Put model, optimizer and generators back to a verified checkpoint; return where it stands."""
     owner = worker if strategy is Strategy.fsdp else Worker(0, 1, worker.device)
+    _require_named(folder, _file("trainable", owner, "safetensors"), _file("optimizer", owner, "pt"))
+    _require_named(folder, _file("random", worker, "pt"))
     stored = load_file(folder / _file("trainable", owner, "safetensors"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -159,7 +161,18 @@ def restore_snapshot(
     )
 
 
+def _require_named(folder: Path, *names: str) -> None:
+    """Raise CheckpointError for a file that the manifest does not name, since nobody has verified it."""
+    named = read_manifest(folder)
+    for name in names:
+        if name not in named:
+            raise CheckpointError(
+                f"{folder} is damaged: its manifest.json does not name {name}; move it away to use another."
+            )
+
+
 def _read_state(folder: Path) -> dict[str, Any]:
+    _require_named(folder, _STATE_FILE)
     state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
     return state
 

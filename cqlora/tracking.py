@@ -4,6 +4,7 @@ import logging
 import math
 import netrc
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from cqlora.choices import Tracker, TrackingMode
 from cqlora.config import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.frozen import describe_config
-from cqlora.metrics import append_metrics, rewind_metrics
+from cqlora.metrics import append_metrics, mean_loss, rewind_metrics
 from cqlora.system.durable import replace_file
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,13 @@ class Record:
         for tracker in self._trackers:
             if numbers:
                 tracker.log(numbers, step=row["step"])
+
+    def log_mean(self, evaluations: list[dict[str, Any]]) -> None:
+        """Give the trackers one held-out loss over all sources, to compare runs by: the mean over all tokens."""
+        loss = mean_loss(evaluations)
+        for tracker in self._trackers:
+            if loss is not None and math.isfinite(loss):
+                tracker.log({"eval/loss": loss}, step=evaluations[0]["step"])
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Say that something happened, in the record and in the log."""
@@ -86,14 +94,25 @@ def start_trackers(config: RunConfig, output_dir: Path) -> list[GeneralTracker]:
     tracker = WandBTracker(config.tracking.project, **wandb_options(config, output_dir))
     tracker.start()
     tracker.store_init_configuration(describe_config(config))
+    for line in describe_wandb(tracker.tracker, output_dir):
+        logger.info(line)
     return [tracker]
+
+
+def describe_wandb(run: Any, output_dir: Path) -> list[str]:
+    """Where a W&B run is to be seen, or how it gets there; W&B itself is told to keep silent."""
+    if not run.offline:
+        return [f"W&B: {run.url}"]
+    # All segments of a run that was resumed, which W&B takes in the order of their start.
+    segments = f"{shlex.quote(str(output_dir))}/wandb/offline-run-*"
+    return [f"W&B is offline and writes to {Path(run.dir).parent}", f"upload it with: wandb sync {segments}"]
 
 
 def wandb_options(config: RunConfig, output_dir: Path) -> dict[str, Any]:
     """What `wandb.init` is given: names that W&B's sweep and group pages sort by, and an id that survives resume."""
     tracking = config.tracking
     options: dict[str, Any] = {
-        "name": f"{config.stage.name}-{config.model.name}-{output_dir.name}",
+        "name": tracking.name or f"{config.stage.name}-{config.model.name}-{output_dir.name}",
         "dir": str(output_dir),
         "id": run_id(output_dir),
         "resume": "allow",

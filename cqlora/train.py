@@ -1,10 +1,9 @@
 """One training run from a frozen configuration: the table of contents."""
 
-import os
-import sys
-import traceback
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights
@@ -12,8 +11,8 @@ from cqlora.checkpoint import hash_file
 from cqlora.choices import AdapterMethod
 from cqlora.config import RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache
-from cqlora.errors import CqloraError, DataError
-from cqlora.frozen import describe_config, load_frozen
+from cqlora.errors import DataError
+from cqlora.frozen import RUN_FILE, describe_config, freeze_config
 from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fusion import fuse_blocks
@@ -22,52 +21,70 @@ from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
 from cqlora.optimization import build_optimizer
-from cqlora.processes import record_failure
-from cqlora.progress import StageDisplay, show_log
+from cqlora.progress import StageDisplay, show_part
 from cqlora.random_base import open_base
-from cqlora.signals import die_with
+from cqlora.resumption import find_start
+from cqlora.signals import finish_first, preempt_on_signals
 from cqlora.snapshot import describe_identity
-from cqlora.system.refusals import told_as_sentence
 from cqlora.tracking import Record, open_record
-from cqlora.trainer import Trainer
+from cqlora.trainer import Trainer, count_total_steps
 from cqlora.worker import Worker, seed_everything, start_worker
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, output_dir: Path) -> Path:
     """Train an adapter; return the run's folder, which ends with metrics.jsonl, checkpoints/ and adapter/.
 
-    Workers that were started each on their own may each have named another folder: rank 0's is the run's.
+    Workers that were started each on their own may each have named another folder: rank 0's is the run's. Nothing
+    in it changes, and no tracker starts, before the run is accepted.
+
+    Raises:
+        CqloraError: the run is refused or cannot go on; Preempted when a signal has stopped it.
     """
-    with start_worker(config.hardware) as worker:
+    folder = output_dir.resolve()
+
+    def again() -> str:
+        goes_on = (folder / RUN_FILE).exists()
+        return f"the same command with hydra.run.dir={folder} {'goes on' if goes_on else 'starts it'}."
+
+    with preempt_on_signals(again), start_worker(config.hardware) as worker:
         folder = agree_on_folder(output_dir, worker)
-        with open_record(config, folder, worker.is_main) as record:
-            train_as(worker, config, folder, record)
+        train_as(worker, config, folder)
     return folder
 
 
-def train_as(worker: Worker, config: RunConfig, output_dir: Path, record: Record) -> None:
+def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
     """One worker's part."""
     seed_everything(config.seed)
     base = worker.first(lambda: open_base(config.model))
     cache = open_cache(config, base, worker)
+    total_steps = count_total_steps(config, cache)
+    identity = worker.first(lambda: identify(config, base, cache, total_steps))
+    start = find_start(config.stage.resume, output_dir, identity, worker)
     lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
 
     dtype = choose_compute_dtype(worker.device, config.hardware.precision)
-    frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
+    with show_part(f"loading the base {base.path}", worker.is_main):
+        frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
-    if config.lora.method is AdapterMethod.pissa:
-        iterations = config.lora.pissa_iterations
-        worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
-    checkpoint_activations(model, config.hardware.activation_checkpointing)
-    fused = fuse_blocks(model)
-    module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
-    optimizer = build_optimizer(module, config.stage, worker.device)
+    with accept(config, output_dir, worker) as record:
+        if config.lora.method is AdapterMethod.pissa:
+            iterations = config.lora.pissa_iterations
+            with show_part("decomposing the base's matrices for PiSSA", worker.is_main):
+                worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
+        checkpoint_activations(model, config.hardware.activation_checkpointing)
+        fused = fuse_blocks(model)
+        with show_part("placing the model", worker.is_main):
+            module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
+        optimizer = build_optimizer(module, config.stage, worker.device)
 
-    trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
-    seed_everything(config.seed, worker.rank)
-    trainer.resume(worker.first(lambda: identify(config, base, cache, trainer.total_steps)))
-    trainer.fit()
-    save_final(config, trainer, base, lineage, output_dir)
+        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+        seed_everything(config.seed, worker.rank)
+        trainer.resume(identity, start)
+        trainer.fit()
+        with finish_first():
+            save_final(config, trainer, base, lineage, output_dir)
 
 
 def describe_adapter(config: RunConfig) -> dict[str, Any]:
@@ -75,6 +92,15 @@ def describe_adapter(config: RunConfig) -> dict[str, Any]:
     lora = describe_config(config)["lora"]
     names = ("method", "rank", "alpha", "dropout", "target_modules")
     return {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
+
+
+@contextmanager
+def accept(config: RunConfig, output_dir: Path, worker: Worker) -> Iterator[Record]:
+    """From here on the run is the one in its folder: rank 0 writes run.yaml and opens the record."""
+    if worker.is_main:
+        freeze_config(config, output_dir)
+    with open_record(config, output_dir, worker.is_main) as record:
+        yield record
 
 
 def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
@@ -96,6 +122,9 @@ def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
         cache = worker.first(lambda: prepare_cache(config, base, display.show, verify=worker.leads_node))
     if not len(cache.splits["train"]):
         raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
+    logger.info(
+        "token cache %s: %d packs of %d tokens", cache.folder, len(cache.splits["train"]), cache.sequence_length
+    )
     return cache
 
 
@@ -121,30 +150,3 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[st
         prompt = getattr(config.stage, "system_prompt", "")
         save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage, prompt)
     trainer.worker.wait()
-
-
-def main() -> None:
-    """A worker: `python -m cqlora.train RUN_YAML`, started by `cqlora.launch` (which adds its own id) or torchrun."""
-    run_file = Path(sys.argv[1])
-    if sys.argv[2:]:
-        die_with(int(sys.argv[2]))
-    sys.excepthook = tell_failure
-    show_log()
-    try:
-        with told_as_sentence():
-            train(load_frozen(run_file), run_file.parent)
-    except CqloraError as error:
-        if not record_failure(str(error)):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-def tell_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An error that nobody foresaw, with its traceback, to whoever started this worker."""
-    told = "".join(traceback.format_exception(kind, error, trace))
-    if not record_failure(f"worker {os.environ.get('RANK', '0')} failed.\n{told}"):
-        sys.__excepthook__(kind, error, trace)
-
-
-if __name__ == "__main__":
-    main()

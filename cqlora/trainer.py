@@ -6,7 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ from cqlora.choices import Precision
 from cqlora.config import RunConfig
 from cqlora.data.cache import Pack, TokenCache
 from cqlora.data.order import StepOrder, share_among_ranks
-from cqlora.errors import CheckpointError, Preempted, TrainingError
+from cqlora.errors import Preempted, TrainingError
 from cqlora.model.batch import build_batch, count_labels
 from cqlora.model.placement import accumulate_without_sync, unwrap
 from cqlora.model.score import Score, sum_losses
 from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
 from cqlora.optimization import set_learning_rate
 from cqlora.progress import StepDisplay
-from cqlora.signals import hear_signals
-from cqlora.snapshot import Progress, require_same_run, restore_snapshot, write_snapshot
+from cqlora.resumption import Start
+from cqlora.signals import finish_first
+from cqlora.snapshot import Progress, restore_snapshot, write_snapshot
 from cqlora.tracking import Record
 from cqlora.worker import Worker
 
@@ -77,49 +78,25 @@ class Trainer:
         self.store = CheckpointStore(output_dir / "checkpoints", config.stage.keep_last)
         self.split = cache.splits["train"]
         self.order = StepOrder(len(self.split), config.stage.global_batch_size, config.seed)
-        self.total_steps = config.stage.max_steps or self.order.count_steps(config.stage.epochs or 1.0)
+        self.total_steps = count_total_steps(config, cache)
         self.progress = Progress()
         scaled = config.hardware.precision is Precision.float16
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=scaled)
         self._trainable = [p for p in module.parameters() if p.requires_grad]
 
-    def resume(self, identity: dict[str, Any]) -> None:
-        """Go on from where `stage.resume` says; `identity` is what must not have changed.
-
-        Raises:
-            CheckpointError: the checkpoint is damaged or of another run, or would be overwritten.
-        """
+    def resume(self, identity: dict[str, Any], start: Start) -> None:
+        """Go on from where the run starts; `identity` is what must not have changed when it is resumed."""
         self.identity = identity
-        folder = self.worker.broadcast(self._choose_checkpoint() if self.worker.is_main else None)
-        if folder is None:
+        for name, damage in start.damaged:
+            self.record.event(step_of(Path(name)), "damaged_checkpoint", checkpoint=name, damage=damage)
+        if start.checkpoint is None:
             self.record.rewind(-1)
             return
-        require_same_run(identity, folder)
         self.progress = restore_snapshot(
-            folder, self.worker, self.config.hardware.strategy, self.module, self.optimizer, self.scaler
+            start.checkpoint, self.worker, self.config.hardware.strategy, self.module, self.optimizer, self.scaler
         )
         self.record.rewind(self.progress.step)
-        self.record.event(self.progress.step, "resumed", checkpoint=folder.name)
-
-    def _choose_checkpoint(self) -> Path | None:
-        asked = self.config.stage.resume
-        if asked == "never":
-            if self.store.committed():
-                raise CheckpointError(
-                    f"stage.resume=never would overwrite the checkpoints in {self.store.root}; use "
-                    "stage.resume=auto or another folder with hydra.run.dir=FOLDER."
-                )
-            return None
-        store = self.store
-        if asked != "auto":
-            if not Path(asked, "manifest.json").is_file():
-                raise CheckpointError(f"stage.resume={asked} is not a checkpoint; use auto, never or a step-… folder.")
-            return Path(asked)
-        return store.find_newest(
-            lambda folder, damage: self.record.event(
-                step_of(folder), "damaged_checkpoint", checkpoint=folder.name, damage=damage
-            )
-        )
+        self.record.event(self.progress.step, "resumed", checkpoint=start.checkpoint.name)
 
     def fit(self) -> None:
         """Train to the last step, evaluating and committing on the way and at the end.
@@ -132,9 +109,12 @@ class Trainer:
         self._measure_speed()
         # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
         self.module.train()
-        with watch_signals() as signals, StepDisplay(self.total_steps, self.worker.is_main) as display:
-            if self.progress.step == 0:
+        display = StepDisplay(self.total_steps, self.worker.is_main)
+        if self.progress.step == 0:
+            # A signal ends it at once, since there is nothing to commit yet.
+            with display:
                 self.evaluate(display)
+        with finish_first(tell_signal) as signals, display:
             while self.progress.step < self.total_steps:
                 result = self.train_step(signals, display)
                 done = self.progress.step == self.total_steps
@@ -195,7 +175,8 @@ class Trainer:
 
     def evaluate(self, display: StepDisplay) -> None:
         """Score every source's held-out text and record it."""
-        for source, score in self.score_sources("val", self.config.stage.eval_tokens):
+        rows = []
+        for source, score in self.score_sources("val", self.config.stage.eval_tokens, display):
             row = {
                 "kind": "eval",
                 "step": self.progress.step,
@@ -209,8 +190,10 @@ class Trainer:
             }
             self.record.log(row)
             display.show_evaluation(row)
+            rows.append(row)
+        self.record.log_mean(rows)
 
-    def score_sources(self, split: str, max_tokens: int) -> Iterator[tuple[Any, Score]]:
+    def score_sources(self, split: str, max_tokens: int, display: StepDisplay) -> Iterator[tuple[Any, Score]]:
         """Each source of a split with its score, shared among the workers; sources without text are left out."""
         for source_id, source in enumerate(self.cache.sources):
             packs = self.cache.splits[split].packs_of(source_id, max_tokens) if split in self.cache.splits else []
@@ -224,7 +207,9 @@ class Trainer:
                 self.config.hardware.micro_batch_size,
             )
             batches = [[packs[i] for i in share] or [without_labels(packs[0])] for share in shares]
-            nats = torch.tensor([sum_losses(self.module, batches, self.worker.device)], dtype=torch.float64)
+            nats = torch.tensor(
+                [sum_losses(self.module, display.follow(source.name, batches), self.worker.device)], dtype=torch.float64
+            )
             yield (
                 source,
                 Score(
@@ -301,9 +286,20 @@ class Trainer:
         self._flops = count_flops_per_token(objective.model)
 
 
+def count_total_steps(config: RunConfig, cache: TokenCache) -> int:
+    """Optimizer steps of the whole run."""
+    order = StepOrder(len(cache.splits["train"]), config.stage.global_batch_size, config.seed)
+    return config.stage.max_steps or order.count_steps(config.stage.epochs or 1.0)
+
+
 def without_labels(pack: Pack) -> Pack:
     """A pack that is computed and counts for nothing, for a worker that has none left in an uneven step."""
     return replace(pack, label_mask=np.zeros_like(pack.label_mask))
+
+
+def tell_signal(number: int) -> None:
+    """Say that a signal was heard in the midst of a step."""
+    logger.info("%s: finishing the step, then committing", signal.Signals(number).name)
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -311,18 +307,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-@contextmanager
-def watch_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to, read between steps; a second SIGINT interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.info("signal %d: finishing the step, then committing", number)
-
-    with hear_signals(note):
-        yield received

@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from cqlora.base import read_base
@@ -13,6 +12,7 @@ from cqlora.data.cache import prepare_cache
 from cqlora.data.sources import SAMPLE_DIR
 from cqlora.frozen import load_frozen
 from cqlora.metrics import read_metrics
+from cqlora.progress import open_console
 
 BASE = Path("models/smollm2_135m")
 EXTENDED = Path("models/smollm2_135m_demo")
@@ -58,7 +58,7 @@ def train(model: Path, folder: Path, *overrides: str) -> Path:
 
 def show(before: Path, after: Path, minutes: float) -> None:
     """The table: the untouched base against the extended and trained one."""
-    console = Console()
+    console = open_console()
     table = Table(title="SmolLM2-135M, held-out text of the bundled sample")
     for name in ("", "base", "extended, untrained", "extended, trained"):
         table.add_column(name, justify="right" if name else "left")
@@ -74,7 +74,9 @@ def show(before: Path, after: Path, minutes: float) -> None:
     table.add_row("peak memory, GiB", "", "", f"{max(row['peak_memory_gib'] for row in steps):.2f}")
     table.add_row("minutes in all", "", "", f"{minutes:.1f}")
     console.print(table)
-    console.print(f"base     {EXTENDED}\nadapter  {after / 'adapter'}\nmetrics  {after / 'metrics.jsonl'}")
+    console.print(
+        f"base     {EXTENDED}\nadapter  {after / 'adapter'}\nmetrics  {after / 'metrics.jsonl'}", soft_wrap=True
+    )
 
 
 def held_out(folder: Path, first: bool) -> dict[str, float]:

@@ -70,3 +70,47 @@ def test_writing_to_a_folder_that_refuses_is_a_named_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     with pytest.raises(CheckpointError, match="step 1 could not be written"):
         CheckpointStore(tmp_path / "checkpoints", keep_last=1).stage(1)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        '["state.json"]',
+        "null",
+        "7",
+        "{}",
+        '{"state.json": {"sha256": "x"}}',
+        '{"state.json": null}',
+        '{"../step-00000001/state.json": "x"}',
+        '{"/etc/passwd": "x"}',
+        '{"": "x"}',
+        '{"..": "x"}',
+        '{"a\\u0000b": "x"}',
+        '{"' + "x" * 5000 + '": "x"}',
+        "[" * 100_000,
+        " " * (17 << 20),
+        "\x00\xff",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_manifest_of_whatever_form_is_damage_and_follows_no_name_out_of_its_folder(manifest, tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    older, newer = commit(store, 1), commit(store, 2)
+    (newer / "manifest.json").write_text(manifest, encoding="latin-1")
+    told = []
+    assert store.find_newest(lambda folder, damage: told.append(damage)) == older
+    assert len(told) == 1 and "manifest.json" in told[0] and len(told[0]) < 200
+
+
+def test_what_lies_beside_the_checkpoints_is_left_alone_and_counts_for_nothing(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    (tmp_path / "step-notes.txt").write_text("mine")
+    (tmp_path / "step-00000009").write_text("a file")
+    (tmp_path / "step-of-mine").mkdir()
+    (tmp_path / "notes.staging").write_text("mine")
+    for step in (1, 2):
+        newest = commit(store, step)
+    assert store.find_newest(lambda folder, damage: pytest.fail(f"{folder}: {damage}")) == newest
+    names = {"step-notes.txt", "step-00000009", "step-of-mine", "notes.staging", "step-00000002"}
+    assert {each.name for each in tmp_path.iterdir()} == names

@@ -183,3 +183,51 @@ def test_processes_that_prepare_data_end_with_the_one_that_they_work_for(tmp_pat
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert_gone(*children)
+
+
+def test_ctrl_c_to_all_processes_of_a_preparation_is_heard_by_the_first_one_alone(tmp_path):
+    script = """
+    import multiprocessing, os, signal, time
+    from cqlora.data.workers import Workers
+    from cqlora.signals import Stopped, stop_on_signals
+    if __name__ == "__main__":
+        try:
+            with stop_on_signals(), Workers(2) as workers:
+                for number, _ in enumerate(workers.map_in_order(time.sleep, [0.0] * 200 + [0.5] * 100)):
+                    if number == 150:
+                        for child in multiprocessing.active_children():
+                            os.kill(child.pid, signal.SIGINT)
+                            os.kill(child.pid, signal.SIGUSR2)
+                    if number == 190:
+                        os.killpg(0, signal.SIGINT)
+        except Stopped as stopped:
+            print(stopped.name, number, len(multiprocessing.active_children()))
+    """
+    (tmp_path / "prepare.py").write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "prepare.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("SIGINT 190 0\n", "")
+
+
+def test_a_worker_of_a_preparation_that_a_signal_to_all_reached_first_is_no_failure(tmp_path):
+    script = """
+    import multiprocessing, os, signal, threading, time
+    from cqlora.data.workers import Workers
+    from cqlora.signals import Stopped, stop_on_signals
+    if __name__ == "__main__":
+        try:
+            with stop_on_signals(), Workers(2) as workers:
+                for number, _ in enumerate(workers.map_in_order(time.sleep, [0.0] * 200 + [0.01] * 1000)):
+                    if number == 150:
+                        first, second = multiprocessing.active_children()
+                        first.terminate()
+                        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        except Stopped as stopped:
+            print(stopped.name)
+    """
+    (tmp_path / "prepare.py").write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "prepare.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "SIGTERM\n", done.stderr

@@ -10,8 +10,10 @@ import pytest
 
 from cqlora.choices import Tracker, TrackingMode
 from cqlora.config import TrackingConfig
+from cqlora.frozen import load_frozen
+from cqlora.launch import read_final_loss
 from cqlora.metrics import append_metrics, read_metrics, rewind_metrics
-from cqlora.tracking import flatten, sweep_group, tracker_values, wandb_mode, wandb_options
+from cqlora.tracking import Record, describe_wandb, flatten, sweep_group, tracker_values, wandb_mode, wandb_options
 from tests.conftest import run_verb
 from tests.runs import SMALL, finish_run, typed_run
 
@@ -179,3 +181,47 @@ def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
     assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
     assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": "[1]"}
+
+
+def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweepers(tmp_path):
+    logged = []
+
+    class Tracker:
+        def log(self, values, step):
+            logged.append((step, values))
+
+    rows = [
+        {"kind": "eval", "step": 7, "source": "zh", "language": "zh", "loss": 2.0, "tokens": 300},
+        {"kind": "eval", "step": 7, "source": "zh", "language": "mixed", "loss": 4.0, "tokens": 50},
+        {"kind": "eval", "step": 7, "source": "en", "language": "en", "loss": 6.0, "tokens": 50},
+    ]
+    record = Record(tmp_path, [Tracker()])
+    for row in rows:
+        record.log(row)
+    record.log_mean(rows)
+    assert logged[-1] == (7, {"eval/loss": pytest.approx((600 + 200 + 300) / 400)})
+    assert read_final_loss(tmp_path) == pytest.approx(2.75)
+    assert len(read_metrics(tmp_path)) == 3
+    before = len(logged)
+    record.log_mean([])
+    assert len(logged) == before
+
+
+def test_where_a_wandb_run_is_to_be_seen_is_told(tmp_path):
+    class Run:
+        url, dir = "https://wandb.ai/me/cqlora/runs/abc", f"{tmp_path}/a b/wandb/offline-run-1-abc/files"
+        offline = False
+
+    assert describe_wandb(Run(), tmp_path / "a b") == ["W&B: https://wandb.ai/me/cqlora/runs/abc"]
+    Run.offline = True
+    first, second = describe_wandb(Run(), tmp_path / "a b")
+    assert first.endswith(f"{tmp_path}/a b/wandb/offline-run-1-abc")
+    assert second == f"upload it with: wandb sync '{tmp_path}/a b'/wandb/offline-run-*"
+
+
+def test_the_jobs_of_a_sweep_are_named_by_what_tells_them_apart(workspace, tmp_path):
+    paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
+    arguments = [*SMALL, *paths, "stage=pretrain", "stage.max_steps=1", "lora.rank=2,4", f"hydra.sweep.dir={tmp_path}"]
+    run_verb(workspace, "run", *[a for a in arguments if a != "lora.rank=4"], "--multirun")
+    names = [load_frozen(tmp_path / job / "run.yaml").tracking.name for job in "01"]
+    assert names == ["pretrain-tiny-0 lora.rank=2", "pretrain-tiny-1 lora.rank=4"]

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -9,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from importlib import import_module
 from itertools import chain
+from multiprocessing import resource_tracker
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
@@ -20,6 +23,10 @@ Result = TypeVar("Result")
 
 THREAD_TASKS = 12
 """Tasks done in this process before others are started: for less work, that would cost more than it saves."""
+
+_NOT_FOR_PROCESSES = (signal.SIGINT, signal.SIGUSR2)
+"""SIGTERM is how their pool ends them."""
+_SECONDS_TO_HEAR = 1.0
 
 
 def count_workers(workers: int | None) -> int:
@@ -92,7 +99,14 @@ class Workers:
             self.count, mp_context=context, initializer=start_process, initargs=(os.getpid(),)
         )
         module = (function.func if isinstance(function, partial) else function).__module__
-        self._started = [self._pool.submit(import_module, module) for _ in range(self.count)]
+        # Before the mask, which it would lift.
+        resource_tracker.ensure_running()
+        # A terminal's Ctrl-C reaches them too; when to end is said by this process alone. They inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_PROCESSES)
+        try:
+            self._started = [self._pool.submit(import_module, module) for _ in range(self.count)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _map_in_processes(
         self, function: Callable[[Task], Result], tasks: Iterator[Task]
@@ -102,6 +116,8 @@ class Workers:
         try:
             yield from in_order(self._pool, function, tasks, 2 * self.count)
         except BrokenProcessPool:
+            # A signal to all of a job's processes may have ended one before this one hears it.
+            time.sleep(_SECONDS_TO_HEAR)
             raise DataError(
                 "a worker process died while preparing data, most likely out of memory; try data.workers=1."
             ) from None

@@ -1,7 +1,7 @@
 """How well a model predicts held-out packs: token losses summed, then told per token, character and byte."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ class Score:
 
 
 @torch.no_grad()
-def sum_losses(objective: nn.Module, micro_batches: Sequence[Sequence[PackOfDocuments]], device: torch.device) -> float:
+def sum_losses(objective: nn.Module, micro_batches: Iterable[Sequence[PackOfDocuments]], device: torch.device) -> float:
     """Sum of the token losses, in nats, over micro batches.
 
     Accumulated in float64, so that the sum does not depend on how many batches came before.
