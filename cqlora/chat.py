@@ -23,12 +23,17 @@ class ChatConfig(EngineConfig):
     system: str = ""
     """What stands before the conversation, in the role of the system."""
     max_new_tokens: int = _DEFAULT.max_new_tokens
+    """Longest reply, in tokens."""
     temperature: float = _DEFAULT.temperature
     """0 takes the likeliest token each time."""
     top_p: float = _DEFAULT.top_p
+    """Sample among the fewest likeliest tokens that together have this probability; 1 is all."""
     top_k: int = _DEFAULT.top_k
+    """Sample among this many likeliest tokens; 0 is all."""
     repetition_penalty: float = _DEFAULT.repetition_penalty
+    """Divides the positive logits of tokens already in prompt or reply, multiplies the negative (1909.05858)."""
     seed: int | None = _DEFAULT.seed
+    """The same seed, prompt and model give the same reply; null takes another each time."""
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)

@@ -51,7 +51,7 @@ def run_program(
         refuse_secrets(sys.argv[1:])
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
-            sys.argv[1:1] = help_overrides
+            sys.argv[1:1] = [*help_overrides, store_help(config_name, schema)]
         with told_as_sentence():
             outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
@@ -64,6 +64,24 @@ def run_program(
     if isinstance(outcome, CqloraError):
         stop(outcome)
     sys.exit(outcome if type(outcome) is int else 0)
+
+
+def store_help(config_name: str, schema: type) -> str:
+    """Put a verb's help where Hydra finds it; the override that chooses it."""
+    from hydra.core.config_store import ConfigStore
+
+    from cqlora.config import CONFIG_DIR
+    from cqlora.reference import render_help
+
+    flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
+    folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
+    # Hydra fills in what stands behind dollar signs.
+    told = render_help(config_name, schema, folders).replace("$", "$$")
+    head = "${hydra.help.app_name} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]"
+    template = f"{head}\n\n{told}\n\nHydra's own flags: --hydra-help"
+    node = {"app_name": sys.argv[0], "header": "", "footer": "", "template": template}
+    ConfigStore.instance().store(group="hydra/help", name="cqlora", node=node)
+    return "hydra/help=cqlora"
 
 
 def report_sweep(outcomes: list[Any]) -> int:

@@ -42,6 +42,7 @@ class ModelConfig:
     """A base model: where it lies, what shape it has, how its frozen weights are held."""
 
     name: str = MISSING
+    """The group's name, as runs and trackers show it."""
     path: str = MISSING
     """Folder of the base in Hugging Face form (config, safetensors, tokenizer)."""
     random_init: bool = False
@@ -50,19 +51,29 @@ class ModelConfig:
     vocab_size: int = MISSING
     """Rows of the embedding matrix before any extension."""
     hidden_size: int = MISSING
+    """Width of the model."""
     intermediate_size: int = MISSING
+    """Width of a block's feed-forward layer."""
     num_hidden_layers: int = MISSING
+    """Blocks."""
     num_attention_heads: int = MISSING
+    """Heads of queries."""
     num_key_value_heads: int = MISSING
+    """Heads of keys and values, which the heads of queries share where there are fewer."""
     head_dim: int | None = None
     """Width of one attention head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: int = MISSING
+    """Positions that the base was trained for."""
     tie_word_embeddings: bool = False
+    """Input and output share one embedding matrix."""
     sequence_length: int = 2048
     """Tokens in a pack unless the stage says otherwise."""
     quantization: Quantization = Quantization.nf4
+    """How the frozen base is held: in 4 bits (nf4), in 8 bits (int8), or in 16 (none)."""
     double_quantization: bool = True
+    """nf4 only: quantise the scales too, which saves 0.37 bits a weight."""
     attention: Attention = Attention.auto
+    """Which attention runs; auto takes the fastest here, and each keeps documents of a pack apart."""
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("path",), filled=("name", "path"))
@@ -87,9 +98,13 @@ class LoraConfig:
     """The adapter."""
 
     method: AdapterMethod = AdapterMethod.lora
+    """LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353) or PiSSA (2404.02948)."""
     rank: int = 16
+    """Rank of the adapter's matrices."""
     alpha: float = 32.0
+    """The adapter's weight is alpha/rank (rsLoRA: alpha/√rank)."""
     dropout: float = 0.0
+    """Share of an adapted layer's inputs that a training step drops."""
     target_modules: list[str] = field(default_factory=lambda: ["all"])
     """`[all]` is every linear layer of the blocks; otherwise names such as `[q_proj, v_proj]`."""
     pissa_iterations: int = 16
@@ -112,11 +127,13 @@ class SourceConfig:
     """One source of text: its rows' shape, where to find it, how much of it to take."""
 
     kind: SourceKind = MISSING
+    """The shape of its rows."""
     path: str = ""
     """File or folder; empty looks under `data.root` by the source's name, then at `dataset`."""
     dataset: str = ""
     """Hugging Face dataset, read by streaming."""
     subset: str = ""
+    """The dataset's configuration, such as 20231101.zh."""
     language: str = ""
     """`zh` or `en`; empty lets each document's script decide."""
     sample: int | None = None
@@ -131,6 +148,7 @@ class SourceConfig:
     """Plain text only: what stands between two documents of a file, `\\n` for a new line; empty is one document a
     file."""
     oasst_paths: OasstPaths = OasstPaths.best
+    """oasst1 only: the conversation of top-ranked replies of a tree, all of them, or one at random."""
     langs: list[str] = field(default_factory=list)
     """oasst1 only: languages to keep; empty keeps all."""
 
@@ -154,17 +172,24 @@ class CleanConfig:
     """Rules that each document passes before it is encoded; every one is counted and can be switched off."""
 
     normalize_unicode: bool = True
+    """Plain forms of full-width letters and digits, odd spaces and line ends, composed characters (NFC); Chinese
+    punctuation stays."""
     strip_control_characters: bool = True
+    """Remove control, zero-width, direction and byte-order characters."""
     drop_repeated_lines: bool = True
+    """Remove lines that a document repeats."""
     to_simplified: bool = False
     """Traditional to simplified Chinese (OpenCC)."""
     min_characters: int = 10
+    """Drop documents with fewer; conversations are kept."""
     max_characters: int = 1_000_000
+    """Drop documents and conversations with more."""
     min_language_share: float = 0.0
     """Smallest share of a source's own script among a document's letters; 0 keeps all."""
     mask_personal_data: bool = False
     """Replace e-mail addresses, telephone and identity numbers."""
     deduplicate: Deduplication = Deduplication.exact
+    """Drop what is equal after normalisation (exact), nearly equal (near), or nothing (none)."""
     near_threshold: float = 0.8
     """Jaccard similarity of character 5-grams from which two documents count as near duplicates."""
 
@@ -187,17 +212,21 @@ class DataConfig:
     """A mix of sources and how it becomes a token cache."""
 
     name: str = MISSING
+    """The mix's name, as runs and trackers show it."""
     root: str = ""
     """Folder in which sources are found by name."""
     sources: dict[str, SourceConfig] = MISSING
     sample_evenly: int | None = None
     """Documents or conversations to train on in all, the same number from every source."""
     val_fraction: float = 0.02
+    """Share set aside for evaluation by a hash of the document, where a source brings no split of its own."""
     test_fraction: float = 0.0
-    """Shares set aside by a hash of the document, for sources that bring no split of their own."""
+    """Share set aside and not looked at in training, as val_fraction."""
     max_rejected_fraction: float = 0.05
+    """Share of a source's rows that may be unreadable before preparing ends with an error."""
     clean: CleanConfig = field(default_factory=CleanConfig)
     cache_dir: str = "cache"
+    """Folder of the token caches, each named after its content."""
     workers: int | None = None
     """Processes that encode; null uses every core."""
 
@@ -218,6 +247,7 @@ class StageConfig:
     """What is trained, on which objective, for how long; the base of both stages."""
 
     name: str = MISSING
+    """pretrain or sft."""
     sequence_length: int = 2048
     """Tokens in a pack."""
     allow_beyond_positions: bool = False
@@ -225,23 +255,34 @@ class StageConfig:
     global_batch_size: int = 32
     """Packs per optimizer step, over accumulation steps and workers."""
     max_steps: int | None = None
+    """Optimizer steps; null trains for epochs."""
     epochs: float | None = 1.0
     """Passes over the packs; of no effect, and therefore refused, beside max_steps."""
     learning_rate: float = 1e-4
+    """Peak of the learning rate."""
     embeddings_learning_rate: float | None = None
     """Learning rate of trained embedding rows; null is learning_rate."""
     schedule: Schedule = Schedule.cosine
+    """What the learning rate does after warm-up."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from zero."""
     min_learning_rate_ratio: float = 0.1
     """Where a decaying schedule ends, as a share of learning_rate."""
     optimizer: Optimizer = Optimizer.auto
+    """AdamW by torch (auto, adamw), or by bitsandbytes with 8-bit or paged states."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """What AdamW adds to the root of the mean of squared gradients."""
     weight_decay: float = 0.0
+    """AdamW's decoupled decay, a share of the learning rate."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm over all trained parameters."""
     embeddings: Embeddings = Embeddings.auto
+    """What trains of the embeddings: only rows that an extension added (new_rows), LoRA on both (lora), both whole
+    (full), nothing (frozen); auto is new_rows on an extended base, frozen on any other."""
     init_adapter: str = ""
     """Adapter folder to continue from; its rank, alpha, method, adapted layers and embeddings are fixed, its dropout
     is not."""
@@ -250,7 +291,9 @@ class StageConfig:
     eval_tokens: int = 16_384
     """Held-out tokens per source at each evaluation; 0 takes all."""
     checkpoint_every_steps: int = 50
+    """Optimizer steps between checkpoints."""
     keep_last: int = 2
+    """Checkpoints to keep."""
     resume: str = "auto"
     """`auto` goes on from the newest verified checkpoint of the run's folder, `never` starts over,
     anything else is a checkpoint folder."""
@@ -303,15 +346,22 @@ class HardwareConfig:
     """The machine: workers, their memory and speed, and how a run is laid out on them."""
 
     name: str = MISSING
+    """The machine's name, as runs and trackers show it."""
     device: Device = Device.cuda
+    """Where workers compute; auto is a GPU where there is one."""
     nodes: int = 1
+    """Machines."""
     processes_per_node: int = 1
     """One worker per GPU; on a CPU, workers that share the cores."""
     strategy: Strategy = Strategy.single
+    """One worker (single), a whole model each (ddp), a share of it each (fsdp), or one worker's blocks over
+    several GPUs (layers)."""
     precision: Precision = Precision.auto
+    """Type that matrix products compute in; auto is bfloat16 where the device has units for it, else float32."""
     gradient_scaler: bool = False
     """Dynamic loss scaling, which float16 needs."""
     activation_checkpointing: Checkpointing = Checkpointing.auto
+    """Recompute activations in the backward pass (full) or keep them (none); auto keeps what fits."""
     cpu_offload: bool = False
     """fsdp only: keep the sharded weights in host memory between uses."""
     micro_batch_size: int = 1
@@ -329,6 +379,7 @@ class HardwareConfig:
     peak_tflops: float = 0.0
     """Dense bf16 matrix throughput of one GPU; 0 is measured."""
     memory_gb_per_s: float = 0.0
+    """Memory bandwidth of one GPU; 0 is measured."""
     link_gb_per_s: float = 0.0
     """Bandwidth between two GPUs of a node, one direction."""
     network_gb_per_s: float = 0.0
@@ -369,9 +420,13 @@ class TrackingConfig:
     """Where the metrics go beside metrics.jsonl, and under which names. Keys stay in the environment."""
 
     tracker: Tracker = Tracker.none
+    """Where metrics go beside metrics.jsonl."""
     mode: TrackingMode = TrackingMode.auto
+    """W&B only: send while training or not; auto is online when a key is in the environment."""
     project: str = "cqlora"
+    """W&B only: the project."""
     entity: str | None = None
+    """W&B only: user or team; null is the key's own."""
     name: str | None = None
     """null is stage, model and folder, and in a sweep what tells the job from the others."""
     group: str | None = None
@@ -379,6 +434,7 @@ class TrackingConfig:
     job_type: str | None = None
     """null is the stage's name."""
     tags: list[str] = field(default_factory=list)
+    """W&B only: tags beside model, data and hardware."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -399,6 +455,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 1
+    """Of sampling, order, initial matrices and dropout."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -19,11 +19,13 @@ class ConvertConfig:
     input_dir: str = MISSING
     """Folder with params.json and consolidated.NN.pth, or its parent together with model_size."""
     output_dir: str = MISSING
+    """Folder that the converted model is written to."""
     model_size: str = ""
     """7B, 13B, 30B (33B), 65B, 70B, 8B, 1B, 3B: checked against the files; empty takes what is there."""
     llama_version: str = "auto"
     """1, 2, 3 or 3.1; no file says it, so auto tells by norm_eps, layers, heads and tokenizer."""
     max_shard_size: str = "4GB"
+    """Largest file of weights, such as 4GB or 500MiB."""
     vocab: VocabConfig = MISSING
 
     def __post_init__(self) -> None:

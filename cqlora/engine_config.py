@@ -26,11 +26,13 @@ class EngineConfig:
     base: str = MISSING
     """A merged model's folder, or the base's with `adapter`."""
     adapter: str = ""
+    """An adapter's folder; empty where the base is a merged model."""
     quantization: str = "auto"
     """auto: an adapter's base as it was trained on, a merged model as it is; nf4; none."""
     dtype: str = "auto"
     """auto (what computes fastest here), float32, bfloat16."""
     device: str = "auto"
+    """auto, cpu, cuda, or one GPU such as cuda:1."""
     cache: bool = True
     """Keep a snapshot, in the user's cache folder, that the next start maps."""
     prefix_cache_gib: float = 1.0

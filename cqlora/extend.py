@@ -20,6 +20,7 @@ class ExtendConfig:
     base: str = MISSING
     """Hugging Face folder or GGUF file."""
     output_dir: str = MISSING
+    """Folder that the extended base is written to."""
     vocab: VocabConfig = MISSING
     copy: bool = False
     """Copy the shards that do not change instead of hard-linking them."""

@@ -15,6 +15,7 @@ class FetchConfig:
     """Where the model goes."""
 
     output_dir: str = "models/smollm2_135m"
+    """Folder that the model is written to."""
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("output_dir",), filled=("output_dir",))

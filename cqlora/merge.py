@@ -25,16 +25,20 @@ class MergeConfig:
     """Adapter folder, or several in the order in which they were trained: [pretrained,tuned]; [] only rewrites the
     base in another format."""
     output_dir: str = MISSING
+    """Folder that the merged model is written to."""
     onto: MergeOnto = MergeOnto["16bit"]
     """What the adapter is added to: the base's own weights, or what their NF4 form stood for in training."""
     format: ModelFormat = ModelFormat.safetensors
+    """Hugging Face safetensors in 16 bits, a GGUF file, or safetensors in NF4."""
     gguf_type: GgufType = GgufType.f16
+    """How a GGUF file holds its matrices."""
     double_quantization: bool = True
     """Of the NF4 form, where the adapter's card does not say it, and of format=nf4."""
     precision: Precision = Precision.auto
     """Type that NF4 weights come back in, where the adapter's card does not say it (auto: float32), and of
     format=nf4 (auto: what this machine computes best in)."""
     max_shard_size: str = "4GB"
+    """Largest file of weights, such as 4GB or 500MiB."""
     measure: str = ""
     """Text file on which the merged model is compared with the one that was trained; empty measures nothing."""
     measure_tokens: int = 2048

@@ -21,6 +21,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from cqlora.config import CONFIG_DIR
+
 SCHEMAS = {
     "run": ("cqlora.config", "RunConfig"),
     "plan": ("cqlora.plan.__main__", "PlanConfig"),
@@ -127,14 +129,30 @@ def name_default(field: "dataclasses.Field[Any]") -> str:
     return f"`{value}`" if value != "" else '`""`'
 
 
-def render_help(verb: str) -> str:
-    """The keys of a verb for a terminal."""
-    lines = []
-    for entry in list_entries(load_schema(verb)):
-        plain = f"{entry.type}, {entry.default}".replace("`", "")
-        lines.append(f"  {entry.key}  ({plain})")
-        lines += textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+def render_help(config_name: str, schema: type, folders: list[Path]) -> str:
+    """What `--help` shows of a verb: its groups with the choices in these folders, and its keys."""
+    parts = []
+    for group in list_groups(config_name):
+        choices = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
+        parts.append(textwrap.fill(f"{group}: {', '.join(sorted(choices))}", 112, subsequent_indent="    "))
+    head = ["Groups, of which each is chosen by name (GROUP=NAME):", "", *parts, ""] if parts else []
+    # Run as a program, a module's schema is `__main__`'s, whose source Python does not find.
+    verb = next(verb for verb, (_, name) in SCHEMAS.items() if name == schema.__name__)
+    return "\n".join([*head, "Keys (KEY=VALUE):", "", *map(describe_entry, list_entries(load_schema(verb)))])
+
+
+def list_groups(config_name: str) -> list[str]:
+    """The groups that a program's configuration is composed of."""
+    import yaml
+
+    defaults = yaml.safe_load((CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+
+
+def describe_entry(entry: Entry) -> str:
+    """A key for a terminal."""
+    told = f"  {entry.key}  ({entry.type}; {entry.default})".replace("`", "")
+    return "\n".join([told, *textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")])
 
 
 def render_page(language: str, meanings: dict[str, str]) -> str:

@@ -103,7 +103,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(verb):
             told = outcome(schema, composed, {key: value})
             assert "\n" not in told.replace("a\nb", "") and len(told) < 1200 + len(str(value)), (key, value, told)
             tried, refused = tried + 1, refused + (told != "right")
-    assert tried >= 20 and 0 < refused < tried
+    assert tried >= 7 and 0 < refused < tried
 
 
 def test_a_hundred_and_fifty_pairs_of_absurd_values_are_taken_or_refused_in_one_sentence():

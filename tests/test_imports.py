@@ -43,7 +43,7 @@ LIGHT_MODULES = [
     "metrics",
 ]
 LIGHT_MODULES += ["cluster", "folder", "preflight", "processes", "run", "signals", "slurm"]
-LIGHT_MODULES += ["composition", "config_files", "foreign_names", "secrets"]
+LIGHT_MODULES += ["composition", "config_files", "foreign_names", "reference", "secrets"]
 LIGHT_ROOMS = ["data", "plan"]
 
 

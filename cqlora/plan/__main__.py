@@ -30,6 +30,7 @@ class PlanConfig(RunConfig):
     """A run, and what about it to plan."""
 
     plan: Mode = Mode.check
+    """Check the run that is asked for, or suggest the fastest layouts that fit."""
     tokens: int | None = None
     """Tokens of one epoch; null estimates them from the number of documents asked for."""
     added_rows: int = 0

@@ -17,7 +17,8 @@ class ServeConfig(EngineConfig):
     port: int = 8000
     """0 takes a free one."""
     prefix_cache_gib: float = 0.0
-    """As above; nothing unless asked for, since a first token that comes early tells what others have sent."""
+    """Memory in which keys and values of ended replies wait for prompts that begin alike; nothing unless asked for,
+    since a first token that comes early tells what others have sent."""
     slots: int = 8
     """Replies that are generated together."""
     queue: int = 32

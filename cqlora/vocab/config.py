@@ -37,6 +37,7 @@ class VocabConfig:
     """New pieces for a base's tokenizer and what their rows start from."""
 
     kind: VocabKind = VocabKind.none
+    """Where new pieces come from; auto is what the base's tokenizer asks for."""
     model: str = ""
     """SentencePiece model whose pieces are merged (kind path)."""
     size: int = 8000
@@ -50,11 +51,13 @@ class VocabConfig:
     held_out_fraction: float = 0.1
     """Documents set aside from learning, on which the report counts."""
     init: RowInit = RowInit.weighted
+    """What a new row starts from; docs/vocabulary.md has the measurements."""
     control_tokens: bool = True
     """Add <|im_start|>, <|im_end|>, <|end-paragraph|> and <|pad|> where the base lacks them."""
     pad_to_multiple_of: int = 64
     """Rows that the embedding matrices are padded to; 1 adds none."""
     seed: int = 1
+    """Of init=sampled."""
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("model", "corpus"))
