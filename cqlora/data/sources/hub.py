@@ -73,8 +73,8 @@ def why_unreachable(endpoint: str) -> str:
         return first_line(error) if error.code >= 500 else ""
     except (OSError, ValueError) as error:
         # The hub's client brings certificates of its own, so whom to trust is for it to say.
-        untrusted = isinstance(error, URLError) and isinstance(error.reason, ssl.SSLError)
-        return "" if untrusted else first_line(error)
+        reason = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
+        return "" if isinstance(reason, ssl.SSLError) else first_line(reason)
     return ""
 
 
