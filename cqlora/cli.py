@@ -120,6 +120,10 @@ def main() -> None:
 def quote_words(argument: str) -> str:
     """Put what Hydra's grammar reads only in quotes into them: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
     key, equals, value = argument.partition("=")
+    if key.startswith("hydra.") and value.startswith("~/"):
+        # Other paths are expanded beside their fields; Hydra's folders have none of ours.
+        value = os.path.expanduser(value)
+        argument = f"{key}={value}"
     if not equals or any(character in value for character in "'\"{}") or _SWEEP_FUNCTION.match(value):
         return argument
     return f"{key}={re.sub(_VALUE_WORD, lambda word: quote_word(word[0]), value)}"

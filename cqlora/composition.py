@@ -22,7 +22,7 @@ from yaml import YAMLError
 from cqlora.config_files import describe_damage, locate_key, locate_words, name_file
 from cqlora.diagnosis import explain_composition, find_misfit
 from cqlora.errors import ConfigError
-from cqlora.secrets import guard_environment, holds_secret, raise_refusal, refuse_secret_values, refuse_secrets
+from cqlora.secrets import guard_environment, holds_secret, raise_refusal, refusal, refuse_secret_values, refuse_secrets
 
 _COMPOSING_ERRORS = (
     HydraException,
@@ -99,7 +99,7 @@ class Composer(ConfigLoaderImpl):
         except _COMPOSING_ERRORS as error:
             raise_refusal(error)
             told = self.explain(error, overrides)
-            raise ConfigError("a value carries a secret." if holds_secret(told) else told) from error
+            raise (refusal("") if holds_secret(told) else ConfigError(told)) from error
         refuse_secret_values(composed)
         return composed
 

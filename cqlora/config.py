@@ -76,7 +76,7 @@ class ModelConfig:
     """Which attention runs; auto takes the fastest here, and each keeps documents of a pack apart."""
 
     def __post_init__(self) -> None:
-        check_fields(self, paths=("path",), filled=("name", "path"))
+        check_fields(self, paths=("path",), filled=("name",))
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         require_positive(self, "max_position_embeddings")
         require_used(self, "double_quantization", self.quantization is Quantization.nf4, "model.quantization=nf4")
@@ -460,6 +460,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         require_range("seed", self.seed, 0, 2**31 - 1)
+        if not self.model.path.strip():
+            raise ConfigError("model.path is empty; give the folder of the base, or leave it out for the group's own.")
         self._check_sequence_length()
         self._check_global_batch()
         self._check_sources()

@@ -164,7 +164,7 @@ def raise_refusal(error: BaseException | None) -> None:
 
 def refusal(key: str) -> ConfigError:
     """The sentence, which names the key unless the key is the secret."""
-    where = "an argument" if not key or holds_secret(key) else key
+    where = "a value" if not key or holds_secret(key) else key
     return ConfigError(
         f"{where} carries a secret, which would end up in configurations and logs; put it in the environment instead "
         "(WANDB_API_KEY, HF_TOKEN, CQLORA_API_KEY), where it is read without being named."

@@ -1,5 +1,6 @@
 """The command line as a person meets it: fast, one sentence, the nearest name; and no heavy import before that."""
 
+import os
 import subprocess
 import sys
 
@@ -97,6 +98,7 @@ def test_ordinary_overrides_are_no_secrets():
         ("model.path=~/llama", "model.path='~/llama'"),
         ("model.path=models/a=b", "model.path='models/a=b'"),
         ("model.path=/a/b (1)", "model.path='/a/b (1)'"),
+        ("hydra.run.dir=~/runs", f"hydra.run.dir={os.path.expanduser('~/runs')}"),
         ("seed=range(1,4)", "seed=range(1,4)"),
         ("name=${oc.env:HOME}/a=b", "name=${oc.env:HOME}/a=b"),
         ("--multirun", "--multirun"),

@@ -57,7 +57,9 @@ WAYS: dict[str, Callable[[str], Plant]] = {
     "job environment": lambda s: Plant([f"+hydra.job.env_set.NOTE='{s}'"]),
     "interpolation": lambda s: Plant(["tracking.group=${oc.env:DB_PASS}"], {"DB_PASS": s}),
     "interpolation inside": lambda s: Plant(["tracking.group=x-${oc.env:DB_PASS}-y"], {"DB_PASS": s}),
-    "interpolation decoded": lambda s: Plant(["tracking.group=${oc.decode:${oc.env:DB_PASS}}"], {"DB_PASS": s}),
+    "interpolation decoded": lambda s: Plant(
+        ["experiment=mine"], {"DB_PASS": s}, "tracking: {group: '${oc.decode:${oc.env:DB_PASS}}'}"
+    ),
     "interpolation after the job": lambda s: Plant(
         ["tracking.group=${hydra:job.name}${oc.env:DB_PASS}"], {"DB_PASS": s}
     ),
