@@ -39,9 +39,11 @@ async def watch_health(url: str, seconds: list[float]) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         while True:
             began = time.monotonic()
-            response = await client.get("/health")
+            try:
+                (await client.get("/health")).raise_for_status()
+            except httpx.HTTPError as error:
+                print(f"  /health failed: {error!r}", flush=True)
             seconds.append(time.monotonic() - began)
-            response.raise_for_status()
             await asyncio.sleep(max(0, 0.1 - seconds[-1]))
 
 

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from cqlora.base import CARD
+from cqlora.choices import MergeOnto, ModelFormat, Precision
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.conversations import ConversationEncoder
 from cqlora.data.records import Turn
@@ -19,6 +21,7 @@ from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
 from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
+from cqlora.weights.merge import plan_merge, write_merge
 from tests.conftest import ROOT
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 from tests.inference.conftest import build_base, peft_model
@@ -305,3 +308,16 @@ def test_a_card_without_a_system_prompt_adds_nothing(engine, base):
     asked = [{"role": "user", "text": "a"}]
     assert engine.system_prompt == ""
     assert engine.encode_messages(asked) == ChatEncoder(PlainTokenizer(base)).encode_prompt([Turn("user", "a")])
+
+
+def test_a_merge_carries_the_system_prompt_of_the_tuning(base, adapter, tmp_path):
+    tuned = Path(shutil.copytree(adapter, tmp_path / "tuned"))
+    card = json.loads((tuned / CARD).read_text())
+    card["trained_on"] = {**card.get("trained_on", {}), "stage": "sft"}
+    (tuned / CARD).write_text(json.dumps(card | {"system_prompt": PROMPT}))
+    merge = plan_merge(base, [tuned], MergeOnto["16bit"], True, Precision.auto)
+    write_merge(merge, tmp_path / "whole", SimpleNamespace(format=ModelFormat.safetensors, max_shard_size="1GB"))
+    whole, beside = LlamaEngine(tmp_path / "whole", "", use_lora=False), LlamaEngine(tuned, base)
+    asked = [{"role": "user", "text": "长江"}]
+    assert whole.system_prompt == PROMPT
+    assert whole.encode_messages(asked) == beside.encode_messages(asked)

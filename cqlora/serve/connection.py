@@ -32,15 +32,17 @@ class Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._waits_for = ""
         self._waits_since = 0.0
+        self._answered = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for headers; make room where there are too many connections."""
         super().connection_made(transport)
         self._wait_for("headers", HEADER_SECONDS)
         if self._most is not None and len(self.connections) > self._most:
-            others = (other for other in self.connections if isinstance(other, Connection))
-            # This one waits too, so there is one to close.
-            longest = min((other for other in others if other.waits), key=lambda other: other._waits_since)
+            others = [other for other in self.connections if isinstance(other, Connection) and other is not self]
+            waiting = [other for other in others if other.waits] or [self]
+            # Those who were answered before, as who asks for /health now and then, are not the slow ones.
+            longest = min(waiting, key=lambda other: (other._answered, other._waits_since))
             self.connections.discard(longest)
             longest.transport.abort()
 
@@ -60,7 +62,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Between two requests the connection waits as well, by uvicorn's clock."""
-        self._waits_since = self.loop.time()
+        self._waits_since, self._answered = self.loop.time(), True
         super().on_response_complete()
 
     @property

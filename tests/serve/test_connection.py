@@ -84,6 +84,8 @@ def test_hundreds_of_silent_connections_keep_nobody_from_being_served():
     with running(engine, fake_config(slots=1, queue=1, max_tokens=10**9)) as run, contextlib.ExitStack() as opened:
         most = run.server.config.limit_concurrency
         assert most < 100
+        watcher = opened.enter_context(httpx.Client(timeout=10))
+        assert watcher.get(run.url + "/health").status_code == 200
         reply = opened.enter_context(
             httpx.stream(
                 "POST", run.url + "/v1/chat/completions", content=BODY[:-1] + b', "stream": true}', headers=JSON
@@ -94,6 +96,10 @@ def test_hundreds_of_silent_connections_keep_nobody_from_being_served():
         for number in range(3 * most):
             client = opened.enter_context(connect(run))
             client.sendall(HEAD if number % 2 else HEAD + b"Content-Length: 50\r\n\r\n{")
+            if number % 20 == 0:
+                assert watcher.get(run.url + "/health").status_code == 200, (
+                    "who was answered before keeps its connection"
+                )
         assert ask_health(run) == 200
         run.wait_until(lambda: len(run.server.server_state.connections) <= most)
         assert "data" in "".join(next(lines) for _ in range(10)), "a reply under way goes on"
