@@ -171,9 +171,9 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_when_there_is_
         assert f"{place.disk}" in told or "models/tiny" in told
         assert not unfinished(place.disk)
         assert not (place.disk / "out").exists()
-    remount(place, f"size={ROOM}")
-    code, told = run_verb(name, place, tmp_path / "log.txt")
-    assert code == 0, told
+        remount(place, f"size={ROOM}")
+        code, told = run_verb(name, place, tmp_path / "log.txt")
+        assert code == 0, told
     assert digest(place) == whole
 
 
