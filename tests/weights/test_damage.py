@@ -172,8 +172,9 @@ def test_a_base_without_fingerprints_is_read_and_extended_or_refused(file, how, 
             found = read_base(base)
             read_architecture(found.config, base)
             PlainTokenizer(base).segment.encode("长江 is <|im_end|>")
-        with one_sentence():
-            extend(base, tmp_path / f"out{number}", VocabConfig(), 10**9, copy=True)
+        if number < 2:  # extending what is well takes a hundred times as long as reading it
+            with one_sentence():
+                extend(base, tmp_path / f"out{number}", VocabConfig(), 10**9, copy=True)
 
 
 @pytest.mark.parametrize("how", ["flip", "cut", "value", "text"])
@@ -193,9 +194,12 @@ def test_a_damaged_gguf_file_is_read_or_refused(how, models, tmp_path):
     for number in range(60):
         file = Path(shutil.copyfile(models / "model.gguf", tmp_path / "model.gguf"))
         damage(file, how, number)
-        output = tmp_path / f"out{number}"
         with one_sentence():
-            extend(file, output, VocabConfig(), 10**9, copy=True)
+            model = GgufModel(file)
+            model.config()
+            write_gguf_tokenizer(model, tmp_path)
+            for name in model.specs:
+                sum(len(block) for block in model.blocks(name))
 
 
 def set_keys(file: Path, **changed: Any) -> None:
