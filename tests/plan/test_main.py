@@ -63,7 +63,7 @@ def test_a_plan_is_light_work(workspace: Path) -> None:
     )
     calls, modules = map(int, done.stdout.splitlines()[-1].split())
     # 160,000 calls for the layouts that would fit, a tenth of a second's; torch alone brings over a thousand modules.
-    assert 1_000 < calls < 250_000, calls
+    assert 1_000 < calls < 500_000, calls
     assert 100 < modules < 1_000, modules
 
 
