@@ -139,7 +139,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
         return RunConfig(
             model=ModelConfig(
                 name="test",
-                path="",
+                path="models/none",
                 vocab_size=8,
                 hidden_size=8,
                 intermediate_size=8,

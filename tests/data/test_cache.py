@@ -308,7 +308,7 @@ from cqlora.data.cache import prepare_cache
 collect._BATCH_BYTES = build._TASK_BYTES = 20_000
 file, folder, cache_dir, kill_at = sys.argv[1:]
 shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 8)
-model = ModelConfig(name="t", path="", num_attention_heads=1, num_key_value_heads=1,
+model = ModelConfig(name="t", path="models/none", num_attention_heads=1, num_key_value_heads=1,
                     max_position_embeddings=4096, **shape)
 data = DataConfig(name="t", sources={"a": SourceConfig(kind=SourceKind.wiki, path=file)}, cache_dir=cache_dir,
                   workers=1)
