@@ -23,7 +23,9 @@ def extend(base: Path, output: Path, corpus: Path | None, kind: str, **options: 
     """Extend with the small corpus, or the bundled text; every piece that occurs twice counts."""
     output.mkdir(exist_ok=True)
     size = len(Tokenizer.from_file(str(base / "tokenizer.json")).get_vocab())
-    defaults = {"size": 200, "min_frequency": 2, "corpus": [str(corpus)] if corpus else []} | options
+    learned = {"bpe": {"size": 200, "min_frequency": 2}, "auto": {"size": 200, "min_frequency": 2}}
+    learned["sentencepiece"] = {"size": 200}
+    defaults = learned.get(kind, {}) | {"corpus": [str(corpus)] if corpus else []} | options
     return extend_tokenizer(base, output, VocabConfig(kind=VocabKind[kind], **defaults), size)
 
 
@@ -95,7 +97,7 @@ def test_sentencepiece_model_of_someone_else_is_merged(pieces_base: Path, corpus
     words = chinese_words(open_corpus([str(corpus)], 0.1), 10**6)
     proto = train_sentencepiece(words, 150)
     (tmp_path / "other.model").write_bytes(proto.SerializeToString())
-    extension = extend(pieces_base, tmp_path / "out", corpus, "path", model=str(tmp_path / "other.model"), size=1)
+    extension = extend(pieces_base, tmp_path / "out", corpus, "path", model=str(tmp_path / "other.model"))
     known = {piece.piece for piece in read_tokenizer_files(pieces_base).pieces.pieces}
     new = [piece.piece for piece in proto.pieces if piece.type == 1 and piece.piece not in known]
     assert extension.report.pieces_added == len(new)
