@@ -10,7 +10,7 @@ from omegaconf import MISSING
 
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.cli import run_program
-from cqlora.config import check_fields, check_path, require_used
+from cqlora.config_checks import check_fields, check_path, require_used
 from cqlora.errors import ConfigError
 from cqlora.weights.sizes import parse_size
 

@@ -35,6 +35,7 @@ LIGHT_MODULES = [
     "cli",
     "architectures",
     "config",
+    "config_checks",
     "continuation",
     "diagnosis",
     "errors",

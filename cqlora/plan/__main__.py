@@ -8,7 +8,8 @@ from hydra.core.config_store import ConfigStore
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
-from cqlora.config import RunConfig, require_positive, require_range
+from cqlora.config import RunConfig
+from cqlora.config_checks import require_positive, require_range
 from cqlora.continuation import settle_continuation
 from cqlora.errors import DoesNotFit
 from cqlora.plan.fit import Fit
