@@ -64,6 +64,8 @@ def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir
         CqloraError: the run is refused, or its own error; Preempted when a signal, such as a notebook's interrupt,
             stopped it after a commit.
     """
+    from omegaconf import open_dict
+
     from cqlora.composition import compose_alone
     from cqlora.config import RunConfig
     from cqlora.diagnosis import to_schema
@@ -72,8 +74,9 @@ def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir
     arguments, given = arrange_overrides(overrides, folder, config_dir)
     with told_as_sentence():
         with compose_alone("config", RunConfig, arguments) as composed:
-            hydra = composed.pop("hydra")
-            default_folder, launcher = str(hydra.run.dir), str(hydra.launcher._target_)
+            default_folder, launcher = str(composed.hydra.run.dir), str(composed.hydra.launcher._target_)
+            with open_dict(composed):
+                del composed["hydra"]
             config: RunConfig = to_schema(composed, RunConfig)
         refuse_unsubmitted(config.hardware.name, launcher, swept=False)
         tell_notes(config)
