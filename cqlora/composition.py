@@ -2,7 +2,7 @@
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,21 @@ from typing import Any
 import hydra._internal.hydra as hydra_internals
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository, IConfigRepository
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.types import RunMode
+from hydra.version import VersionBase, setbase
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cqlora.config import CONFIG_DIR, register_schemas
 from cqlora.config_files import describe_damage, locate_key, locate_words, name_file
 from cqlora.diagnosis import explain_composition, find_misfit
 from cqlora.errors import ConfigError
@@ -143,3 +149,36 @@ def compose_checked(schema: type) -> Iterator[None]:
         yield
     finally:
         vars(hydra_internals)["ConfigLoaderImpl"] = plain
+
+
+@contextmanager
+def compose_alone(config_name: str, schema: type, overrides: list[str]) -> Iterator[DictConfig]:
+    """A composition outside Hydra's programs, to be read in the block, with what is Hydra's own in `hydra`.
+
+    The program around it may use Hydra itself: its GlobalHydra is not looked at, and what is global of Hydra's and
+    OmegaConf's is put back.
+
+    Raises:
+        ConfigError: as `Composer`, and for several values where one run is meant.
+    """
+    resolvers, version = dict(BaseContainer._resolvers), VersionBase.instance().version_base
+    try:
+        setbase("1.3")
+        setup_globals()
+        register_schemas()
+        refuse_several(overrides)
+        composer = Composer(create_config_search_path(str(CONFIG_DIR.resolve())), schema)
+        yield composer.load_configuration(config_name, overrides, RunMode.RUN, from_shell=False)
+    finally:
+        BaseContainer._resolvers = resolvers
+        VersionBase.instance().version_base = version
+
+
+def refuse_several(overrides: list[str]) -> None:
+    """Raise ConfigError for a sweep's override, such as `seed=1,2`."""
+    refuse_secrets(overrides)
+    # What is no override at all is told when it is composed.
+    with suppress(HydraException):
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if override.is_sweep_override():
+                raise ConfigError(f"`{override.input_line}` has several values; call train() once with each.")

@@ -16,8 +16,8 @@ from cqlora.processes import run_workers
 logger = logging.getLogger(__name__)
 
 
-def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given: bool = True) -> float | None:
-    """Run one job in `output_dir`; return the mean held-out loss at its end (None without held-out text).
+def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given: bool = True) -> Path:
+    """Run one job in `output_dir`; return the folder that it was run in.
 
     `own_process` gives a job of one worker a fresh interpreter, which a sweep needs: no state of torch, of a
     tracker or of the memory allocator passes from one job to the next. Where the folder was not `folder_given`
@@ -46,22 +46,22 @@ def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given:
     with hold_folder(output_dir, folder_given) as folder:
         if place is None and (own_process or config.hardware.world_size > 1):
             run_workers(stage_config(config, folder), config.hardware)
-            return read_final_loss(folder)
+            return folder
         return train_here(config, folder)
 
 
-def train_here(config: RunConfig, output_dir: Path) -> float | None:
-    """Train in this process."""
+def train_here(config: RunConfig, output_dir: Path) -> Path:
+    """Train in this process; return the folder that the workers agreed on."""
     from cqlora.progress import show_log
 
     show_log()
     logger.info("run %s: importing torch", output_dir)
     from cqlora.train import train
 
-    return read_final_loss(train(config, output_dir))
+    return train(config, output_dir)
 
 
 def read_final_loss(output_dir: Path) -> float | None:
-    """Mean over all tokens of the last held-out losses."""
+    """Mean over all tokens of the last held-out losses; None without held-out text."""
     evaluations = [row for row in read_metrics(output_dir) if row["kind"] == "eval"]
     return mean_loss([row for row in evaluations if row["step"] == evaluations[-1]["step"]])

@@ -1,13 +1,15 @@
-"""`python -m cqlora.run`: compose → typed → checked → launched; torch is imported by nobody here."""
+"""`python -m cqlora.run`, and `train` for Python: compose → typed → checked → launched; nobody here imports torch."""
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cqlora.cli import run_program, stop, stop_early
+from cqlora.cli import quote_words, run_program, stop, stop_early
 from cqlora.errors import ConfigError, Preempted
 from cqlora.signals import Stopped, stop_on_signals
+from cqlora.system.refusals import told_as_sentence
 
 if TYPE_CHECKING:
     from cqlora.config import RunConfig
@@ -21,14 +23,13 @@ def run(config: "RunConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from cqlora.launch import launch
+    from cqlora.launch import launch, read_final_loss
     from cqlora.slurm import is_submitted, leave_job
 
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
     refuse_unsubmitted(config.hardware.name, str(hydra.launcher._target_), swept)
-    for note in config.notes():
-        print(f"note: {note}", file=sys.stderr)
+    tell_notes(config)
     given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
     submitted = is_submitted()
     if swept or "WANDB_SWEEP_ID" in os.environ:
@@ -36,7 +37,8 @@ def run(config: "RunConfig") -> float | None:
     try:
         # A submitted job is in a process of its own already.
         own_process = swept and not submitted
-        return launch(config, Path(hydra.runtime.output_dir), own_process, folder_given=given or submitted)
+        folder = launch(config, Path(hydra.runtime.output_dir), own_process, folder_given=given or submitted)
+        return read_final_loss(folder)
     except Preempted as error:
         if submitted:
             leave_job()
@@ -47,6 +49,75 @@ def run(config: "RunConfig") -> float | None:
                 "are left."
             ) from None
         raise
+
+
+def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir: str | Path | None = None) -> Path:
+    """Train one run as `python -m cqlora.run OVERRIDES` does, from a script or a notebook; return its folder.
+
+        train(["stage=sft", "model=tiny"], folder="outputs/first")
+
+    It trains in processes of its own, so that nothing of torch's, of Hydra's or of the random generators here
+    changes, and returns when they have ended. `folder` stands for hydra.run.dir: outputs/<stage>/<time> when it is
+    None; one that holds a run goes on. `config_dir` has configuration files of yours, as --config-dir does.
+
+    Raises:
+        CqloraError: the run is refused, or its own error; Preempted when a signal, such as a notebook's interrupt,
+            stopped it after a commit.
+    """
+    from omegaconf import open_dict
+
+    from cqlora.composition import compose_alone
+    from cqlora.config import RunConfig
+    from cqlora.diagnosis import to_schema
+    from cqlora.launch import launch
+
+    arguments, given = arrange_overrides(overrides, folder, config_dir)
+    with told_as_sentence():
+        with compose_alone("config", RunConfig, arguments) as composed:
+            default_folder, launcher = str(composed.hydra.run.dir), str(composed.hydra.launcher._target_)
+            with open_dict(composed):
+                del composed["hydra"]
+            config: RunConfig = to_schema(composed, RunConfig)
+        refuse_unsubmitted(config.hardware.name, launcher, swept=False)
+        tell_notes(config)
+        return launch(config, Path(folder or default_folder).expanduser().absolute(), True, folder_given=given)
+
+
+def arrange_overrides(
+    overrides: Sequence[str], folder: str | Path | None, config_dir: str | Path | None
+) -> tuple[list[str], bool]:
+    """Overrides as Hydra reads them, and whether the run's folder is the user's choice.
+
+    Raises:
+        ConfigError: what `train` does not take, or a process that is one of several workers.
+    """
+    from cqlora.cluster import find_place
+
+    if find_place(os.environ) is not None:
+        raise ConfigError(
+            "train() starts its workers itself, and torchrun or srun has started several of this program; start "
+            "`python -m cqlora.run` with them instead."
+        )
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise ConfigError('overrides is no list of texts; give one, such as ["stage=sft", "model=tiny"].')
+    arguments = [quote_words(each) for each in overrides]
+    of_hydra = [each.partition("=")[0].lstrip("+~") for each in arguments]
+    of_hydra = [key for key in of_hydra if key.startswith(("hydra.", "hydra/"))]
+    for key in of_hydra:
+        if key != "hydra.run.dir" or folder is not None:
+            raise ConfigError(f"{key} has no use in train(), which takes folder= and config_dir=; leave it out.")
+    if config_dir is not None:
+        files = Path(config_dir).expanduser().absolute()
+        if not files.is_dir():
+            raise ConfigError(f"config_dir={config_dir} is no folder; give the one with your configuration files.")
+        arguments.append(f"hydra.searchpath=['file://{files}']")
+    return arguments, folder is not None or bool(of_hydra)
+
+
+def tell_notes(config: "RunConfig") -> None:
+    """Say what a configuration's choices mean that may not be meant."""
+    for note in config.notes():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def name_job(config: "RunConfig", folder: Path) -> str:

@@ -36,7 +36,13 @@ class Stopped(BaseException):
 
 @contextmanager
 def hear_signals(hear: Callable[[int], None]) -> Iterator[None]:
-    """Call `hear` with the number of each signal that asks for an end; afterwards they do what they did before."""
+    """Call `hear` with the number of each signal that asks for an end; afterwards they do what they did before.
+
+    Outside the main thread, where a notebook's or a server's code may run, no signal is heard.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous = {number: signal.signal(number, lambda received, frame: hear(received)) for number in ASKING_TO_END}
     try:
         yield

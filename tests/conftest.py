@@ -42,7 +42,8 @@ SLOW_MODULES = (
     "test_cluster",
     "test_chat",
     "test_launch",
-    "test_readme",
+    "test_run",
+    "test_python_page",
 )
 """What starts programs or trains; `make test-fast` leaves it out."""
 
