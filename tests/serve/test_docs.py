@@ -1,12 +1,9 @@
 """Both languages of the serving page say the same, and what they say is so."""
 
 import re
-import shlex
-
-import pytest
 
 from cqlora.serve.config import ServeConfig
-from tests.conftest import ROOT, run_verb
+from tests.conftest import ROOT
 
 PAGES = [ROOT / "docs" / name for name in ("serving.md", "serving.zh-CN.md")]
 TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
@@ -16,12 +13,6 @@ def test_both_languages_give_the_same_commands_and_values():
     for pattern in (r"^    .+", r"^\| `?(?:GET|POST|\d{3})[^|]*", r"`[a-z_]+=`", r"\]\((\S+)\)", r"^## "):
         english, chinese = (re.findall(pattern, text, re.M) for text in TEXTS)
         assert english == chinese and english, pattern
-
-
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^    cqlora ((?:serve|merge) .+)", TEXTS[0], re.M))))
-def test_every_command_composes_as_it_is_printed(command, workspace):
-    verb, *arguments = shlex.split(command)
-    assert run_verb(workspace, verb, *arguments, "--cfg", "job").stdout
 
 
 def test_the_table_of_keys_holds_the_defaults():
