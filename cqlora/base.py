@@ -16,6 +16,7 @@ CARD = "cqlora.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SEAL = "card_sha256"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _ADAPTER_DIGESTS = {"adapter_sha256": ADAPTER_WEIGHTS, "adapter_config_sha256": ADAPTER_CONFIG}
 
 
@@ -52,8 +53,10 @@ def read_base(path: str | Path) -> Base:
     """
     folder = Path(path)
     if not folder.is_dir():
-        hint = "`cqlora fetch`" if folder.name == "smollm2_135m" else "`cqlora convert`"
-        raise ModelError(f"model folder {folder} does not exist; make it with {hint} first.")
+        made = "`cqlora fetch`" if folder.name == "smollm2_135m" else "`cqlora convert` from raw weights"
+        raise ModelError(
+            f"model folder {folder} does not exist; give a folder in Hugging Face form, or make it with {made} first."
+        )
     config_file, tokenizer_file = folder / "config.json", folder / "tokenizer.json"
     for file, what in ((config_file, "model"), (tokenizer_file, "tokenizer")):
         if not file.is_file():
@@ -142,6 +145,22 @@ def seal_card(folder: Path, card: dict[str, Any]) -> None:
         if (folder / name).is_file():
             card[key] = hash_whole(folder / name)
     write_json(folder / CARD, card | {_SEAL: hash_document(card)})
+
+
+def hash_companions(folder: Path) -> dict[str, str]:
+    """sha256 of each file beside a base's weights that decides how it is asked and what ends its replies.
+
+    Raises:
+        ModelError: one that is to be JSON is not.
+    """
+    found = {}
+    for name in _COMPANIONS:
+        file = folder / name
+        if file.is_file():
+            if file.suffix == ".json":
+                read_object(file)
+            found[name] = hash_whole(file)
+    return found
 
 
 def write_json(file: Path, document: object) -> None:

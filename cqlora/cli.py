@@ -31,6 +31,11 @@ _FLAGS_WITH_VALUE = {
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--experimental-rerun",
 }  # fmt: skip
+_FLAGS = _FLAGS_WITH_VALUE | {
+    "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion",
+    "-sc", "--info", "-i",
+}  # fmt: skip
+_FULL_WIDTH = "＝“”‘’「」"
 _VALUE_WORD = re.compile(r"[^,\[\]\s][^,\[\]]*")
 _NEEDS_QUOTES = re.compile(r"[^\x00-\x7f]|[~=#&!;<>^()`]")
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|sort|shuffle|tag|int|float|str|bool|json_str|extend_list)\(")
@@ -49,6 +54,7 @@ def run_program(
     """
     try:
         refuse_secrets(sys.argv[1:])
+        check_words(sys.argv[1:])
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = [*help_overrides, store_help(config_name, schema)]
@@ -115,6 +121,30 @@ def main() -> None:
         stop(ConfigError(f"`cqlora {verb}` is not a verb; {hint}"))
     sys.argv = [f"cqlora {verb}", *sys.argv[2:]]
     runpy.run_module(f"cqlora.{verb}", run_name="__main__", alter_sys=False)
+
+
+def check_words(arguments: list[str]) -> None:
+    """Refuse what is no override and no flag of Hydra's, before Hydra says so over ten lines.
+
+    Raises:
+        ConfigError: a flag of another program's, a word without `=`, full-width signs, an empty folder.
+    """
+    values = {
+        number + 1 for number, argument in enumerate(arguments) if argument in _FLAGS_WITH_VALUE | {"--info", "-i"}
+    }
+    for number, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if number in values or (argument.startswith("-") and key in _FLAGS):
+            continue
+        if argument.startswith("-"):
+            name = key.lstrip("-").replace("-", "_")
+            raise ConfigError(f"{key} is no flag; keys are typed without dashes, as in {name}={value or 'VALUE'}.")
+        if any(sign in key for sign in _FULL_WIDTH):
+            raise ConfigError(f"`{argument}` has a full-width sign; type = and quotes as ASCII, as in KEY=VALUE.")
+        if not equals and not argument.startswith("~"):
+            raise ConfigError(f"`{argument}` is not of the form KEY=VALUE; type {argument}=VALUE, or leave it out.")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and not value.strip("'\" "):
+            raise ConfigError(f"{key}= is empty; give a folder, or leave it out for one named after the time.")
 
 
 def quote_words(argument: str) -> str:

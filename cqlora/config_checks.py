@@ -24,8 +24,8 @@ def check_fields(config: Any, paths: tuple[str, ...] = (), filled: tuple[str, ..
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str):
                 check_text(key, text)
-        if name == "name" and value is not None and len(value) > 100:
-            raise ConfigError(f"{key} has {len(value)} characters; give a name of at most 100.")
+        if name == "name" and value is not None and len(value) > 128:
+            raise ConfigError(f"{key} has {len(value)} characters; give a name of at most 128.")
         if name in filled and not value.strip():
             raise ConfigError(f"{key} is empty; give it a value, or leave it out for its default.")
         if name in paths:

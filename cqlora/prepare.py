@@ -85,10 +85,10 @@ def show_splits(console: Any, splits: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("split", "documents", "tokens", "label tokens", "packs", "fill"):
+    for column in ("split", "pieces", "tokens", "label tokens", "packs", "fill"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, found in splits.items():
-        numbers = [f"{found[key]:,}" for key in ("documents", "tokens", "label_tokens", "packs")]
+        numbers = [f"{found[key]:,}" for key in ("pieces", "tokens", "label_tokens", "packs")]
         table.add_row(split, *numbers, f"{found['fill']:.2%}")
     console.print(table)
     console.print()

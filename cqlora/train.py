@@ -10,7 +10,7 @@ from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.checkpoint import hash_file
 from cqlora.choices import AdapterMethod
 from cqlora.config import RunConfig
-from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.errors import DataError
 from cqlora.frozen import RUN_FILE, describe_config, freeze_config
 from cqlora.lineage import describe_lineage
@@ -122,6 +122,8 @@ def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
         cache = worker.first(lambda: prepare_cache(config, base, display.show, verify=worker.leads_node))
     if not len(cache.splits["train"]):
         raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
+    for source in unevaluated_sources(cache):
+        logger.warning("source %s has no held-out text and is not evaluated: raise data.val_fraction", source)
     logger.info(
         "token cache %s: %d packs of %d tokens", cache.folder, len(cache.splits["train"]), cache.sequence_length
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cqlora.cli import order_flags, quote_words
+from cqlora.cli import check_words, order_flags, quote_words
 from cqlora.errors import ConfigError
 from cqlora.secrets import refuse_secrets
 from tests.conftest import run_verb
@@ -106,3 +106,26 @@ def test_ordinary_overrides_are_no_secrets():
 )
 def test_chinese_values_and_paths_need_no_quotes_of_their_own(typed: str, passed: str) -> None:
     assert quote_words(typed) == passed
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--stage", "sft"], "--stage is no flag; keys are typed without dashes, as in stage=VALUE"),
+        (["stage=sft", "--model_name_or_path=x"], "as in model_name_or_path=x"),
+        (["stage", "sft"], "`stage` is not of the form KEY=VALUE; type stage=VALUE"),
+        (["stage.max_steps＝2"], "full-width"),
+        (["“stage.max_steps=2”"], "full-width"),
+        (["stage=sft", "hydra.run.dir="], "hydra.run.dir= is empty"),
+        (["hydra.sweep.dir=''"], "hydra.sweep.dir= is empty"),
+    ],
+)
+def test_what_is_neither_override_nor_flag_is_refused_in_one_sentence(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_words(arguments)
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_overrides_flags_and_their_values_pass() -> None:
+    check_words(["stage=sft", "+a.b=1", "~tracking", "--config-dir", "mine", "--cfg", "job", "-m", "--info", "all"])
+    check_words(["--config-dir=mine", "data.sources.t.path=语料＝一.txt", "hydra.run.dir=outputs/x"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from cqlora.base import CARD
+from cqlora.base import read_card
 from cqlora.choices import MergeOnto, ModelFormat, Precision
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.conversations import ConversationEncoder
@@ -22,6 +22,7 @@ from cqlora.engine import LlamaEngine
 from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
 from cqlora.weights.merge import plan_merge, write_merge
+from tests.cards import change_card
 from tests.conftest import ROOT
 from tests.inference.conftest import *  # noqa: F403 - its fixtures
 from tests.inference.conftest import build_base, peft_model
@@ -199,7 +200,7 @@ def id_beyond_the_rows(base, adapter, tmp_path):
 MISTAKES = [
     (id_beyond_the_rows, "448.* rows"),
     (other_base, "trained on another base"),
-    (other_tokenizer, "trained on another tokenizer"),
+    (other_tokenizer, "tokenizer changed since cqlora.json was written"),
     (no_weights, "has no .*safetensors"),
     (truncated, "truncated"),
     (missing_tensor, "up_proj"),
@@ -291,8 +292,7 @@ PROMPT = "You are careful. 请用中文回答。"
 def test_a_system_prompt_of_training_begins_every_conversation_without_one(where, base, adapter, merged, tmp_path):
     """The prompt's ids are those of the conversation as training encodes it."""
     folder = Path(shutil.copytree(adapter if where == "adapter" else merged, tmp_path / "tuned"))
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {}
-    (folder / CARD).write_text(json.dumps(card | {"system_prompt": PROMPT}))
+    change_card(folder, system_prompt=PROMPT)
     engine = LlamaEngine(folder, base, use_lora=True) if where == "adapter" else LlamaEngine(folder, "", use_lora=False)
     tokenizer = PlainTokenizer(base)
     turns = [Turn("user", "长江在哪里？"), Turn("assistant", "x")]
@@ -312,9 +312,8 @@ def test_a_card_without_a_system_prompt_adds_nothing(engine, base):
 
 def test_a_merge_carries_the_system_prompt_of_the_tuning(base, adapter, tmp_path):
     tuned = Path(shutil.copytree(adapter, tmp_path / "tuned"))
-    card = json.loads((tuned / CARD).read_text())
-    card["trained_on"] = {**card.get("trained_on", {}), "stage": "sft"}
-    (tuned / CARD).write_text(json.dumps(card | {"system_prompt": PROMPT}))
+    trained_on = {**read_card(tuned).get("trained_on", {}), "stage": "sft"}
+    change_card(tuned, trained_on=trained_on, system_prompt=PROMPT)
     merge = plan_merge(base, [tuned], MergeOnto["16bit"], True, Precision.auto)
     write_merge(merge, tmp_path / "whole", SimpleNamespace(format=ModelFormat.safetensors, max_shard_size="1GB"))
     whole, beside = LlamaEngine(tmp_path / "whole", "", use_lora=False), LlamaEngine(tuned, base)

@@ -292,6 +292,8 @@ def test_a_run_none_of_whose_steps_was_finite_is_an_error_and_leaves_no_adapter(
 
 
 def test_a_final_loss_that_is_not_finite_is_read_as_such(tmp_path):
-    append_metrics(tmp_path, {"kind": "eval", "step": 2, "source": "a", "language": "zh", "loss": math.nan})
-    append_metrics(tmp_path, {"kind": "eval", "step": 2, "source": "a", "language": "en", "loss": 1.0})
+    append_metrics(
+        tmp_path, {"kind": "eval", "step": 2, "source": "a", "language": "zh", "loss": math.nan, "tokens": 3}
+    )
+    append_metrics(tmp_path, {"kind": "eval", "step": 2, "source": "a", "language": "en", "loss": 1.0, "tokens": 5})
     assert math.isnan(read_final_loss(tmp_path))

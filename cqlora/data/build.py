@@ -293,7 +293,8 @@ class CacheWriter:
             },
             "splits": {
                 split: {
-                    **{key: found[key] for key in ("documents", "tokens", "label_tokens", "packs")},
+                    "pieces": found["documents"],
+                    **{key: found[key] for key in ("tokens", "label_tokens", "packs")},
                     "fill": fill_of(found, self.capacity),
                 }
                 for split, found in splits.items()

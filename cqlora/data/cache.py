@@ -43,6 +43,12 @@ class SourceInfo:
     """`zh`, `en` or `mixed`."""
 
 
+def unevaluated_sources(cache: "TokenCache") -> list[str]:
+    """Names of the sources that train and have no validation text."""
+    found = cache.summary["sources"].items()
+    return [name for name, totals in found if totals["kept"]["train"] and not totals["kept"]["val"]]
+
+
 class TokenCache:
     """A whole cache, open for reading."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, read_card, seal_card
+from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, hash_companions, read_card, seal_card
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
@@ -189,6 +189,7 @@ def write_card(folder: Path, base: Base, trained_on: dict[str, Any], said: dict[
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
         "tokenizer_sha256": fingerprint_tokenizer(base.path),
+        "companions": hash_companions(base.path),
         "trained_on": trained_on,
         **said,
     }

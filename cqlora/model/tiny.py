@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from cqlora.base import fingerprint_tokenizer, fingerprint_weights, seal_card
 from cqlora.config import ModelConfig
 from cqlora.system.durable import hold, stage
 
@@ -44,6 +45,10 @@ def write_tiny(model: ModelConfig, texts: list[str], chat_template: str, seed: i
         pad_token_id=tokenizer.pad_token_id,
     )
     weights.save_pretrained(staging)
+    seal_card(
+        staging,
+        {"tokenizer_sha256": fingerprint_tokenizer(staging), "weights_sha256": fingerprint_weights(staging)},
+    )
 
 
 def llama_config(model: ModelConfig, **options: Any) -> LlamaConfig:

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, read_base, seal_card, write_json
+from cqlora.base import CARD, Base, hash_companions, read_base, seal_card, write_json
 from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import chat_template
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import copy_inside
+from cqlora.system.documents import copy_inside, take
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.tensor_files import INDEX, read_tensors
@@ -84,7 +84,24 @@ def plan_merge(
     for adapter, apart in zip(adapters, lineage.apart, strict=True):
         plan.add(adapter, base_folder, reader.specs, apart)
     form = choose_format(adapters, onto, double_quantization, precision)
-    return Merge(base, adapters, MergedSource(reader, plan, form), onto, lineage.notes)
+    return Merge(
+        base, adapters, MergedSource(reader, plan, form), onto, lineage.notes + changed_companions(base, adapters)
+    )
+
+
+def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
+    """A sentence for each file that goes along and is not what it was when an adapter was trained.
+
+    Raises:
+        ModelError: one of them is damaged.
+    """
+    now = hash_companions(base.path)
+    known = take(adapters[-1].card, "companions", adapters[-1].folder / CARD, dict, default={}) if adapters else {}
+    return [
+        f"{base.path / name} was changed after {adapters[-1].folder} was trained, and goes along as it is now."
+        for name in sorted(known.keys() | (now.keys() if known else ()))
+        if known.get(name) != now.get(name)
+    ]
 
 
 def is_tied(base: Base, reader: ShardReader) -> bool:

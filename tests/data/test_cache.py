@@ -21,9 +21,10 @@ from cqlora.base import Base
 from cqlora.choices import SourceKind
 from cqlora.config import RunConfig, SourceConfig
 from cqlora.data import build, cache, collect, digests, store, workers
-from cqlora.data.cache import TokenCache, prepare_cache
+from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.data.digests import MEMORY, hash_files
 from cqlora.errors import DataError
+from cqlora.system.sealed import read_sealed
 from cqlora.worker import Worker
 from tests.conftest import HANG_SECONDS
 from tests.data.conftest import MakeConfig, sample_texts, write_jsonl
@@ -472,4 +473,15 @@ def test_damaged_hashes_of_files_are_made_anew(tmp_path: Path, damaged: bytes):
     expected = hash_files([file], tmp_path)
     (tmp_path / MEMORY).write_bytes(damaged)
     assert hash_files([file], tmp_path) == expected == {file: hashlib.sha256(b"text").hexdigest()}
-    assert list(json.loads((tmp_path / MEMORY).read_text()).values()) == [expected[file]]
+    assert list((read_sealed(tmp_path / MEMORY) or {}).values()) == [expected[file]]
+
+
+def test_a_source_without_held_out_text_is_named(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
+    rows = [{"text": f"{number} {text}"} for number, text in enumerate(sample_texts())]
+    sources = {
+        "small": SourceConfig(kind=SourceKind.wiki, path=str(write_jsonl(tmp_path / "small.jsonl", rows[:3]))),
+        "large": SourceConfig(kind=SourceKind.wiki, path=str(write_jsonl(tmp_path / "large.jsonl", rows[3:]))),
+    }
+    made = prepare_cache(make_config(sources, val_fraction=0.1), byte_base)
+    kept = {name: found["kept"]["val"] for name, found in made.summary["sources"].items()}
+    assert kept["large"] > 0 and unevaluated_sources(made) == [name for name, count in kept.items() if not count]

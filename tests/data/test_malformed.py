@@ -151,7 +151,8 @@ def test_malformed_rows_are_all_accounted_for(
         lines = [line for line in lines if is_json(line)]
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(b"[" + b",\n".join(lines) + b"]" if suffix == ".json" else b"\n".join(lines) + b"\n")
-    source = SourceConfig(kind=GOOD[name][0], path=str(file), oasst_paths=OasstPaths.all)
+    paths = {"oasst_paths": OasstPaths.all} if GOOD[name][0] is SourceKind.oasst1 else {}
+    source = SourceConfig(kind=GOOD[name][0], path=str(file), **paths)
     stage = "pretrain" if GOOD[name][0] in (SourceKind.wiki, SourceKind.text) else "sft"
     config = make_config({"rows": source}, stage=stage, max_rejected_fraction=1.0, val_fraction=0.1)
     cache = prepare_cache(config, byte_base)

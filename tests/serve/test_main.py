@@ -60,7 +60,7 @@ def test_help_loads_neither_torch_nor_the_web(workspace):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "slots: 8" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+    assert "slots  (integer; 8)" in done.stdout and done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

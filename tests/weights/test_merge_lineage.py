@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cqlora.base import fingerprint_adapter, fingerprint_tokenizer, fingerprint_weights, read_card, seal_card
+from cqlora.base import (
+    fingerprint_adapter,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    hash_companions,
+    read_card,
+    seal_card,
+)
 from cqlora.choices import MergeOnto, ModelFormat, Precision
 from cqlora.errors import ModelError
 from cqlora.merge import MergeConfig
@@ -169,3 +176,20 @@ def test_the_fingerprint_that_is_taken_while_writing_is_that_of_the_files(form, 
     assert read_card(output)["weights_sha256"] == fingerprint_weights(output)
     shutil.copytree(output, tmp_path / "moved")
     assert fingerprint_weights(tmp_path / "moved") == fingerprint_weights(output)
+
+
+def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_told_and_a_damaged_one_refused(base, tmp_path):
+    own = Path(shutil.copytree(base, tmp_path / "own"))
+    (own / "generation_config.json").write_text('{"top_p": 0.9}')
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+    adapter = trained(own, tmp_path / "adapter", 1)
+    change_card(adapter, companions=hash_companions(own))
+    assert not plan(own, adapter).notes
+    (own / "generation_config.json").write_text('{"top_p": 0.8}')
+    (own / "chat_template.jinja").unlink()
+    told = plan(own, adapter).notes
+    assert len(told) == 2 and all("was changed after" in note for note in told)
+    assert "chat_template.jinja" in told[0] and "generation_config.json" in told[1]
+    (own / "generation_config.json").write_bytes(b'{"top_p": 0.8')
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        plan(own, adapter)
