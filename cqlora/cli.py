@@ -192,7 +192,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     from cqlora.composition import compose_checked
     from cqlora.config import CONFIG_DIR, register_schemas
     from cqlora.diagnosis import explain_composition, to_schema
-    from cqlora.folder import describe_refusal, drop_unused
+    from cqlora.folder import describe_refusal, drop_unused, drop_unused_sweeps
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -238,6 +238,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
         if started or error.filename is None:
             raise
         raise ConfigError(describe_refusal(error, Path(error.filename))) from error
+    drop_unused_sweeps()
     return outcomes
 
 

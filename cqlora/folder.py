@@ -16,6 +16,7 @@ from cqlora.frozen import RUN_FILE, STAGED_FILE
 from cqlora.processes import WORKERS_FOLDER
 
 LOCK_FILE = ".lock"
+SWEEP_FILE = "multirun.yaml"
 
 _missing: set[Path] = set()
 """Folders that were not there before this start."""
@@ -54,6 +55,14 @@ def drop_unused(folder: Path) -> None:
         except OSError:
             # Something is in it.
             return
+
+
+def drop_unused_sweeps() -> None:
+    """Remove the folders of sweeps of which no job was accepted: Hydra's own list of overrides is all they hold."""
+    for folder, before in _sweeps.items():
+        if os.path.isdir(folder) and set(os.listdir(folder)) - before == {SWEEP_FILE}:
+            (folder / SWEEP_FILE).unlink()
+            drop_unused(folder)
 
 
 def was_made_here(folder: Path) -> bool:

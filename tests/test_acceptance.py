@@ -70,6 +70,9 @@ def test_a_run_of_workers_or_a_sweep_that_is_refused_leaves_no_folder(workspace)
         paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
         run_verb(workspace, "run", *RUN, *SHORT, *paths, *overrides, expect=1)
         assert not (workspace / "outputs").exists()
+    sweep = ("stage.init_adapter=nowhere", "hydra.sweep.dir=swept/here", "--multirun", "seed=1,2")
+    run_verb(workspace, "run", *RUN, *SHORT, *paths, *sweep, expect=1)
+    assert not (workspace / "swept").exists()
 
 
 def test_a_folder_that_was_there_before_stays_though_the_run_is_refused(workspace, tmp_path):
