@@ -12,6 +12,7 @@ from cqlora.config import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.model.adapters import adapter_state, save_adapter
 from cqlora.model.tiny import build_tiny
+from tests.cards import drop_card
 
 TEXTS = ["长江是亚洲最长的河流。", "The Yangtze is the longest river in Asia."] * 20
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -23,7 +24,7 @@ def build_base(folder: Path, tied: bool = False, seed: int = 0) -> Path:
         name="tiny", path=str(folder), vocab_size=448, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
     )  # fmt: skip
-    return build_tiny(shape, TEXTS, CHAT_TEMPLATE, seed)
+    return drop_card(build_tiny(shape, TEXTS, CHAT_TEMPLATE, seed))
 
 
 def build_adapter(base: Path, folder: Path, quantized: bool = False, **options) -> Path:

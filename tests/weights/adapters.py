@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from cqlora.config import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.model.tiny import build_tiny
+from tests.cards import drop_card
 
 TEXTS = ["长江是亚洲最长的河流。", "The Yangtze is the longest river in Asia."] * 20
 IDS = torch.arange(40, 140)[None]
@@ -22,7 +23,7 @@ def write_tiny_base(folder: Path, tied: bool = False) -> Path:
         name="tiny", path=str(folder), vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
     )  # fmt: skip
-    return build_tiny(shape, TEXTS, CHAT_TEMPLATE)
+    return drop_card(build_tiny(shape, TEXTS, CHAT_TEMPLATE))
 
 
 def load(folder: Path, **options: Any) -> Any:
