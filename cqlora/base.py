@@ -7,8 +7,9 @@ from typing import Any
 
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number
-from cqlora.system.fingerprints import VERSION, combine, hash_document, hash_tensors, hash_whole
+from cqlora.system.fingerprints import VERSION, combine, hash_tensors, hash_whole
 from cqlora.system.model_config import check_config, check_tensors
+from cqlora.system.sealed import hash_document
 from cqlora.system.tensor_files import list_tensor_files, read_tensors
 
 CARD = "cqlora.json"

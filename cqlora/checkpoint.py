@@ -1,6 +1,5 @@
 """Checkpoint folders that appear whole or not at all, are verified before they are trusted, and never all go."""
 
-import hashlib
 import json
 import logging
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from cqlora.errors import CheckpointError
 from cqlora.system.durable import recover_folders, swap_in, sync, write_durably
+from cqlora.system.sealed import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +165,3 @@ def read_manifest(folder: Path) -> dict[str, str]:
 def is_file_name(name: str) -> bool:
     """Whether a name stays in its folder and can be one."""
     return name.isprintable() and not set(name) & set("/\\") and name not in ("", ".", "..") and len(name) < 256
-
-
-def hash_file(file: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

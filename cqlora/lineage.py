@@ -6,10 +6,8 @@ A continued adapter holds its predecessors' weights already, so whoever merges i
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import read_card
-from cqlora.checkpoint import hash_file
-
-WEIGHTS = "adapter_model.safetensors"
+from cqlora.base import ADAPTER_WEIGHTS, read_card
+from cqlora.system.sealed import hash_file
 
 
 def describe_lineage(init_adapter: str) -> dict[str, Any]:
@@ -21,7 +19,7 @@ def describe_lineage(init_adapter: str) -> dict[str, Any]:
     if not init_adapter:
         return {"init_adapter": None, "lineage": []}
     folder = Path(init_adapter)
-    digest = hash_file(folder / WEIGHTS)
+    digest = hash_file(folder / ADAPTER_WEIGHTS)
     return {
         "init_adapter": {"path": init_adapter, "adapter_sha256": digest},
         "lineage": [*read_card(folder).get("lineage", []), {"adapter_sha256": digest, "how": "continued"}],

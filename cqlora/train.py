@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights
-from cqlora.checkpoint import hash_file
+from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.choices import AdapterMethod
 from cqlora.config import RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
@@ -26,6 +25,7 @@ from cqlora.random_base import open_base
 from cqlora.resumption import find_start
 from cqlora.signals import finish_first, preempt_on_signals
 from cqlora.snapshot import describe_identity
+from cqlora.system.sealed import hash_file
 from cqlora.tracking import Record, open_record
 from cqlora.trainer import Trainer, count_total_steps
 from cqlora.worker import Worker, seed_everything, start_worker
@@ -138,7 +138,7 @@ def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int)
         "base": fingerprint_weights(base.path),
     }
     if config.stage.init_adapter:
-        fingerprints["init_adapter"] = hash_file(Path(config.stage.init_adapter, "adapter_model.safetensors"))
+        fingerprints["init_adapter"] = hash_file(Path(config.stage.init_adapter, ADAPTER_WEIGHTS))
     return describe_identity(config, fingerprints, total_steps)
 
 

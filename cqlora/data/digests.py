@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cqlora.errors import DiskError
 from cqlora.system.durable import replace_file
-from cqlora.system.sealed import read_sealed, seal_document
+from cqlora.system.sealed import hash_file, read_sealed, seal_document
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,6 @@ def remember(memory_file: Path, memory: dict[str, str]) -> None:
         replace_file(memory_file, seal_document(memory))
     except DiskError as error:
         logger.warning("the sources will be read for their hashes again at the next start: %s", error)
-
-
-def hash_file(file: Path) -> str:
-    """sha256 of the file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def digest_files(files: Iterable[Path], tick: Callable[[int], None] = lambda done: None) -> dict[Path, str]:

@@ -13,11 +13,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cqlora.base import Base, fingerprint_tokenizer, fingerprint_weights, hash_companions, read_card, seal_card
+from cqlora.base import (
+    ADAPTER_WEIGHTS,
+    Base,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    hash_companions,
+    read_card,
+    seal_card,
+)
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
-from cqlora.lineage import WEIGHTS, describe_lineage
+from cqlora.lineage import describe_lineage
 from cqlora.model.load import find_decoder
 from cqlora.model.masters import keep_masters, restore_masters
 from cqlora.preflight import check_fingerprints
@@ -53,7 +61,7 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
     config.lora_dropout = lora.dropout
     adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
     if keep_masters(adapted):
-        restore_masters(adapted, folder / WEIGHTS)
+        restore_masters(adapted, folder / ADAPTER_WEIGHTS)
     return adapted
 
 
@@ -140,7 +148,7 @@ def save_adapter(
     with staged_folder(folder, replace=True) as staging:
         require_space(staging, sum(tensor.nbytes for tensor in state.values()))
         config.save_pretrained(staging)
-        save_file(state, staging / WEIGHTS, metadata={"format": "pt"})
+        save_file(state, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_card(staging, base, trained_on, said)
     logger.info("adapter written to %s", folder)
 

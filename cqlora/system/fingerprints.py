@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cqlora.errors import ModelError
+from cqlora.system.sealed import hash_document
 from cqlora.system.tensor_files import StoredTensor, open_plain
 
 VERSION = "v2-"
@@ -55,11 +56,6 @@ def combine(config: dict[str, Any], tensors: Iterable[Described], digests: Mappi
         "tensors": sorted([tensor.name, tensor.dtype, *tensor.shape, digests[tensor.name]] for tensor in tensors),
     }
     return VERSION + hash_document(told)
-
-
-def hash_document(document: object) -> str:
-    """sha256 of a JSON document, whatever its white space and the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def hash_whole(file: Path) -> str:

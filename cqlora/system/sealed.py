@@ -1,4 +1,4 @@
-"""Small JSON documents that know their own sha256, so that a damaged one is not believed."""
+"""sha256 of files and JSON documents, and documents that know their own, so that a damaged one is not believed."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ SEAL = "sha256_of_the_rest"
 
 def seal_document(document: dict[str, Any]) -> bytes:
     """The document as JSON that people can read, with the sha256 of what it says."""
-    sealed = {**document, SEAL: _digest(document)}
+    sealed = {**document, SEAL: hash_document(document)}
     return (json.dumps(sealed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -23,8 +23,15 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
     if not isinstance(document, dict):
         return None
     seal = document.pop(SEAL, None)
-    return document if seal == _digest(document) else None
+    return document if seal == hash_document(document) else None
 
 
-def _digest(document: dict[str, Any]) -> str:
+def hash_document(document: object) -> str:
+    """sha256 of a JSON document, whatever its white space and the order of its keys."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
