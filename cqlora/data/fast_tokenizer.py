@@ -1,7 +1,9 @@
-"""fastokens in place of `tokenizers` where much is encoded: several times as fast, used only where proven equal."""
+"""Faster libraries in place of `tokenizers` where much is encoded, used only where proven equal."""
 
 import json
 import random
+import tempfile
+from collections.abc import Callable
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -63,18 +65,17 @@ class FastTokens:
 
 
 class FastTokenizer:
-    """Texts to ids by fastokens, control tokens' text split like any other.
+    """Texts to ids by the library that is fastest at this kind of vocabulary, control names split like any text.
 
     Raises:
-        ImportError: fastokens is not installed.
+        ImportError: the library is not installed.
         ValueError: it cannot read this tokenizer.json.
     """
 
     def __init__(self, document: dict[str, Any], stock: Tokenizer, dtype: np.dtype[Any]) -> None:
         """`document` is tokenizer.json with every control token flagged special; `stock` was built from it."""
-        import fastokens
-
-        self._encoder = fastokens.Tokenizer.from_json_str(json.dumps(hide_controls(document)))
+        open_library = open_tokie if is_byte_level(document) else open_fastokens
+        self._encode = open_library(json.dumps(hide_controls(document)))
         self._dtype = dtype
         self.stock = stock
         self.words = spell_tokens(document)
@@ -84,16 +85,55 @@ class FastTokenizer:
 
     def encode(self, texts: list[str]) -> FastTokens:
         """The tokens of texts."""
-        ids, offsets = self._encoder.encode_batch_flat(texts)
-        return FastTokens(
-            self, texts, np.frombuffer(ids, dtype="<u4").astype(self._dtype), np.frombuffer(offsets, dtype="<u8")
-        )
+        ids, offsets = self._encode(texts)
+        return FastTokens(self, texts, ids.astype(self._dtype), offsets)
+
+
+FlatEncoder = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts to ids (tokens,), text after text, and where each text's begin (texts + 1,)."""
+
+
+def open_fastokens(document: str) -> FlatEncoder:
+    """The faster one on SentencePiece vocabularies (docs/data.md has the figures)."""
+    import fastokens
+
+    tokenizer = fastokens.Tokenizer.from_json_str(document)
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = tokenizer.encode_batch_flat(texts)
+        return np.frombuffer(ids, dtype="<u4"), np.frombuffer(offsets, dtype="<u8")
+
+    return encode
+
+
+def open_tokie(document: str) -> FlatEncoder:
+    """The faster one on byte-level vocabularies."""
+    import tokie
+
+    # It reads files alone.
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(document)
+        file.flush()
+        tokenizer = tokie.Tokenizer.from_json(file.name)
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        ids = np.fromiter(chain.from_iterable(each.ids for each in encodings), dtype=np.uint32)
+        return ids, np.cumsum([0, *map(len, encodings)])
+
+    return encode
+
+
+def is_byte_level(document: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json splits text into bytes, as GPT-2's and Llama 3's do."""
+    return '"ByteLevel"' in json.dumps(document.get("pre_tokenizer"))
 
 
 def hide_controls(document: dict[str, Any]) -> dict[str, Any]:
     """The description with control tokens under names that no text holds.
 
-    fastokens otherwise reads the word `</s>` as the control token where few merges compete for its letters.
+    fastokens otherwise reads the word `</s>` as the control token where few merges compete for its letters, and tokie
+    every control token's name.
     """
     controls = {token["content"] for token in document.get("added_tokens") or [] if token["special"]}
     hidden = {name: f"{_NONCHARACTER}{name}" for name in controls}
@@ -114,11 +154,11 @@ def spell_tokens(document: dict[str, Any]) -> list[bytes]:
     vocabulary: dict[str, int] = document["model"]["vocab"]
     matched = {token["id"]: token["content"] for token in document.get("added_tokens") or [] if not token["special"]}
     byte_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
-    byte_level = '"ByteLevel"' in json.dumps(document.get("pre_tokenizer"))
+    byte_level = is_byte_level(document)
     words = [b""] * (max([*vocabulary.values(), *matched], default=-1) + 1)
     for piece, token in vocabulary.items():
         if byte_level:
-            words[token] = bytes(byte_of.get(ord(letter), 0) for letter in piece)
+            words[token] = piece.translate(byte_of).encode("latin-1", "replace")
         elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             words[token] = bytes([int(piece[3:5], 16)])
         else:

@@ -39,7 +39,7 @@ class PlainTokenizer:
 
     `text` encodes whole texts; `segment` encodes what stands after a control token, where a SentencePiece
     tokenizer puts no space before the first word. Where `fast`, which `prove_fast` must have found true, both
-    are done by fastokens.
+    are done by a faster library.
     """
 
     def __init__(self, folder: Path, fast: bool = False) -> None:
@@ -86,12 +86,12 @@ class PlainTokenizer:
 
     @cached_property
     def fast_text(self) -> FastTokenizer:
-        """As `text`, by fastokens."""
+        """As `text`, by a faster library."""
         return FastTokenizer(self._document, self.text, self.dtype)
 
     @cached_property
     def fast_segment(self) -> FastTokenizer:
-        """As `segment`, by fastokens."""
+        """As `segment`, by a faster library."""
         if self.segment is self.text:
             return self.fast_text
         return FastTokenizer(self._segment_document, self.segment, self.dtype)
@@ -111,7 +111,7 @@ class PlainTokenizer:
         return [ids[start:end] for start, end in pairwise(bounds)]
 
     def prove_fast(self) -> bool:
-        """Whether fastokens is there, reads this tokenizer, and gives the same ids as the tokenizer itself."""
+        """Whether the faster library is there, reads this tokenizer, and gives the same ids as the tokenizer itself."""
         try:
             return all(map(agrees, {id(each): each for each in (self.fast_text, self.fast_segment)}.values()))
         except (ImportError, ValueError):

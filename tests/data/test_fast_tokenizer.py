@@ -1,4 +1,4 @@
-"""fastokens is used where it gives the ids of `tokenizers`, ending at the same characters, and nowhere else."""
+"""tokie or fastokens is used where it gives the ids of `tokenizers`, ending at the same characters, only there."""
 
 import json
 import sys
@@ -18,6 +18,7 @@ from tests.data.conftest import sample_texts, write_base
 from tests.vocab.bases import write_base as write_converted
 
 pytest.importorskip("fastokens", reason="fastokens is in the extra `data`")
+pytest.importorskip("tokie", reason="tokie is in the extra `data`")
 
 TEXTS = [
     "",
@@ -99,7 +100,7 @@ def test_a_tokenizer_that_gives_other_ids_is_not_proven(byte_base: Base, change:
     assert not agrees(FastTokenizer(document, stock, np.dtype(np.uint16)))
 
 
-def test_a_tokenizer_that_fastokens_cannot_read_is_left_to_tokenizers(tmp_path: Path, byte_base: Base):
+def test_a_tokenizer_that_the_library_cannot_read_is_left_to_tokenizers(tmp_path: Path, byte_base: Base):
     tokenizer = Tokenizer.from_file(str(byte_base.tokenizer_file))
     tokenizer.normalizer = normalizers.StripAccents()
     odd = write_base(tmp_path / "odd", tokenizer, "<|endoftext|>", "<|endoftext|>")
@@ -107,6 +108,15 @@ def test_a_tokenizer_that_fastokens_cannot_read_is_left_to_tokenizers(tmp_path: 
     assert PlainTokenizer(odd.path).encode_texts(["é"]).ids.tolist() == tokenizer.encode("é").ids
 
 
-def test_without_fastokens_nothing_is_proven_and_nothing_fails(byte_base: Base, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "fastokens", None)
-    assert not same_ids(byte_base)
+LIBRARIES = {"pieces": "fastokens", "ranks": "tokie"}
+
+
+def test_without_its_library_nothing_is_proven_and_nothing_fails(converted: Base, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, LIBRARIES[converted.path.name], None)
+    assert not same_ids(converted)
+
+
+def test_a_kind_of_vocabulary_needs_one_library_alone(converted: Base, monkeypatch: pytest.MonkeyPatch):
+    for other in set(LIBRARIES.values()) - {LIBRARIES[converted.path.name]}:
+        monkeypatch.setitem(sys.modules, other, None)
+    assert same_ids(converted)
