@@ -13,7 +13,7 @@ from cqlora.config_checks import check_fields
 from cqlora.errors import ConfigError
 from cqlora.inference.damage import told_of_damage
 from cqlora.inference.requests import check_held
-from cqlora.preflight import check_fingerprints
+from cqlora.lineage import check_fingerprints
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine

@@ -2,17 +2,15 @@
 
 import os
 import subprocess
-from pathlib import Path
 from shutil import which
 
 from cqlora.architectures import Part, require_known
-from cqlora.base import Base, read_base, read_card, verify_adapter
+from cqlora.base import Base, read_base
 from cqlora.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
 from cqlora.cluster import find_place
 from cqlora.config import HardwareConfig, RunConfig
-from cqlora.errors import ConfigError, DoesNotFit, ModelError
+from cqlora.errors import ConfigError, DoesNotFit
 from cqlora.random_base import is_to_be_built
-from cqlora.system.fingerprints import VERSION
 
 
 def check_run(config: RunConfig) -> None:
@@ -104,27 +102,6 @@ def settle_embeddings(config: RunConfig, base: Base | None) -> None:
             f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "
             "base=… output_dir=… vocab=…` first, or use stage.embeddings=frozen."
         )
-
-
-def check_fingerprints(adapter: Path, tokenizer_sha256: str, base_sha256: str) -> None:
-    """Raise ModelError when an adapter was damaged, or its card names another tokenizer or base than these."""
-    verify_adapter(adapter)
-    card = read_card(adapter)
-    for key, actual, what in (
-        ("tokenizer_sha256", tokenizer_sha256, "tokenizer"),
-        ("base_sha256", base_sha256, "base"),
-    ):
-        stated = str(card.get(key, actual))
-        if not stated.startswith(VERSION):
-            raise ModelError(
-                f"adapter {adapter} names its {what} by samples of its bytes, as an older cqlora did, which cannot be "
-                f"checked; if its base is surely this one, remove {key} and card_sha256 from its cqlora.json."
-            )
-        if stated != actual:
-            raise ModelError(
-                f"adapter {adapter} was trained on another {what} ({card.get('base', 'unknown')}, {what} "
-                f"{stated[:15]}, here {actual[:15]}); give the base that it was trained on."
-            )
 
 
 def list_gpus() -> list[float]:

@@ -17,13 +17,10 @@ from pathlib import Path
 from cqlora.config import HardwareConfig
 from cqlora.errors import Preempted, TrainingError, error_of_code
 from cqlora.signals import ASKING_TO_END, hear_signals
+from cqlora.system.handover import FAILURE_FILE, STORE_SOCKET
 
-STORE_SOCKET = "CQLORA_STORE_SOCKET"
-"""Environment variable with the descriptor of the socket on which rank 0 hears the others."""
 WORKERS_FOLDER = "workers"
 """In a run's folder: what workers beside the first one print, and why one failed."""
-FAILURE_FILE = "CQLORA_FAILURE_FILE"
-"""Environment variable with the file in which a worker says why it fails."""
 
 GRACE_SECONDS = 5.0
 """What is left to the other workers, when one has failed, to close what they have open."""
@@ -214,17 +211,3 @@ def tail(log: Path | None) -> str:
         return ""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
     return "".join(["\nIts last lines:", *(f"\n  {line.rstrip()}" for line in lines)]) if lines else ""
-
-
-def record_failure(text: str) -> bool:
-    """Say why this worker fails to the process that started it; whether there is one."""
-    file = os.environ.get(FAILURE_FILE)
-    if file is None:
-        return False
-    try:
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError:
-        # The disk may be full, which is then what is to be told.
-        Path(file).unlink(missing_ok=True)
-        return False
-    return True

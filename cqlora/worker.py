@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cqlora.choices import Device
 from cqlora.config import HardwareConfig
-from cqlora.processes import STORE_SOCKET
+from cqlora.system.handover import STORE_SOCKET
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 
 from cqlora.errors import CqloraError
-from cqlora.processes import record_failure
 from cqlora.signals import INTERRUPTED, die_with, preempt_on_signals
+from cqlora.system.handover import record_failure
 from cqlora.system.refusals import told_as_sentence
 
 logger = logging.getLogger("cqlora.worker_process")

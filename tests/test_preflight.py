@@ -4,11 +4,10 @@ import subprocess
 
 import pytest
 
-from cqlora.base import seal_card
 from cqlora.choices import Checkpointing, Device, Embeddings
 from cqlora.config import HardwareConfig
 from cqlora.errors import ConfigError, DataError, DoesNotFit, ModelError
-from cqlora.preflight import check_fingerprints, list_gpus, settle_device
+from cqlora.preflight import list_gpus, settle_device
 from tests.runs import typed_run
 
 
@@ -109,21 +108,6 @@ def test_new_rows_on_a_base_that_has_none_are_refused_and_auto_settles(workspace
 def test_what_a_processor_cannot_do_is_refused(overrides, words, workspace):
     with pytest.raises(ConfigError, match=words):
         typed_run(workspace, "stage=pretrain", *overrides)
-
-
-def test_fingerprints_that_differ_name_the_tokenizer_or_the_base(tmp_path):
-    seal_card(tmp_path, {"base": "b", "base_sha256": "v2-1", "tokenizer_sha256": "v2-2"})
-    check_fingerprints(tmp_path, "v2-2", "v2-1")
-    with pytest.raises(ModelError, match="another tokenizer"):
-        check_fingerprints(tmp_path, "v2-3", "v2-1")
-    with pytest.raises(ModelError, match="another base"):
-        check_fingerprints(tmp_path, "v2-2", "v2-3")
-
-
-def test_a_fingerprint_of_samples_is_refused_with_what_to_do(tmp_path):
-    seal_card(tmp_path, {"base": "b", "base_sha256": "0" * 64, "tokenizer_sha256": "v2-2"})
-    with pytest.raises(ModelError, match=r"by samples of its bytes.* remove base_sha256 and card_sha256"):
-        check_fingerprints(tmp_path, "v2-2", "v2-1")
 
 
 def test_activation_checkpointing_is_as_little_as_fits(workspace):

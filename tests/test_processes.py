@@ -19,7 +19,7 @@ from tests.conftest import HANG_SECONDS, ROOT
 
 PRELUDE = """
 import os, signal, sys, time
-from cqlora.processes import record_failure
+from cqlora.system.handover import record_failure
 from cqlora.signals import die_with
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 die_with(int(sys.argv[2]))

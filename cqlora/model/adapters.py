@@ -25,10 +25,9 @@ from cqlora.base import (
 from cqlora.choices import AdapterMethod, Embeddings, Quantization
 from cqlora.config import LoraConfig
 from cqlora.errors import ConfigError, ModelError
-from cqlora.lineage import describe_lineage
+from cqlora.lineage import check_fingerprints, describe_lineage
 from cqlora.model.load import find_decoder
 from cqlora.model.masters import keep_masters, restore_masters
-from cqlora.preflight import check_fingerprints
 from cqlora.system.durable import staged_folder
 from cqlora.system.refusals import require_space
 

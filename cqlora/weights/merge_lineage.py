@@ -8,7 +8,7 @@ import torch
 from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, read_token_ids
 from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ModelError
-from cqlora.preflight import check_fingerprints
+from cqlora.lineage import check_fingerprints
 from cqlora.system.documents import shorten, take
 from cqlora.weights.merge_adapter import Adapter
 from cqlora.weights.nf4 import Nf4Format
