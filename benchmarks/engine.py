@@ -193,7 +193,7 @@ def write_random_base(folder: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    from cqlora.config import ModelConfig
+    from cqlora.config.schema import ModelConfig
     from cqlora.data.chat import CHAT_TEMPLATE
     from cqlora.data.sources import SAMPLE_DIR
     from cqlora.model.tiny import llama_config, read_sample_texts, train_tokenizer

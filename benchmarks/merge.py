@@ -21,10 +21,10 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from cqlora.base import write_json
-from cqlora.config import CONFIG_DIR
+from cqlora.config.schema import CONFIG_DIR
 from cqlora.model.tiny import read_sample_texts, train_tokenizer
-from cqlora.weights.shards import ShardReader, TensorSpec, split_rows, write_shards
+from cqlora.system.documents import write_json
+from cqlora.system.shards import ShardReader, TensorSpec, split_rows, write_shards
 
 ROOT = CONFIG_DIR.parent
 SHAPES = {

@@ -17,8 +17,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cqlora.choices import Checkpointing, Quantization, Strategy
-from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.config.choices import Checkpointing, Quantization, Strategy
+from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.plan.estimate import GIB, Estimate, estimate
 from cqlora.plan.fit import Fit, judge_fit, squeeze
 from cqlora.plan.program import Program
@@ -257,7 +257,7 @@ def plan_cpu_run(arguments: list[str]) -> float:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from cqlora.config import CONFIG_DIR, register_schemas
+    from cqlora.config.schema import CONFIG_DIR, register_schemas
     from cqlora.plan import plan_memory
 
     register_schemas()

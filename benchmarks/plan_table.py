@@ -8,8 +8,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cqlora.choices import Checkpointing
-from cqlora.config import CONFIG_DIR, RunConfig, register_schemas
+from cqlora.config.choices import Checkpointing
+from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.plan import Option, suggest_layouts
 from cqlora.plan.estimate import GIB
 

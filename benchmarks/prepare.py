@@ -169,8 +169,8 @@ class PeakMemory:
 def prepare_cqlora(base: Path, text: Path, workers: int) -> Callable[[], int]:
     """cqlora: read, clean, deduplicate, encode, pack."""
     from cqlora.base import Base
-    from cqlora.choices import SourceKind
-    from cqlora.config import DataConfig, HardwareConfig, ModelConfig, PretrainConfig, RunConfig, SourceConfig
+    from cqlora.config.choices import SourceKind
+    from cqlora.config.schema import DataConfig, HardwareConfig, ModelConfig, PretrainConfig, RunConfig, SourceConfig
     from cqlora.data.cache import prepare_cache
 
     shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 8)

@@ -87,15 +87,15 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     import torch
 
     from cqlora.base import read_base
-    from cqlora.choices import Device, Embeddings
-    from cqlora.config import HardwareConfig, LoraConfig, PretrainConfig
+    from cqlora.config.choices import Device, Embeddings
+    from cqlora.config.schema import HardwareConfig, LoraConfig, PretrainConfig
     from cqlora.model.adapters import attach_adapter
     from cqlora.model.batch import build_batch
-    from cqlora.model.fusion import fuse_blocks
+    from cqlora.model.fused.blocks import fuse_blocks
     from cqlora.model.load import load_base
     from cqlora.model.objective import Objective
     from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
-    from cqlora.optimization import build_optimizer
+    from cqlora.train.optimizer import build_optimizer
 
     base, device, dtype = read_base(options.model), torch.device("cpu"), getattr(torch, options.precision)
     model = load_base(base, model_config(base), HardwareConfig(name="cpu", device=Device.cpu), device, dtype)
@@ -125,7 +125,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
 
 def model_config(base):
     """The configuration of the folder's own shape."""
-    from cqlora.config import ModelConfig
+    from cqlora.config.schema import ModelConfig
 
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings")  # fmt: skip

@@ -1,16 +1,15 @@
 """What a base model's folder says of itself, read without torch: shape, tokenizer, added rows, fingerprints."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number
+from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number, write_json
 from cqlora.system.fingerprints import VERSION, combine, hash_tensors, hash_whole
 from cqlora.system.model_config import check_config, check_tensors
 from cqlora.system.sealed import hash_document
-from cqlora.system.tensor_files import list_tensor_files, read_tensors
+from cqlora.system.tensor_files import read_tensors
 
 CARD = "cqlora.json"
 """Beside a base that cqlora wrote: which rows were added. Beside an adapter: what it was trained on."""
@@ -162,16 +161,6 @@ def hash_companions(folder: Path) -> dict[str, str]:
                 read_object(file)
             found[name] = hash_whole(file)
     return found
-
-
-def write_json(file: Path, document: object) -> None:
-    """Write JSON as people read it."""
-    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def list_weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, in the order of their names."""
-    return list_tensor_files(folder)
 
 
 def verify_adapter(folder: Path) -> None:

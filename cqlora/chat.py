@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hydra.core.config_store import ConfigStore
 
 from cqlora.cli import run_program
-from cqlora.config_checks import require_used
+from cqlora.config.checks import require_used
 from cqlora.engine_config import EngineConfig
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import Conversation, open_terminal, talk

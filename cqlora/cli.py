@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cqlora.config.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
-from cqlora.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
-from cqlora.signals import INTERRUPTED, Stopped
 from cqlora.system.refusals import told_as_sentence
+from cqlora.system.signals import INTERRUPTED, Stopped
 
 VERBS = {
     "run": "train one run, or a sweep with --multirun",
@@ -76,8 +76,8 @@ def store_help(config_name: str, schema: type) -> str:
     """Put a verb's help where Hydra finds it; the override that chooses it."""
     from hydra.core.config_store import ConfigStore
 
-    from cqlora.config import CONFIG_DIR
-    from cqlora.reference import render_help
+    from cqlora.config.reference import render_help
+    from cqlora.config.schema import CONFIG_DIR
 
     flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
     folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
@@ -189,10 +189,10 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from cqlora.composition import compose_checked
-    from cqlora.config import CONFIG_DIR, register_schemas
-    from cqlora.diagnosis import explain_composition, to_schema
-    from cqlora.folder import describe_refusal, drop_unused, drop_unused_sweeps
+    from cqlora.config.composition import compose_checked
+    from cqlora.config.diagnosis import explain_composition, to_schema
+    from cqlora.config.schema import CONFIG_DIR, register_schemas
+    from cqlora.launch.run_folder import describe_refusal, drop_unused, drop_unused_sweeps
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.cli import run_program
-from cqlora.config_checks import check_fields
+from cqlora.config.checks import check_fields
 from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
 from cqlora.weights.sizes import parse_size
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
-from cqlora.config_checks import check_fields
+from cqlora.config.checks import check_fields
 from cqlora.errors import ConfigError
 from cqlora.inference.damage import told_of_damage
 from cqlora.inference.requests import check_held

@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 
 from cqlora.base import read_base, read_card
 from cqlora.cli import run_program
-from cqlora.config_checks import check_fields
+from cqlora.config.checks import check_fields
 
 
 @dataclass(kw_only=True, slots=True)

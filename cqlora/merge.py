@@ -8,9 +8,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.cli import run_program
-from cqlora.config_checks import check_fields, check_path, require_used
+from cqlora.config.checks import check_fields, check_path, require_used
+from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.errors import ConfigError
 from cqlora.weights.sizes import parse_size
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
-from cqlora.config import RunConfig
+from cqlora.config.schema import RunConfig
 from cqlora.random_base import open_base
-from cqlora.signals import stop_on_signals
+from cqlora.system.signals import stop_on_signals
 
 SHOWN_CHARACTERS = 600
 """Of each example in the terminal; examples.html holds them whole."""
@@ -19,8 +19,8 @@ def prepare(config: RunConfig) -> None:
     from cqlora.data.cache import prepare_cache
     from cqlora.data.examples import pick_examples, render_html
     from cqlora.data.sources import find_sources
-    from cqlora.progress import StageDisplay, open_console, show_log
     from cqlora.system.durable import replace_file
+    from cqlora.system.progress import StageDisplay, open_console, show_log
 
     show_log()
     find_sources(config.data, config.stage.name)

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from cqlora.base import Base, read_base
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.errors import ModelError
 
 logger = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from cqlora.cli import quote_words, run_program, stop, stop_early
 from cqlora.errors import ConfigError, Preempted
-from cqlora.signals import Stopped, stop_on_signals
 from cqlora.system.refusals import told_as_sentence
+from cqlora.system.signals import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
-    from cqlora.config import RunConfig
+    from cqlora.config.schema import RunConfig
 
 _NAME_CHARACTERS = 128
 """W&B takes no longer name."""
@@ -23,8 +23,8 @@ def run(config: "RunConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from cqlora.launch import launch, read_final_loss
-    from cqlora.slurm import is_submitted, leave_job
+    from cqlora.launch.slurm import is_submitted, leave_job
+    from cqlora.launch.start import launch, read_final_loss
 
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
@@ -66,10 +66,10 @@ def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir
     """
     from omegaconf import open_dict
 
-    from cqlora.composition import compose_alone
-    from cqlora.config import RunConfig
-    from cqlora.diagnosis import to_schema
-    from cqlora.launch import launch
+    from cqlora.config.composition import compose_alone
+    from cqlora.config.diagnosis import to_schema
+    from cqlora.config.schema import RunConfig
+    from cqlora.launch.start import launch
 
     arguments, given = arrange_overrides(overrides, folder, config_dir)
     with told_as_sentence():
@@ -91,7 +91,7 @@ def arrange_overrides(
     Raises:
         ConfigError: what `train` does not take, or a process that is one of several workers.
     """
-    from cqlora.cluster import find_place
+    from cqlora.launch.cluster import find_place
 
     if find_place(os.environ) is not None:
         raise ConfigError(
@@ -152,7 +152,7 @@ def main() -> None:
     """The verb `run`, which signals end from here on."""
     try:
         with stop_on_signals():
-            from cqlora.config import RunConfig
+            from cqlora.config.schema import RunConfig
 
             run_program("config", RunConfig, run, help_overrides=("stage=pretrain",))
     except Stopped as stopped:

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.table import Table
 
 from cqlora.base import read_base
+from cqlora.config.run_yaml import load_frozen
 from cqlora.data.cache import prepare_cache
 from cqlora.data.sources import SAMPLE_DIR
-from cqlora.frozen import load_frozen
-from cqlora.metrics import read_metrics
-from cqlora.progress import open_console
+from cqlora.system.metrics import read_metrics
+from cqlora.system.progress import open_console
 
 BASE = Path("models/smollm2_135m")
 EXTENDED = Path("models/smollm2_135m_demo")

@@ -17,18 +17,18 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from cqlora.config import CONFIG_DIR, RunConfig, register_schemas
-from cqlora.diagnosis import to_schema
+from cqlora.config.diagnosis import to_schema
+from cqlora.config.run_yaml import freeze_config, load_frozen
+from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import CqloraError
-from cqlora.frozen import freeze_config, load_frozen
-from cqlora.metrics import read_metrics
-from cqlora.preflight import check_run
+from cqlora.launch.preflight import check_run
+from cqlora.system.metrics import read_metrics
 from tests.conftest import HANG_SECONDS
 
 # Children start from a server that has torch and transformers imported and has run nothing: no seconds of
 # import each, no threads inherited.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["cqlora.train"])
+_context.set_forkserver_preload(["cqlora.train.run"])
 
 SMALL = (
     "model=tiny",
@@ -149,7 +149,7 @@ def _train(run_file: Path, plant: Callable[[], None] | None, environment: dict[s
     os.environ.update(environment or {})
     import torch
 
-    from cqlora.train import train
+    from cqlora.train.run import train
 
     torch.set_num_threads(1)
     if plant is not None:

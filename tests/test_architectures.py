@@ -13,15 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cqlora.architectures import MODEL_TYPES, Part, find_head_dim, find_window, require_known
 from cqlora.base import read_base
-from cqlora.choices import Attention, Device, Embeddings, Quantization
-from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.config.choices import Attention, Device, Embeddings, Quantization
+from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.errors import ModelError
+from cqlora.launch.preflight import check_run
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.batch import build_batch
-from cqlora.model.fusion import fuse_blocks
+from cqlora.model.fused.blocks import fuse_blocks
 from cqlora.model.load import load_base
 from cqlora.model.objective import Objective
-from cqlora.preflight import check_run
 from tests.conftest import run_verb
 from tests.runs import build_base, typed_run
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from cqlora.cli import check_words, order_flags, quote_words
+from cqlora.config.secrets import refuse_secrets
 from cqlora.errors import ConfigError
-from cqlora.secrets import refuse_secrets
 from tests.conftest import run_verb
 
 

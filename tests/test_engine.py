@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cqlora.base import read_card
-from cqlora.choices import MergeOnto, ModelFormat, Precision
+from cqlora.config.choices import MergeOnto, ModelFormat, Precision
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.conversations import ConversationEncoder
 from cqlora.data.records import Turn

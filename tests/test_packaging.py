@@ -22,7 +22,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def where_configs_are_found(python_path: Path, cwd: Path) -> Path:
-    code = "from cqlora.config import CONFIG_DIR; print(CONFIG_DIR.resolve())"
+    code = "from cqlora.config.schema import CONFIG_DIR; print(CONFIG_DIR.resolve())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,

@@ -16,7 +16,7 @@ from omegaconf.basecontainer import BaseContainer
 
 from cqlora.errors import ConfigError, Preempted, TrainingError
 from cqlora.run import train
-from cqlora.signals import ASKING_TO_END
+from cqlora.system.signals import ASKING_TO_END
 from tests.conftest import ROOT
 from tests.runs import SMALL, adapter_sha256, events, losses
 
@@ -64,7 +64,7 @@ def test_without_a_folder_the_run_has_one_of_its_own_and_configuration_files_may
     desk, tmp_path, monkeypatch, capfd
 ):
     started: list[tuple[Path, bool]] = []
-    monkeypatch.setattr("cqlora.launch.run_workers", lambda run_file, hardware: started.append(run_file.parent))
+    monkeypatch.setattr("cqlora.launch.start.run_workers", lambda run_file, hardware: started.append(run_file.parent))
     (tmp_path / "my_configs" / "experiment").mkdir(parents=True)
     (tmp_path / "my_configs" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
     seeds: list[int] = []
@@ -120,7 +120,7 @@ def test_an_interrupt_reaches_the_run_and_comes_back_as_preempted(desk, tmp_path
     def interrupt(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("cqlora.processes.wait_for_all", interrupt)
+    monkeypatch.setattr("cqlora.launch.processes.wait_for_all", interrupt)
     with pytest.raises(Preempted):
         train(desk, folder="stopped")
     assert not (tmp_path / "stopped" / "adapter").exists()

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.choices import Deduplication
-from cqlora.config import RunConfig
+from cqlora.config.choices import Deduplication
+from cqlora.config.schema import RunConfig
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
 from cqlora.data.keys import mix_keys

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.base import Base, fingerprint_tokenizer, write_json
-from cqlora.config import RunConfig
+from cqlora.base import Base, fingerprint_tokenizer
+from cqlora.config.schema import RunConfig
 from cqlora.data.build import Progress, build_cache
 from cqlora.data.chat import TEMPLATE_VERSION
 from cqlora.data.digests import digest_files, hash_files
@@ -20,6 +20,7 @@ from cqlora.data.sources.location import Location, find_sources
 from cqlora.data.store import Pack, Split
 from cqlora.data.tokenizer import read_special_names
 from cqlora.errors import DataError
+from cqlora.system.documents import write_json
 from cqlora.system.durable import hold, make_folder, stage, write_durably
 from cqlora.system.refusals import told_as_sentence
 from cqlora.system.sealed import read_sealed, seal_document

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from cqlora.config import CleanConfig
+from cqlora.config.schema import CleanConfig
 from cqlora.data.language import own_share
 from cqlora.data.records import Conversation, Document, Record, RowError, Turn, text_of
 from cqlora.errors import DataError

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from cqlora.choices import Deduplication
-from cqlora.config import CleanConfig, SourceConfig
+from cqlora.config.choices import Deduplication
+from cqlora.config.schema import CleanConfig, SourceConfig
 from cqlora.data.clean import Cleaner
 from cqlora.data.keys import assign_splits, content_key, mix_keys
 from cqlora.data.language import LANGUAGES, detect_language

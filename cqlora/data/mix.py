@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cqlora.choices import Deduplication
-from cqlora.config import DataConfig, SourceConfig
+from cqlora.config.choices import Deduplication
+from cqlora.config.schema import DataConfig, SourceConfig
 from cqlora.data.collect import UNDECIDED, Gathered
 from cqlora.data.duplicates import candidate_pairs, find_near_duplicates, write_signatures
 from cqlora.data.keys import assign_splits, fractions, mix_keys

@@ -16,7 +16,7 @@ from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 from cqlora.errors import DataError
-from cqlora.signals import die_with
+from cqlora.system.signals import die_with
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.system.shards import ShardReader
 from cqlora.weights.merge_changes import RowStream
 from cqlora.weights.nf4 import GROUP, Nf4Format, quantise
-from cqlora.weights.shards import ShardReader
 
 STATE = "quant_state.bitsandbytes__nf4"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cqlora.base import CARD, Base, fingerprint_adapter, fingerprint_weights, read_base
-from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
+from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
 from cqlora.inference.decoder import Decoder, Weights
@@ -16,12 +16,12 @@ from cqlora.inference.form import Form, Layout, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights, pack_weights
+from cqlora.system.shards import ShardReader
 from cqlora.weights.merge import is_tied, plan_merge
 from cqlora.weights.merge_adapter import open_adapter
 from cqlora.weights.merge_lineage import read_training
 from cqlora.weights.merge_plan import MergedSource, MergePlan
 from cqlora.weights.nf4 import Nf4Format
-from cqlora.weights.shards import ShardReader
 
 logger = logging.getLogger(__name__)
 

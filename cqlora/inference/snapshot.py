@@ -20,7 +20,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
 from cqlora.system.durable import remove_leftovers, staged_file
-from cqlora.weights.shards import TensorSpec, dtype_name, write_shard
+from cqlora.system.shards import TensorSpec, dtype_name, write_shard
 
 _VERSION = 5
 _DIGEST = "digest/sha256"

@@ -22,8 +22,8 @@ from cqlora.base import (
     read_card,
     seal_card,
 )
-from cqlora.choices import AdapterMethod, Embeddings, Quantization
-from cqlora.config import LoraConfig
+from cqlora.config.choices import AdapterMethod, Embeddings, Quantization
+from cqlora.config.schema import LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.lineage import check_fingerprints, describe_lineage
 from cqlora.model.load import find_decoder
@@ -53,7 +53,7 @@ def attach_adapter(
 
 
 def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folder: Path) -> PeftModel:
-    """Load an adapter to train on, as it was but for its dropout; `cqlora.continuation` has compared the rest."""
+    """Load an adapter to train on, as it was but for its dropout; `launch.continuation` has compared the rest."""
     check_fingerprints(folder, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
     config = PeftLoraConfig.from_pretrained(folder)
     # Before the layers are made: without dropout they are made to have none, and fuse.

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from cqlora.choices import Attention
+from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
 
 DOCUMENTS = "cqlora_documents"

@@ -10,12 +10,12 @@ from transformers.utils import logging as transformers_logging
 
 from cqlora.architectures import find_head_dim
 from cqlora.base import Base
-from cqlora.choices import Checkpointing, Precision, Quantization, Strategy
-from cqlora.config import HardwareConfig, ModelConfig
+from cqlora.config.choices import Checkpointing, Precision, Quantization, Strategy
+from cqlora.config.schema import HardwareConfig, ModelConfig
 from cqlora.errors import ModelError
 from cqlora.model.attention import choose_attention
-from cqlora.model.linear import keep_trainable_layout
-from cqlora.model.skeleton import Fill, lay_out_base
+from cqlora.model.fused.linear import keep_trainable_layout
+from cqlora.model.sharded_load import Fill, lay_out_base
 from cqlora.system.processor import suits_bfloat16
 
 logger = logging.getLogger(__name__)

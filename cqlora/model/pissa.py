@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from cqlora.base import Base, list_weight_files
+from cqlora.base import Base
 from cqlora.errors import CheckpointError
 from cqlora.system.durable import replace_file
+from cqlora.system.tensor_files import list_tensor_files
 
 INITIAL_FILE = "pissa_initial.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -72,7 +73,7 @@ def adapted_layers(model: PeftModel) -> list[tuple[str, Any]]:
 
 def read_weight(base: Base, name: str) -> torch.Tensor:
     """One matrix of the base as float32, from whichever file holds it."""
-    for file in list_weight_files(base.path):
+    for file in list_tensor_files(base.path):
         with safe_open(file, framework="pt") as shard:
             if f"{name}.weight" in shard.keys():  # noqa: SIM118 - not a mapping
                 tensor: torch.Tensor = shard.get_tensor(f"{name}.weight")

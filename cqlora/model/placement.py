@@ -10,12 +10,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cqlora.choices import Strategy
-from cqlora.config import HardwareConfig
+from cqlora.config.choices import Strategy
+from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ModelError
 from cqlora.model.load import find_decoder
 from cqlora.model.objective import Objective
-from cqlora.model.skeleton import Fill
+from cqlora.model.sharded_load import Fill
 
 
 def place(objective: Objective, hardware: HardwareConfig, device: torch.device, fill: Fill) -> nn.Module:

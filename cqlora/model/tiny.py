@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging as transformers_logging
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, seal_card
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.system.durable import hold, stage
 
 _CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<pad>"]

@@ -8,10 +8,10 @@ from hydra.core.config_store import ConfigStore
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
-from cqlora.config import RunConfig
-from cqlora.config_checks import require_positive, require_range
-from cqlora.continuation import settle_continuation
+from cqlora.config.checks import require_positive, require_range
+from cqlora.config.schema import RunConfig
 from cqlora.errors import DoesNotFit
+from cqlora.launch.continuation import settle_continuation
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory, settle_checkpointing
 from cqlora.plan.time import plan_time

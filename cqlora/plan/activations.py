@@ -5,8 +5,8 @@ section 4.1, does so for GPT). A frozen layer keeps no input: its weight asks fo
 one does.
 """
 
-from cqlora.choices import AdapterMethod
-from cqlora.config import LoraConfig, ModelConfig
+from cqlora.config.choices import AdapterMethod
+from cqlora.config.schema import LoraConfig, ModelConfig
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapted_matrices, key_size, largest_matrix, query_size
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from cqlora.choices import Checkpointing, Quantization, Strategy
+from cqlora.config.choices import Checkpointing, Quantization, Strategy
 from cqlora.plan.activations import backward_per_token, checkpoint_per_token, dequantized, kept_per_token
 from cqlora.plan.shapes import (
     adapter_parameters,

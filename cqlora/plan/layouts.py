@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from cqlora.choices import Checkpointing, Strategy
-from cqlora.config import HardwareConfig, RunConfig
+from cqlora.config.choices import Checkpointing, Strategy
+from cqlora.config.schema import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import MemoryPlan, plan_memory, resolve_checkpointing

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from cqlora.choices import AdapterMethod, Checkpointing, Device, Optimizer
-from cqlora.config import HardwareConfig, RunConfig
+from cqlora.config.choices import AdapterMethod, Checkpointing, Device, Optimizer
+from cqlora.config.schema import HardwareConfig, RunConfig
 from cqlora.plan.estimate import GIB, Estimate, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.fit import Fit, judge_fit, squeeze
-from cqlora.plan.machine import gpus_here, host_memory_bytes
 from cqlora.plan.shapes import embedding_parameters, linear_parameters
 from cqlora.plan.workload import Workload, describe_run, settle_device
+from cqlora.system.machine import gpus_here, host_memory_bytes
 
 GPU_PROCESS_BYTES = 2 * GIB
 """Host memory of a worker with CUDA's libraries mapped and initialised."""

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from cqlora.choices import AdapterMethod
-from cqlora.config import LoraConfig, ModelConfig
+from cqlora.config.choices import AdapterMethod
+from cqlora.config.schema import LoraConfig, ModelConfig
 from cqlora.errors import ConfigError
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cqlora.config import RunConfig
+from cqlora.config.schema import RunConfig
 from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit
 from cqlora.plan.layouts import Option

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from cqlora.choices import Checkpointing, Device, Optimizer, Quantization, SourceKind, Strategy
-from cqlora.config import DataConfig, HardwareConfig, RunConfig
+from cqlora.config.choices import Checkpointing, Device, Optimizer, Quantization, SourceKind, Strategy
+from cqlora.config.schema import DataConfig, HardwareConfig, RunConfig
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.estimate import packed_bytes, trainable_parameters
-from cqlora.plan.machine import measure_host_tflops
 from cqlora.plan.memory import settle_checkpointing
 from cqlora.plan.shapes import embedding_parameters, linear_parameters, query_size
 from cqlora.plan.workload import Workload, describe_run, settle_device
+from cqlora.system.machine import measure_host_tflops
 
 MATMUL_EFFICIENCY = 0.6
 """Share of the published dense throughput that a model's matrix products reach."""

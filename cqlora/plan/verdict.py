@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cqlora.choices import Optimizer, Quantization
-from cqlora.config import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
+from cqlora.config.choices import Optimizer, Quantization
+from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit, least_bytes

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from cqlora.base import Base, read_base
-from cqlora.choices import (
+from cqlora.config.choices import (
     AdapterMethod,
     Attention,
     Checkpointing,
@@ -14,11 +14,11 @@ from cqlora.choices import (
     Quantization,
     Strategy,
 )
-from cqlora.config import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
+from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
 from cqlora.errors import ModelError
-from cqlora.plan.machine import gpus_here
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapted_matrices, embedding_matrices
+from cqlora.system.machine import gpus_here
 from cqlora.system.processor import suits_bfloat16
 
 _STATE_BYTES = {

@@ -16,7 +16,7 @@ from cqlora.serve.connection import Connection
 from cqlora.serve.door import url_of
 from cqlora.serve.scheduler import Scheduler
 from cqlora.serve.service import Service
-from cqlora.signals import hear_signals
+from cqlora.system.signals import hear_signals
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine

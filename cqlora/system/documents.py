@@ -134,3 +134,8 @@ def copy_inside(file: Path, target: Path) -> None:
     if not any(actual.is_relative_to(place) for place in (folder, folder.parent.parent / "blobs")):
         raise ModelError(f"{file} is a link out of its folder; put the file itself there, or remove the link.")
     shutil.copyfile(actual, target)
+
+
+def write_json(file: Path, document: object) -> None:
+    """Write JSON as people read it."""
+    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from cqlora.config import CONFIG_DIR
-from cqlora.config_checks import check_fields, require_positive, require_range, require_used
+from cqlora.config.checks import check_fields, require_positive, require_range, require_used
+from cqlora.config.schema import CONFIG_DIR
 from cqlora.errors import ConfigError
 
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|end-paragraph|>")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqlora.choices import SourceKind
+from cqlora.config.choices import SourceKind
 from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_text
 from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, list_files
 from cqlora.errors import DataError

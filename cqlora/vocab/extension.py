@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from cqlora.base import write_json
 from cqlora.errors import ConfigError
+from cqlora.system.documents import write_json
 from cqlora.vocab.config import CONTROL_TOKENS, PAD_TOKEN, VocabConfig, VocabKind
 from cqlora.vocab.corpus import Corpus, chinese_words, count_han, open_corpus
 from cqlora.vocab.files import TokenizerFiles, read_piece_model, read_tokenizer_files

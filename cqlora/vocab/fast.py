@@ -9,9 +9,9 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from cqlora.base import write_json
 from cqlora.data.byte_level import byte_letters
 from cqlora.errors import ModelError
+from cqlora.system.documents import write_json
 from cqlora.vocab.files import PIECE_MODEL, read_piece_model
 from cqlora.vocab.merge import piece_merges
 

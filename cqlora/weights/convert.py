@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import fingerprint_tokenizer, seal_card, write_json
+from cqlora.base import fingerprint_tokenizer, seal_card
 from cqlora.errors import ConfigError, ModelError
+from cqlora.system.documents import write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
+from cqlora.system.shards import write_shards
 from cqlora.vocab.config import VocabConfig, VocabKind
 from cqlora.vocab.extension import Extension
 from cqlora.vocab.fast import is_rank_file, write_meta_tokenizer
 from cqlora.weights.extend import write_extended
 from cqlora.weights.meta import MetaCheckpoint
-from cqlora.weights.shards import write_shards
 
 SIZES = {
     "7B": (4096, 32, 32), "13B": (5120, 40, 40), "30B": (6656, 60, 52), "65B": (8192, 80, 64),

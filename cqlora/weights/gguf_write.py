@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from cqlora.architectures import Part, require_known
-from cqlora.choices import GgufType
+from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
+from cqlora.system.shards import TensorSource, TensorSpec
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
 from cqlora.weights.gguf_vocabulary import add_vocabulary
 from cqlora.weights.names import DERIVED
 from cqlora.weights.rope import read_rope
 from cqlora.weights.rotary import halves_to_interleaved
-from cqlora.weights.shards import TensorSource, TensorSpec
 
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 _GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}

@@ -8,21 +8,21 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, hash_companions, read_base, seal_card, write_json
-from cqlora.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
+from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import chat_template
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import copy_inside, take
+from cqlora.system.documents import copy_inside, take, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
+from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
-from cqlora.weights.shards import ShardReader, write_shards
 from cqlora.weights.sizes import parse_size
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")

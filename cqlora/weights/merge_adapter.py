@@ -18,8 +18,8 @@ from cqlora.base import fingerprint_adapter, read_card
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_object, shorten, take, take_number
 from cqlora.system.durable import recover_folders
+from cqlora.system.shards import ShardReader
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
-from cqlora.weights.shards import ShardReader
 
 ROWS = "token_adapter.trainable_tokens_delta"
 _NAME = re.compile(

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from cqlora.weights.shards import ShardReader
+from cqlora.system.shards import ShardReader
 
 RowStream = Callable[[], Iterator[torch.Tensor]]
 """Gives the rows of a matrix from the first on, in blocks that are the taker's to change; every call begins anew."""

@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from cqlora.choices import MergeOnto, Quantization
+from cqlora.config.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
-from cqlora.model.linear import keep_trainable_layout
+from cqlora.model.fused.linear import keep_trainable_layout
 from cqlora.model.load import nf4_config
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, read_token_ids
-from cqlora.choices import AdapterMethod, MergeOnto, Precision, Quantization
+from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ModelError
 from cqlora.lineage import check_fingerprints
 from cqlora.system.documents import shorten, take

@@ -17,8 +17,8 @@ import torch
 
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_object, shorten, take, take_number
+from cqlora.system.shards import BLOCK_BYTES, TensorSpec, dtype_name, split_rows
 from cqlora.weights.rotary import interleaved_to_halves
-from cqlora.weights.shards import BLOCK_BYTES, TensorSpec, dtype_name, split_rows
 
 _NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",

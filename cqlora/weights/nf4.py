@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from cqlora.system.shards import TensorSpec
 from cqlora.weights.merge_changes import RowStream
-from cqlora.weights.shards import TensorSpec
 
 GROUP, SCALE_GROUP = 64, 256
 """Numbers that share a scale, and scales that share one."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from cqlora.system.shards import TensorSource, TensorSpec, dtype_name, write_shards
 from cqlora.weights.nf4 import GROUP, SCALE_GROUP, Nf4Format, is_block_matrix, quantise
-from cqlora.weights.shards import TensorSource, TensorSpec, dtype_name, write_shards
 
 STATE_BYTES = 256
 """Room for a matrix's quant_state, JSON whose length depends on a number in it: blanks fill it up."""

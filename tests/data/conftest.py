@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cqlora.base import Base
-from cqlora.config import (
+from cqlora.config.schema import (
     CleanConfig,
     DataConfig,
     HardwareConfig,

@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from cqlora.base import Base
-from cqlora.choices import SourceKind
-from cqlora.config import RunConfig, SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import RunConfig, SourceConfig
 from cqlora.data import build, cache, collect, digests, store, workers
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.data.digests import MEMORY, hash_files
 from cqlora.errors import DataError
 from cqlora.system.sealed import read_sealed
-from cqlora.worker import Worker
+from cqlora.train.distributed import Worker
 from tests.conftest import HANG_SECONDS
 from tests.data.conftest import MakeConfig, sample_texts, write_jsonl
 
@@ -378,8 +378,8 @@ PROGRAM = """
 import json, os, signal, sys
 from pathlib import Path
 from cqlora.base import Base
-from cqlora.choices import SourceKind
-from cqlora.config import *
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import *
 from cqlora.data import build, cache as caches, collect
 from cqlora.data.cache import prepare_cache
 from cqlora.system import durable

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from cqlora.config import CleanConfig
+from cqlora.config.schema import CleanConfig
 from cqlora.data import clean
 from cqlora.data.clean import Cleaner
 from cqlora.data.language import detect_language

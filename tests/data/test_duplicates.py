@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cqlora.base import Base
-from cqlora.choices import Deduplication, SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import Deduplication, SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.cache import prepare_cache
 from cqlora.data.duplicates import SHINGLE, candidate_pairs, choose_bands, jaccard, shingle_hashes
 from tests.data.conftest import MakeConfig, sample_texts, write_jsonl

@@ -3,8 +3,8 @@
 from tokenizers import Tokenizer
 
 from cqlora.base import Base
-from cqlora.choices import SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.cache import prepare_cache
 from cqlora.data.examples import Example, pick_examples, render_html
 from tests.data.conftest import MakeConfig

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cqlora.base import Base
-from cqlora.choices import OasstPaths, SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import OasstPaths, SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.cache import prepare_cache
 from tests.data.conftest import MakeConfig
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cqlora.base import Base
-from cqlora.choices import Deduplication, OasstPaths, SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import Deduplication, OasstPaths, SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.cache import TokenCache, prepare_cache
 from cqlora.data.keys import assign_splits, content_key, mix_keys
 from tests.data.conftest import MakeConfig, write_jsonl

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from cqlora.base import read_base
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.model.adapters import adapter_state, save_adapter
 from cqlora.model.tiny import build_tiny

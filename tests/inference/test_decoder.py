@@ -12,8 +12,8 @@ from cqlora.inference.cache import Shelf
 from cqlora.inference.decoder import Decoder, Segment
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.weights import Model, build_weights
+from cqlora.system.shards import ShardReader
 from cqlora.weights.merge_plan import MergedSource, MergePlan
-from cqlora.weights.shards import ShardReader
 
 FLOAT32 = Form(Layout.dense, torch.float32, torch.device("cpu"))
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cqlora.base import CARD, read_card
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError
 from cqlora.inference.form import Form, Layout

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cqlora.base import read_base, read_card
-from cqlora.choices import AdapterMethod, Device, Embeddings, Precision, Quantization
-from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.config.choices import AdapterMethod, Device, Embeddings, Precision, Quantization
+from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model.adapters import adapter_state, attach_adapter, count_trainable, save_adapter
@@ -183,7 +183,7 @@ def test_lora_parameters_at_rank_64_are_the_published_numbers():
     }
     from omegaconf import OmegaConf
 
-    from cqlora.config import CONFIG_DIR
+    from cqlora.config.schema import CONFIG_DIR
 
     for name, expected in published.items():
         m = OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cqlora.choices import Attention
+from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
 from cqlora.model.attention import DOCUMENTS, choose_attention, document_kwargs
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from cqlora.base import read_base, read_card
-from cqlora.choices import Device, Embeddings, Quantization
-from cqlora.config import HardwareConfig, LoraConfig
+from cqlora.config.choices import Device, Embeddings, Quantization
+from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import find_head, load_base
 from cqlora.plan import plan_memory

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cqlora.choices import Strategy
-from cqlora.config import HardwareConfig
+from cqlora.config.choices import Strategy
+from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ModelError
 from cqlora.model.load import device_map
 from cqlora.model.placement import check_share

@@ -5,7 +5,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cqlora.config import CONFIG_DIR, ModelConfig, RunConfig, register_schemas
+from cqlora.config.schema import CONFIG_DIR, ModelConfig, RunConfig, register_schemas
 
 
 def compose_run(*overrides: str) -> RunConfig:

@@ -11,9 +11,9 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from cqlora.config import LoraConfig, ModelConfig
+from cqlora.config.schema import LoraConfig, ModelConfig
 from cqlora.model.attention import DOCUMENTS, document_kwargs
-from cqlora.model.fusion import fuse_blocks
+from cqlora.model.fused.blocks import fuse_blocks
 from cqlora.model.tiny import llama_config
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.program import Program

@@ -6,8 +6,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from cqlora.choices import Checkpointing, Quantization, Strategy
-from cqlora.config import LoraConfig
+from cqlora.config.choices import Checkpointing, Quantization, Strategy
+from cqlora.config.schema import LoraConfig
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.program import Program
 from cqlora.plan.workload import Workload, describe_run

@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaForCausalLM
 
-from cqlora.choices import AdapterMethod
-from cqlora.config import LoraConfig
+from cqlora.config.choices import AdapterMethod
+from cqlora.config.schema import LoraConfig
 from cqlora.errors import ConfigError
 from cqlora.model.tiny import llama_config
 from cqlora.plan.shapes import adapter_parameters, base_parameters, embedding_parameters

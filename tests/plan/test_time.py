@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from cqlora.choices import Checkpointing, Strategy
-from cqlora.config import HardwareConfig
+from cqlora.config.choices import Checkpointing, Strategy
+from cqlora.config.schema import HardwareConfig
 from cqlora.plan.time import Speed, estimate_tokens, flops_per_token, micro_step_seconds, plan_time
 from cqlora.plan.workload import describe_run
 from tests.plan.runs import compose_run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cqlora.choices import Checkpointing
+from cqlora.config.choices import Checkpointing
 from cqlora.plan import Fit, judge, plan_memory, resolve_checkpointing, suggest_layouts
 from cqlora.plan.estimate import GIB
 from tests.plan.runs import compose_run

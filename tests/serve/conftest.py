@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.model.tiny import build_tiny
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.metrics import read_metrics
+from cqlora.system.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 CLUSTER = Path(__file__).parent / "cluster.sh"

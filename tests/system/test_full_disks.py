@@ -24,7 +24,7 @@ SIZES = int(os.environ.get("CQLORA_DISK_CASES", "1"))
 ROOM = 256 << 20
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.system.test_full_disks", "cqlora.train"])
+_context.set_forkserver_preload(["tests.system.test_full_disks", "cqlora.train.run"])
 
 
 @dataclass(frozen=True, slots=True)

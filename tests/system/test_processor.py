@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cqlora.system.processor as processor
-from cqlora.choices import Device, Precision
-from cqlora.config import HardwareConfig
+from cqlora.config.choices import Device, Precision
+from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
 from cqlora.inference.form import Layout, choose_form
 from cqlora.inference.kernel import find_fused_nf4

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from cqlora.config import ModelConfig
+from cqlora.config.schema import ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.model.tiny import build_tiny
 from tests.cards import drop_card

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card
-from cqlora.choices import GgufType, ModelFormat
+from cqlora.config.choices import GgufType, ModelFormat
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import CqloraError, ModelError
 from cqlora.inference.architecture import read_architecture

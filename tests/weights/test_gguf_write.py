@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cqlora.choices import GgufType, ModelFormat
+from cqlora.config.choices import GgufType, ModelFormat
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ModelError
 from cqlora.weights.gguf import GgufModel

@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer
 
-from cqlora.choices import GgufType, ModelFormat
+from cqlora.config.choices import GgufType, ModelFormat
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer

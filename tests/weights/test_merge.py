@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cqlora.base import read_base, read_card
-from cqlora.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
-from cqlora.config import HardwareConfig, LoraConfig, ModelConfig
+from cqlora.config.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, render_turns
 from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer

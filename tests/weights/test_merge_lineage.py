@@ -17,7 +17,7 @@ from cqlora.base import (
     read_card,
     seal_card,
 )
-from cqlora.choices import MergeOnto, ModelFormat, Precision
+from cqlora.config.choices import MergeOnto, ModelFormat, Precision
 from cqlora.errors import ModelError
 from cqlora.merge import MergeConfig
 from cqlora.weights.merge import Merge, plan_merge, write_merge

@@ -8,7 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from cqlora.choices import ModelFormat, Precision
+from cqlora.config.choices import ModelFormat, Precision
 from cqlora.weights import nf4
 from cqlora.weights.nf4 import Nf4Format, dequantise, quantise
 from tests.weights.adapters import load, logits, write_adapter, write_tiny_base

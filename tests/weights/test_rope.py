@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from cqlora.choices import GgufType
+from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
+from cqlora.system.shards import ShardReader
 from cqlora.vocab.config import VocabConfig
 from cqlora.weights.convert import convert
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_write import write_gguf
 from cqlora.weights.rope import read_rope
-from cqlora.weights.shards import ShardReader
 from tests.weights.meta_reference import Shape, random_state, write_checkpoint, write_pieces
 
 

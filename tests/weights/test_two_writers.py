@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.choices import MergeOnto
+from cqlora.config.choices import MergeOnto
 from cqlora.errors import CqloraError
 from cqlora.merge import MergeConfig
 from cqlora.vocab.config import VocabConfig, VocabKind

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cqlora.choices import SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import RawRow, Record
 from cqlora.data.sources import files
 from cqlora.data.sources.belle import parse_belle

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Conversation, Record, RowError, Turn
 from cqlora.data.sources.fields import UNUSED, count_unused, kind_of, optional_text, text_field
 from cqlora.data.sources.sharegpt import mend_conversation

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Document, Record, RowError
 from cqlora.data.sources.fields import PLAIN_ROLES, count_unused_of_messages, kind_of, text_field, turn_of
 from cqlora.data.sources.turns import close_conversation

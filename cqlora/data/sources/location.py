@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cqlora.choices import SourceKind
-from cqlora.config import DataConfig, SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import DataConfig, SourceConfig
 from cqlora.errors import DataError
 
 SAMPLE_DIR = Path(__file__).parent.parent / "sample"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Record, RowError
 from cqlora.data.sources.fields import count_unused, count_unused_of_messages, kind_of, optional_text, turn_of
 from cqlora.data.sources.turns import close_conversation, put_system

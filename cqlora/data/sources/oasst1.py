@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.choices import OasstPaths
-from cqlora.config import SourceConfig
+from cqlora.config.choices import OasstPaths
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Conversation, RawRow, Record, RowDropped, RowError, Turn
 from cqlora.data.sources.fields import count_unused, kind_of, turn_of
 from cqlora.data.sources.turns import close_conversation

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Conversation, Record, RowError, Turn
 from cqlora.data.sources.fields import count_unused, count_unused_of_messages, kind_of, optional_text, turn_of, unescape
 from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles, put_system

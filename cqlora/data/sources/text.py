@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Document, Record
 from cqlora.data.sources.fields import count_unused, text_field
 

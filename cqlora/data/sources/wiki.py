@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cqlora.config import SourceConfig
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Document, Record, RowDropped
 from cqlora.data.sources.fields import count_unused, text_field
 from cqlora.data.sources.wikitext import article_text

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cqlora.choices import OasstPaths, SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import OasstPaths, SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Conversation, Document, RawRow, Record, RowDropped, RowError, Turn
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.oasst1 import group_messages

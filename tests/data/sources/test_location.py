@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.choices import SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.sources import hub
 from cqlora.data.sources.hub import read_dataset
 from cqlora.data.sources.location import SAMPLE_DIR, Location, list_files, locate_source

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.choices import SourceKind
-from cqlora.config import SourceConfig
+from cqlora.config.choices import SourceKind
+from cqlora.config.schema import SourceConfig
 from cqlora.data.records import RowDropped
 from cqlora.data.sources import PARSERS, read_rows
 from cqlora.data.sources.location import Location, SourceFile

@@ -1,0 +1,81 @@
+"""run.yaml: the frozen configuration of a run, which workers and later commands read instead of composing again."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cqlora.config.schema import DataConfig, PretrainConfig, RunConfig, SftConfig
+from cqlora.errors import ConfigError
+from cqlora.system.refusals import told_as_sentence
+
+RUN_FILE = "run.yaml"
+STAGED_FILE = ".run.yaml.staging"
+"""What workers read of a run that nobody has accepted yet."""
+_STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
+
+_DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
+            RecursionError)  # fmt: skip
+"""What reading a file that something has changed may raise."""
+
+
+def freeze_config(config: RunConfig, folder: Path) -> Path:
+    """Write `folder`/run.yaml with every value resolved, whole or not at all; return its path."""
+    file = folder / RUN_FILE
+    with told_as_sentence(file):
+        return stage_config(config, folder).replace(file)
+
+
+def stage_config(config: RunConfig, folder: Path) -> Path:
+    """Write the configuration beside run.yaml, which stays as it is until the run is accepted; return its path."""
+    file = folder / STAGED_FILE
+    with told_as_sentence(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(config), file)
+    return file
+
+
+def load_frozen(file: Path) -> RunConfig:
+    """Read a run.yaml back into the typed configuration.
+
+    Raises:
+        ConfigError: the file is not there, or damaged, or of another version of the schemas.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; give the folder of a run that cqlora wrote.")
+    try:
+        loaded: Any = OmegaConf.load(file)
+        schema = OmegaConf.structured(RunConfig)
+        schema.stage = _STAGES[loaded.stage.name]
+        schema.data = DataConfig
+        config: Any = OmegaConf.to_object(OmegaConf.merge(schema, loaded))
+    except _DAMAGES as error:
+        raise ConfigError(
+            f"{file} is damaged or of another version ({describe_reason(error)}); put back the file that the run wrote."
+        ) from error
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{file} is no configuration of a run; give the folder of a run that cqlora wrote.")
+    return config
+
+
+def describe_reason(error: Exception) -> str:
+    """What is wrong with a run.yaml, in a few words."""
+    # Only here: it asks Hydra for its own errors, which workers have no need of.
+    from cqlora.config.diagnosis import explain_composition
+
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return explain_composition(error, RunConfig, []).partition(";")[0].rstrip(".")
+    if isinstance(error, ConfigError):
+        return str(error).rstrip(".")
+    if isinstance(error, YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return f"no YAML{f' from line {mark.line + 1} on' if mark else ''}"
+    return "it lacks keys, or holds what is none" if not isinstance(error, UnicodeError) else "no UTF-8 text"
+
+
+def describe_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain nested values, for trackers and comparisons."""
+    container: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return dict(container)

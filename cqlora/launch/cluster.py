@@ -1,0 +1,69 @@
+"""A worker's place among workers that torchrun or srun started, read from the environment."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from cqlora.config.schema import HardwareConfig
+from cqlora.errors import ConfigError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FIRST_PORT, _PORTS = 10_000, 20_000
+"""Below what systems hand out by themselves (32768 on Linux), above what needs rights."""
+
+
+def find_place(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """torchrun's variables for this process; None where nobody has started it as one of several workers.
+
+    Raises:
+        ConfigError: RANK is set and others that belong to it are not.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        missing = [name for name in _TORCHRUN if name not in environment]
+        if missing:
+            raise ConfigError(
+                f"the environment has RANK and WORLD_SIZE but no {', '.join(missing)}; start with torchrun or srun, "
+                "or unset RANK and WORLD_SIZE."
+            )
+        return {name: environment[name] for name in _TORCHRUN}
+    return find_slurm_place(environment)
+
+
+def find_slurm_place(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The place of a task that srun started beside others; a batch script's own process is none."""
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if int(tasks) == 1 or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+        return None
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
+    nodes = nodes or environment.get("SLURM_JOB_NODELIST", "localhost")
+    # Steps of one job, and jobs that share a node, get ports of their own.
+    step = int(environment["SLURM_STEP_ID"]) if environment["SLURM_STEP_ID"].isdigit() else 0
+    port = _FIRST_PORT + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + step) % _PORTS
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": tasks,
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(nodes),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a Slurm list such as `gpu[03-05,9],login`."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes)
+    assert first is not None
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
+
+
+def take_place(place: Mapping[str, str], hardware: HardwareConfig) -> None:
+    """Put a place into the environment, where torch looks for it.
+
+    Raises:
+        ConfigError: another number of workers was started than the configuration has.
+    """
+    if int(place["WORLD_SIZE"]) != hardware.world_size:
+        raise ConfigError(
+            f"hardware={hardware.name} has {hardware.world_size} workers and {place['WORLD_SIZE']} were started; "
+            f"start {hardware.world_size}, or choose the group of your machine."
+        )
+    os.environ.update(place)

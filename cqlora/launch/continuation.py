@@ -1,0 +1,169 @@
+"""Training an adapter on: what its files fix, compared with what was composed, before anything heavy is imported.
+
+Rank, alpha, method, adapted layers and embeddings are the adapter's, and cannot change under weights that were
+trained with them; dropout can.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqlora.base import ADAPTER_CONFIG as CONFIG
+from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
+from cqlora.base import Base
+from cqlora.config.choices import AdapterMethod, Embeddings
+from cqlora.config.schema import RunConfig
+from cqlora.errors import ConfigError, ModelError
+from cqlora.plan.shapes import adapted_matrices, block_matrices
+from cqlora.system.durable import recover_folders
+
+_EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """What an adapter's files fix for whoever trains it on."""
+
+    rank: int
+    alpha: float
+    method: AdapterMethod
+    """Never PiSSA, whose adapters end as plain LoRA on the untouched base."""
+    target_modules: frozenset[str]
+    """Names of the blocks' layers that carry low-rank matrices."""
+    embeddings: Embeddings
+    rows: frozenset[int]
+    """Rows of the embedding matrices that train, under `new_rows`."""
+
+
+def settle_continuation(config: RunConfig, base: Base | None) -> None:
+    """Give `stage.embeddings=auto` the adapter's own, and refuse what contradicts the adapter to continue.
+
+    Raises:
+        ModelError: the folder holds no adapter, a damaged one, or one whose rows are not the base's added ones.
+        ConfigError: composed values that are not the adapter's; the sentence names both, and what to type.
+    """
+    folder = Path(config.stage.init_adapter)
+    recover_folders(folder.parent)
+    fixed = read_fixed(folder)
+    if config.stage.embeddings is Embeddings.auto:
+        config.stage.embeddings = fixed.embeddings
+    different = list_differences(config, fixed)
+    if different:
+        told = ", ".join(f"{key}={theirs} and not {ours}" for key, theirs, ours in different)
+        typed = " ".join(f"{key}={theirs}" for key, theirs, _ in different)
+        raise ConfigError(
+            f"stage.init_adapter={folder} was trained with {told}; type {typed} to continue it, or merge it into its "
+            "base and train a new adapter on that."
+        )
+    if fixed.embeddings is Embeddings.new_rows and base is not None:
+        check_rows(fixed, base, folder)
+
+
+def list_differences(config: RunConfig, fixed: Fixed) -> list[tuple[str, str, str]]:
+    """Keys whose composed value is not the adapter's: key, the adapter's value and the composed one, as typed."""
+    lora = config.lora
+    asked = frozenset(adapted_matrices(config.model, lora.target_modules))
+    return [
+        (key, theirs, ours)
+        for key, same, theirs, ours in (
+            ("lora.rank", lora.rank == fixed.rank, str(fixed.rank), str(lora.rank)),
+            ("lora.alpha", lora.alpha == fixed.alpha, f"{fixed.alpha:g}", f"{lora.alpha:g}"),
+            ("lora.method", lora.method is fixed.method, fixed.method.name, lora.method.name),
+            (
+                "lora.target_modules",
+                asked == fixed.target_modules,
+                _as_typed(config, fixed.target_modules),
+                _as_typed(config, asked),
+            ),
+            (
+                "stage.embeddings",
+                config.stage.embeddings is fixed.embeddings,
+                fixed.embeddings.name,
+                config.stage.embeddings.name,
+            ),
+        )
+        if not same
+    ]
+
+
+def read_fixed(folder: Path) -> Fixed:
+    """What the files of an adapter folder fix.
+
+    Raises:
+        ModelError: no adapter, or files that are damaged.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
+    try:
+        written: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        names = _read_names(folder / WEIGHTS)
+        rows = written.get("trainable_token_indices") or {}
+        of_matrices = rows.values() if isinstance(rows, dict) else [rows]
+        low_rank = {_module_of(name) for name in names if ".lora_A." in name}
+        return Fixed(
+            rank=int(written["r"]),
+            alpha=float(written["lora_alpha"]),
+            method=_method_of(written),
+            target_modules=frozenset(low_rank - _EMBEDDING_MODULES),
+            embeddings=_embeddings_of(names),
+            rows=frozenset(row for each in of_matrices for row in each),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"stage.init_adapter={folder} is damaged ({type(error).__name__} in its {CONFIG} or {WEIGHTS}); give the "
+            "adapter/ folder of a finished run."
+        ) from error
+
+
+def check_rows(fixed: Fixed, base: Base, folder: Path) -> None:
+    """Raise ModelError unless the adapter's rows are those that the base was extended by."""
+    first = base.first_added_row or 0
+    added = frozenset(range(first, first + base.added_rows))
+    if fixed.rows != added:
+        raise ModelError(
+            f"stage.init_adapter={folder} trains {len(fixed.rows)} rows of the embeddings, from row {min(fixed.rows)}, "
+            f"and {base.path} was extended by {len(added)} others; give the base that it was trained on."
+        )
+
+
+def _as_typed(config: RunConfig, names: frozenset[str]) -> str:
+    every = block_matrices(config.model)
+    ordered = [name for name in every if name in names] + sorted(names - every.keys())
+    return "[all]" if names == every.keys() else f"[{','.join(ordered)}]"
+
+
+def _method_of(written: dict[str, Any]) -> AdapterMethod:
+    if written.get("use_dora"):
+        return AdapterMethod.dora
+    return AdapterMethod.rslora if written.get("use_rslora") else AdapterMethod.lora
+
+
+def _embeddings_of(names: Iterable[str]) -> Embeddings:
+    """What of the embeddings an adapter's weights are, by their names in PEFT."""
+    found = Embeddings.frozen
+    for name in names:
+        if ".token_adapter." in name:
+            return Embeddings.new_rows
+        if ".lora_embedding_A" in name or (".lora_A." in name and _module_of(name) in _EMBEDDING_MODULES):
+            return Embeddings.lora
+        if name.endswith(tuple(f"{module}.weight" for module in _EMBEDDING_MODULES)):
+            found = Embeddings.full
+    return found
+
+
+def _module_of(name: str) -> str:
+    """The layer's own name in a weight's name: `up_proj` of `….layers.0.mlp.up_proj.lora_A.weight`."""
+    return name.partition(".lora_")[0].rpartition(".")[2]
+
+
+def _read_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, of which the header alone is read."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        header: dict[str, Any] = json.loads(stream.read(length))
+    return [name for name in header if name != "__metadata__"]

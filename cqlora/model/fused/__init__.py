@@ -1,0 +1,1 @@
+"""Layers whose forward and backward passes are written together."""

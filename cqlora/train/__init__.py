@@ -1,0 +1,1 @@
+"""The training run itself, in each of its workers."""

@@ -1,0 +1,156 @@
+"""One worker among the workers of a run: its rank, its device, what it says to the others."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from cqlora.config.choices import Device
+from cqlora.config.schema import HardwareConfig
+from cqlora.system.handover import STORE_SOCKET
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=2)
+"""How long workers wait for the first one, which may be building a large token cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """This process's place in the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    """All workers, for what is said on the host and may have to be waited for; None when alone."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker writes what is written once."""
+        return self.rank == 0
+
+    @property
+    def leads_node(self) -> bool:
+        """Whether this worker does what is done once on each machine."""
+        return self.is_main or os.environ.get("LOCAL_RANK") == "0"
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element by element over all workers; `values` is float64 on the host."""
+        if self.world_size == 1:
+            return values
+        summed = values.clone()
+        dist.all_reduce(summed, group=self.group)
+        return summed
+
+    def wait(self) -> None:
+        """Go on when every worker is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` gives, called by rank 0 alone before the others call it: it builds, they open."""
+        if self.is_main:
+            made = make()
+            self.wait()
+            return made
+        self.wait()
+        return make()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every worker."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+@contextmanager
+def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
+    """Join the other workers, if the environment says that there are any, and leave them at the end.
+
+    A worker that fails leaves nobody: its connections close when it has told why and exits, so that no other
+    fails of that before.
+    """
+    on_cpu = hardware.device is Device.cpu
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // hardware.processes_per_node))
+    group = join_workers(on_cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    state = PartialState(cpu=on_cpu)
+    yield Worker(rank=state.process_index, world_size=state.num_processes, device=state.device, group=group)
+    if group is not None:
+        dist.destroy_process_group()
+    PartialState._reset_state()
+
+
+def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:
+    """Meet the other workers where the environment says (torchrun's variables); return the patient group.
+
+    Tensors on the host go by gloo and those on GPUs by NCCL, whose patience is too short for what one worker
+    does while the others wait.
+    """
+    backend = "gloo"
+    if not on_cpu:
+        backend = "cpu:gloo,cuda:nccl"
+        # Modulo, since srun may show each task the one GPU that is its own.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if STORE_SOCKET in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=open_store(), rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend)
+    group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return group
+
+
+def open_store() -> TCPStore:
+    """Where workers of `launch.processes` find each other: rank 0 listens on the socket that it inherits."""
+    rank = int(os.environ["RANK"])
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=rank == 0,
+        master_listen_fd=int(os.environ[STORE_SOCKET]) if rank == 0 else None,
+    )
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed every generator: alike on all workers where they make the same model, by rank for dropout masks."""
+    random.seed(seed + rank)
+    np.random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Every random generator's state, as plain values and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Put every random generator back to where `generator_states` found it."""
+    random.setstate(states["python"])
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,154 @@
+"""One training run from a frozen configuration: the table of contents."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
+from cqlora.config.choices import AdapterMethod
+from cqlora.config.run_yaml import RUN_FILE, describe_config, freeze_config
+from cqlora.config.schema import RunConfig
+from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
+from cqlora.errors import DataError
+from cqlora.lineage import describe_lineage
+from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
+from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.load import checkpoint_activations, choose_compute_dtype, open_model
+from cqlora.model.objective import Objective
+from cqlora.model.pissa import convert_to_lora, initialise_pissa
+from cqlora.model.placement import place, unwrap
+from cqlora.random_base import open_base
+from cqlora.system.progress import StageDisplay, show_part
+from cqlora.system.sealed import hash_file
+from cqlora.system.signals import finish_first, preempt_on_signals
+from cqlora.train.distributed import Worker, seed_everything, start_worker
+from cqlora.train.optimizer import build_optimizer
+from cqlora.train.resumption import find_start
+from cqlora.train.state import describe_identity
+from cqlora.train.tracking import Record, open_record
+from cqlora.train.trainer import Trainer, count_total_steps
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, output_dir: Path) -> Path:
+    """Train an adapter; return the run's folder, which ends with metrics.jsonl, checkpoints/ and adapter/.
+
+    Workers that were started each on their own may each have named another folder: rank 0's is the run's. Nothing
+    in it changes, and no tracker starts, before the run is accepted.
+
+    Raises:
+        CqloraError: the run is refused or cannot go on; Preempted when a signal has stopped it.
+    """
+    folder = output_dir.resolve()
+
+    def again() -> str:
+        goes_on = (folder / RUN_FILE).exists()
+        return f"the same command with hydra.run.dir={folder} {'goes on' if goes_on else 'starts it'}."
+
+    with preempt_on_signals(again), start_worker(config.hardware) as worker:
+        folder = agree_on_folder(output_dir, worker)
+        train_as(worker, config, folder)
+    return folder
+
+
+def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
+    """One worker's part."""
+    seed_everything(config.seed)
+    base = worker.first(lambda: open_base(config.model))
+    cache = open_cache(config, base, worker)
+    total_steps = count_total_steps(config, cache)
+    identity = worker.first(lambda: identify(config, base, cache, total_steps))
+    start = find_start(config.stage.resume, output_dir, identity, worker)
+    lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
+
+    dtype = choose_compute_dtype(worker.device, config.hardware.precision)
+    with show_part(f"loading the base {base.path}", worker.is_main):
+        frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
+    model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
+    with accept(config, output_dir, worker) as record:
+        if config.lora.method is AdapterMethod.pissa:
+            iterations = config.lora.pissa_iterations
+            with show_part("decomposing the base's matrices for PiSSA", worker.is_main):
+                worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
+        checkpoint_activations(model, config.hardware.activation_checkpointing)
+        fused = fuse_blocks(model)
+        with show_part("placing the model", worker.is_main):
+            module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
+        optimizer = build_optimizer(module, config.stage, worker.device)
+
+        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+        seed_everything(config.seed, worker.rank)
+        trainer.resume(identity, start)
+        trainer.fit()
+        with finish_first():
+            save_final(config, trainer, base, lineage, output_dir)
+
+
+def describe_adapter(config: RunConfig) -> dict[str, Any]:
+    """The settled values that an adapter was trained with, for its card."""
+    lora = describe_config(config)["lora"]
+    names = ("method", "rank", "alpha", "dropout", "target_modules")
+    return {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
+
+
+@contextmanager
+def accept(config: RunConfig, output_dir: Path, worker: Worker) -> Iterator[Record]:
+    """From here on the run is the one in its folder: rank 0 writes run.yaml and opens the record."""
+    if worker.is_main:
+        freeze_config(config, output_dir)
+    with open_record(config, output_dir, worker.is_main) as record:
+        yield record
+
+
+def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
+    """Rank 0's folder; another that this worker's own start has made and not used is removed."""
+    own = output_dir.resolve()
+    folder: Path = worker.broadcast(own)
+    if own != folder and own.is_dir() and not any(own.iterdir()):
+        own.rmdir()
+    return folder
+
+
+def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
+    """The run's token cache, built by rank 0 where it is missing, and read whole once on each node to verify it.
+
+    Raises:
+        DataError: the cache holds nothing to train on.
+    """
+    with StageDisplay(worker.is_main) as display:
+        cache = worker.first(lambda: prepare_cache(config, base, display.show, verify=worker.leads_node))
+    if not len(cache.splits["train"]):
+        raise DataError(f"data={config.data.name} holds no document to train on; look at {cache.folder}/summary.json.")
+    for source in unevaluated_sources(cache):
+        logger.warning("source %s has no held-out text and is not evaluated: raise data.val_fraction", source)
+    logger.info(
+        "token cache %s: %d packs of %d tokens", cache.folder, len(cache.splits["train"]), cache.sequence_length
+    )
+    return cache
+
+
+def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int) -> dict[str, Any]:
+    """What a resumed run must share with the one that was stopped."""
+    fingerprints = {
+        "token_cache": cache.fingerprint,
+        "tokenizer": fingerprint_tokenizer(base.path),
+        "base": fingerprint_weights(base.path),
+    }
+    if config.stage.init_adapter:
+        fingerprints["init_adapter"] = hash_file(Path(config.stage.init_adapter, ADAPTER_WEIGHTS))
+    return describe_identity(config, fingerprints, total_steps)
+
+
+def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], output_dir: Path) -> None:
+    """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
+    model = unwrap(trainer.module).model
+    state, rank_factor = adapter_state(model), 1
+    if config.lora.method is AdapterMethod.pissa:
+        state, rank_factor = convert_to_lora(model, state, output_dir), 2
+    if trainer.worker.is_main:
+        prompt = getattr(config.stage, "system_prompt", "")
+        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage, prompt)
+    trainer.worker.wait()

@@ -1,0 +1,187 @@
+"""What a checkpoint holds and how a run is put back to it, bit by bit."""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from cqlora.config.choices import Schedule, Strategy
+from cqlora.config.run_yaml import describe_config
+from cqlora.config.schema import RunConfig
+from cqlora.errors import CheckpointError, TrainingError
+from cqlora.model.placement import local_part
+from cqlora.train.checkpoint import CheckpointStore, read_manifest
+from cqlora.train.distributed import Worker, generator_states, restore_generators
+
+_STATE_FILE = "state.json"
+
+_FREE_TO_CHANGE = {
+    "tracking",
+    "hardware.name",
+    "hardware.gpu_memory_gib",
+    "hardware.host_memory_gib",
+    "hardware.allow_misfit",
+    "hardware.peak_tflops",
+    "hardware.memory_gb_per_s",
+    "hardware.link_gb_per_s",
+    "hardware.network_gb_per_s",
+    "hardware.global_batch_size",
+    "model.path",
+    "model.name",
+    "data",
+    "stage.max_steps",
+    "stage.epochs",
+    "stage.eval_every_steps",
+    "stage.eval_tokens",
+    "stage.checkpoint_every_steps",
+    "stage.keep_last",
+    "stage.resume",
+    "stage.init_adapter",
+    "stage.max_bad_steps",
+}
+"""Keys that change no result of a step, or whose effect is told by a fingerprint or by total_steps."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands between two steps."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones among them."""
+    tokens: int = 0
+    """Tokens seen."""
+    bad_steps: int = 0
+    """Non-finite steps in a row."""
+    applied: int = 0
+    """Steps that were finite, and so moved the parameters."""
+
+
+def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_steps: int) -> dict[str, Any]:
+    """All that must be the same for a resumed run to be the run that was stopped, under dotted keys."""
+    identity: dict[str, Any] = {**fingerprints, "world_size": config.hardware.world_size}
+    if config.stage.schedule is not Schedule.constant:
+        identity["total_steps"] = total_steps
+
+    def collect(values: dict[str, Any], prefix: str) -> None:
+        for key, value in values.items():
+            if prefix + key in _FREE_TO_CHANGE:
+                continue
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+            else:
+                identity[prefix + key] = value
+
+    collect(describe_config(config), "")
+    return identity
+
+
+def require_same_run(identity: dict[str, Any], folder: Path) -> None:
+    """Raise CheckpointError, naming what differs, unless the checkpoint is of a run with this identity."""
+    stored = _read_state(folder)["identity"]
+    different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
+    if different:
+        told = "; ".join(f"{key} was {stored.get(key)!r} and is {identity.get(key)!r}" for key in different)
+        raise CheckpointError(
+            f"{folder} cannot be resumed, since the result would differ: {told}; give the values that it was "
+            "started with, or another folder with hydra.run.dir=FOLDER."
+        )
+
+
+def write_snapshot(
+    store: CheckpointStore,
+    worker: Worker,
+    strategy: Strategy,
+    progress: Progress,
+    identity: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Path:
+    """Commit a checkpoint of all workers' state; every worker calls it, each writes what it alone holds.
+
+    Raises:
+        TrainingError: a trained value is not finite, so nothing is written.
+        CheckpointError: the disk refused.
+    """
+    parameters = {name: local_part(p) for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        if not torch.isfinite(parameter).all():
+            raise TrainingError(f"{name} is not finite after step {progress.step}; the last checkpoint stands.")
+    if worker.is_main:
+        store.stage(progress.step)
+    worker.wait()
+    if worker.is_main or strategy is Strategy.fsdp:
+        held = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+        store.write(progress.step, _file("trainable", worker, "safetensors"), save(held))
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        store.write(progress.step, _file("optimizer", worker, "pt"), _serialise(states))
+    store.write(progress.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
+    worker.wait()
+    if worker.is_main:
+        state = {**asdict(progress), "identity": identity}
+        store.write(progress.step, _STATE_FILE, json.dumps(state, indent=2).encode())
+        store.commit(progress.step)
+    worker.wait()
+    return store.root
+
+
+def restore_snapshot(
+    folder: Path,
+    worker: Worker,
+    strategy: Strategy,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Progress:
+    """Put model, optimizer and generators back to a verified checkpoint; return where it stands."""
+    owner = worker if strategy is Strategy.fsdp else Worker(0, 1, worker.device)
+    _require_named(folder, _file("trainable", owner, "safetensors"), _file("optimizer", owner, "pt"))
+    _require_named(folder, _file("random", worker, "pt"))
+    stored = load_file(folder / _file("trainable", owner, "safetensors"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                local_part(parameter).copy_(stored[name])
+    states = torch.load(folder / _file("optimizer", owner, "pt"), map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(states["optimizer"])
+    scaler.load_state_dict(states["scaler"])
+    random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
+    restore_generators(random, worker.device)
+    state = _read_state(folder)
+    return Progress(
+        step=state["step"],
+        tokens=state["tokens"],
+        bad_steps=state["bad_steps"],
+        applied=state.get("applied", state["step"] - state["bad_steps"]),
+    )
+
+
+def _require_named(folder: Path, *names: str) -> None:
+    """Raise CheckpointError for a file that the manifest does not name, since nobody has verified it."""
+    named = read_manifest(folder)
+    for name in names:
+        if name not in named:
+            raise CheckpointError(
+                f"{folder} is damaged: its manifest.json does not name {name}; move it away to use another."
+            )
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    _require_named(folder, _STATE_FILE)
+    state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    return state
+
+
+def _file(name: str, worker: Worker, suffix: str) -> str:
+    return f"{name}-rank{worker.rank}.{suffix}"
+
+
+def _serialise(values: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(values, stream)
+    return stream.getvalue()

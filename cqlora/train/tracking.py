@@ -1,0 +1,182 @@
+"""Where a run's numbers go: metrics.jsonl always, W&B or TensorBoard through Accelerate; rank 0 alone writes."""
+
+import logging
+import math
+import netrc
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.utils import is_tensorboard_available
+
+from cqlora.config.choices import Tracker, TrackingMode
+from cqlora.config.run_yaml import describe_config
+from cqlora.config.schema import RunConfig, TrackingConfig
+from cqlora.errors import ConfigError
+from cqlora.system.durable import replace_file
+from cqlora.system.metrics import append_metrics, mean_loss, rewind_metrics
+
+logger = logging.getLogger(__name__)
+
+_RUN_ID_FILE = "wandb_run_id"
+
+
+class Record:
+    """The record of the run in a folder. On every rank but the first it swallows what it is given."""
+
+    def __init__(self, folder: Path | None, trackers: list[GeneralTracker]) -> None:
+        self._folder = folder
+        self._trackers = trackers
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add one line of metrics; `row` has `kind` and `step`."""
+        if self._folder is None:
+            return
+        append_metrics(self._folder, row)
+        numbers = tracker_values(row)
+        for tracker in self._trackers:
+            if numbers:
+                tracker.log(numbers, step=row["step"])
+
+    def log_mean(self, evaluations: list[dict[str, Any]]) -> None:
+        """Give the trackers one held-out loss over all sources, to compare runs by: the mean over all tokens."""
+        loss = mean_loss(evaluations)
+        for tracker in self._trackers:
+            if loss is not None and math.isfinite(loss):
+                tracker.log({"eval/loss": loss}, step=evaluations[0]["step"])
+
+    def event(self, step: int, event: str, **details: Any) -> None:
+        """Say that something happened, in the record and in the log."""
+        self.log({"kind": "event", "step": step, "event": event, **details})
+        if self._folder is not None:
+            logger.info("step %d: %s %s", step, event, " ".join(f"{k}={v}" for k, v in details.items()))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after `step`, which will be measured again."""
+        if self._folder is not None:
+            rewind_metrics(self._folder, step)
+
+
+@contextmanager
+def open_record(config: RunConfig, output_dir: Path, is_main: bool) -> Iterator[Record]:
+    """The record of the run in `output_dir`, its trackers closed at the end whatever happens."""
+    trackers = start_trackers(config, output_dir) if is_main else []
+    try:
+        yield Record(output_dir if is_main else None, trackers)
+    finally:
+        for tracker in trackers:
+            tracker.finish()
+
+
+def start_trackers(config: RunConfig, output_dir: Path) -> list[GeneralTracker]:
+    """The tracker that `tracking` names, started with the run's configuration.
+
+    Raises:
+        ConfigError: TensorBoard is asked for and not installed.
+    """
+    if config.tracking.tracker is Tracker.none:
+        return []
+    if config.tracking.tracker is Tracker.tensorboard:
+        if not is_tensorboard_available():
+            raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
+        tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=output_dir)
+        tracker.start()
+        tracker.store_init_configuration(flatten(describe_config(config)))
+        return [tracker]
+    # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
+    os.environ["WANDB_DIR"] = str(output_dir)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    tracker = WandBTracker(config.tracking.project, **wandb_options(config, output_dir))
+    tracker.start()
+    tracker.store_init_configuration(describe_config(config))
+    for line in describe_wandb(tracker.tracker, output_dir):
+        logger.info(line)
+    return [tracker]
+
+
+def describe_wandb(run: Any, output_dir: Path) -> list[str]:
+    """Where a W&B run is to be seen, or how it gets there; W&B itself is told to keep silent."""
+    if not run.offline:
+        return [f"W&B: {run.url}"]
+    # All segments of a run that was resumed, which W&B takes in the order of their start.
+    segments = f"{shlex.quote(str(output_dir))}/wandb/offline-run-*"
+    return [f"W&B is offline and writes to {Path(run.dir).parent}", f"upload it with: wandb sync {segments}"]
+
+
+def wandb_options(config: RunConfig, output_dir: Path) -> dict[str, Any]:
+    """What `wandb.init` is given: names that W&B's sweep and group pages sort by, and an id that survives resume."""
+    tracking = config.tracking
+    options: dict[str, Any] = {
+        "name": tracking.name or f"{config.stage.name}-{config.model.name}-{output_dir.name}",
+        "dir": str(output_dir),
+        "id": run_id(output_dir),
+        "resume": "allow",
+        "mode": wandb_mode(tracking),
+        "entity": tracking.entity,
+        "group": tracking.group or sweep_group(output_dir),
+        "job_type": tracking.job_type or config.stage.name,
+        "tags": [config.model.name, config.data.name, config.hardware.name, *tracking.tags],
+    }
+    if "WANDB_SWEEP_ID" in os.environ:
+        # The agent has chosen the run's id already.
+        del options["id"], options["resume"]
+    return options
+
+
+def wandb_mode(tracking: TrackingConfig) -> str:
+    """`online` or `offline`; `auto` is online when a key is in the environment or in ~/.netrc."""
+    if tracking.mode is not TrackingMode.auto:
+        return tracking.mode.name
+    return os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in without asking."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except FileNotFoundError:
+        return False
+
+
+def run_id(output_dir: Path) -> str:
+    """The W&B id of a run folder, the same when the run is resumed."""
+    file = output_dir / _RUN_ID_FILE
+    if not file.is_file():
+        replace_file(file, os.urandom(6).hex().encode())
+    return file.read_text(encoding="utf-8")
+
+
+def sweep_group(output_dir: Path) -> str | None:
+    """Jobs of one sweep, whose folders are numbered inside the sweep's, share its folder as a group."""
+    return f"{output_dir.parent.parent.name}-{output_dir.parent.name}" if output_dir.name.isdigit() else None
+
+
+def tracker_values(row: dict[str, Any]) -> dict[str, float]:
+    """A line's numbers under the names that a dashboard groups by: `train/loss`, `eval/wiki_zh/zh/loss`."""
+    if row["kind"] == "event":
+        return {}
+    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
+    return {
+        f"{prefix}/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested values under dotted keys, which is all that TensorBoard takes."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

@@ -1,0 +1,87 @@
+"""What users of other programs type: each name is answered with ours, and each of ours is one."""
+
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from cqlora.chat import ChatConfig
+from cqlora.cli import quote_words
+from cqlora.config.composition import compose_checked
+from cqlora.config.diagnosis import _dotted_keys, to_schema
+from cqlora.config.foreign_names import FOREIGN_CHOICES, FOREIGN_KEYS
+from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
+from cqlora.errors import ConfigError
+
+
+def refusal(*arguments: str) -> str:
+    """The sentence with which a run is refused."""
+    register_schemas()
+    with (
+        pytest.raises(ConfigError) as caught,
+        compose_checked(RunConfig),
+        initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"),
+    ):
+        to_schema(compose("config", [quote_words(argument) for argument in ("stage=sft", *arguments)]), RunConfig)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("hardware=4090", "did you mean hardware=1x4090 or hardware=2x4090?"),
+        ("hardware=rtx4090", "did you mean hardware=1x4090 or hardware=2x4090?"),
+        ("hardware=RTX-3090", "hardware=1x3090"),
+        ("hardware=gpu", "did you mean hardware=auto?"),
+        ("data=null", "data has no value, and no run goes without; use data=belle or dialog"),
+        ("model=null", "use model=llama2_13b or"),
+        ("path=~/x.json", "model.path for a model's folder, data.sources.NAME.path for text"),
+        ("path=models/a=b", "model.path for a model's folder"),
+        ("lr=1e-4", "did you mean stage.learning_rate=1e-4?"),
+        ("lora_rank=8", "did you mean lora.rank=8?"),
+        ("lora.r=8", "did you mean lora.rank=8?"),
+        ("lora_alpha=16", "did you mean lora.alpha=16?"),
+        ("model=hf/llama", "model.path=hf/llama"),
+        ("model=meta-llama/Llama-2-7b-hf", "model.path=meta-llama/Llama-2-7b-hf"),
+        ("model=Llama-3-8B", "did you mean model=llama3_8b?"),
+        ("data=alpaca", "did you mean data=belle data.sources.belle.path=FILE?"),
+        ("data=mine/a.jsonl", "data=messages data.sources.messages.path=mine/a.jsonl"),
+        ("stage=pt", "did you mean stage=pretrain?"),
+        ("batch_size=4", "stage.global_batch_size=N"),
+        ("gradient_accumulation_steps=4", "stage.global_batch_size=N"),
+        ("learning_rate=1", "did you mean stage.learning_rate=1?"),
+        ("max_length=512", "did you mean stage.sequence_length=512?"),
+        ("cutoff_len=512", "did you mean stage.sequence_length=512?"),
+        ("num_train_epochs=3", "did you mean stage.epochs=3?"),
+        ("model_name_or_path=a/b", "did you mean model.path=a/b?"),
+        ("dataset=x", "data.sources.messages.path=FILE"),
+        ("output_dir=x", "did you mean hydra.run.dir=x?"),
+        ("quantization_bit=4", "model.quantization=nf4"),
+        ("bf16=true", "did you mean hardware.precision=bfloat16?"),
+        ("gpus=4", "hardware.processes_per_node"),
+        ("stage.learning_rate=1,2", "add --multirun"),
+        ("seed=null", "seed=null is no value"),
+        ("data.sources.foo.path=x", "data.sources has sample_zh"),
+        ("+hardware=cpu", "chosen twice"),
+    ],
+)
+def test_what_another_program_calls_it_is_answered_with_what_to_type(argument, words):
+    told = refusal(argument)
+    assert words in told and "\n" not in told
+
+
+def test_a_foreign_key_is_none_of_ours_and_is_answered_with_one_that_is():
+    run = set(_dotted_keys(RunConfig))
+    known = (
+        run | set(_dotted_keys(ChatConfig)) | {"max_tokens", "adapter", "hydra.run.dir", "data", "stage", "tracking"}
+    )
+    for foreign, ours in FOREIGN_KEYS.items():
+        target = re.match(r"[\w.]+", ours)
+        assert target and (target[0] in known or target[0].startswith("data.sources.")), f"{foreign} → {ours}"
+        assert foreign not in run or "." not in target[0], f"{foreign} is a key of ours"
+
+
+def test_a_foreign_choice_is_answered_with_one_that_there_is():
+    for group, choices in FOREIGN_CHOICES.items():
+        names = {file.stem for file in (CONFIG_DIR / group).glob("*.yaml")}
+        assert set(choices.values()) <= names and not set(choices) & names

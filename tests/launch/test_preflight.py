@@ -1,0 +1,118 @@
+"""What this machine or these folders cannot do is said before anything heavy is imported."""
+
+import subprocess
+
+import pytest
+
+from cqlora.config.choices import Checkpointing, Device, Embeddings
+from cqlora.config.schema import HardwareConfig
+from cqlora.errors import ConfigError, DataError, DoesNotFit, ModelError
+from cqlora.launch.preflight import settle_device
+from cqlora.system.machine import list_gpus
+from tests.runs import typed_run
+
+
+def pretend_gpus(monkeypatch, *memory_mib: int) -> None:
+    """Let nvidia-smi say that these GPUs are present."""
+    rows = "".join(f"{i}, GPU-{i}abc, {mib}\n" for i, mib in enumerate(memory_mib))
+    monkeypatch.setattr("cqlora.system.machine.which", lambda name: f"/usr/bin/{name}")
+    answer = subprocess.CompletedProcess([], 0, stdout=rows)
+    monkeypatch.setattr("cqlora.system.machine.subprocess.run", lambda *a, **k: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def four_a100() -> HardwareConfig:
+    return HardwareConfig(name="4xa100", processes_per_node=4, strategy="ddp", gpu_memory_gib=79.2)
+
+
+def test_gpus_that_are_missing_or_smaller_than_counted_on_are_named(monkeypatch):
+    pretend_gpus(monkeypatch)
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs .* has none; .*cqlora plan.*hardware=cpu"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 81920, 81920)
+    with pytest.raises(ConfigError, match="has 2"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 40960, 40960, 40960, 40960)
+    with pytest.raises(ConfigError, match=r"79.2 GiB a GPU .* 40.0 GiB"):
+        settle_device(four_a100())
+    pretend_gpus(monkeypatch, 81920, 81920, 81920, 81920)
+    settle_device(four_a100())
+
+
+def test_a_task_that_srun_shows_its_own_gpu_alone_may_start(monkeypatch):
+    pretend_gpus(monkeypatch, 81920)
+    with pytest.raises(ConfigError, match="has 1"):
+        settle_device(four_a100())
+    task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    settle_device(four_a100())
+
+
+def test_what_cannot_fit_is_refused_with_what_would_and_started_when_that_is_typed(workspace):
+    small = ("stage=pretrain", "hardware.host_memory_gib=0.01")
+    with pytest.raises(
+        DoesNotFit, match=r"needs [\d.]+ GiB per process, and hardware=cpu has 0\.0; .*allow_misfit=true"
+    ):
+        typed_run(workspace, *small)
+    assert typed_run(workspace, *small, "hardware.allow_misfit=true").hardware.allow_misfit
+
+
+@pytest.mark.parametrize("layout", [(), ("hardware=2xcpu", "stage.global_batch_size=2"), ("stage=sft",)])
+def test_what_the_readme_runs_on_a_processor_is_never_refused(layout, workspace):
+    """On a machine of four GiB."""
+    typed_run(workspace, "stage=pretrain", *layout, "hardware.host_memory_gib=4")
+
+
+def test_only_visible_gpus_count(monkeypatch):
+    pretend_gpus(monkeypatch, 24576, 24576, 40960)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-2abc")
+    assert list_gpus() == [24.0, 40.0]
+
+
+def test_auto_takes_the_gpu_where_there_is_one_and_the_processor_elsewhere(monkeypatch):
+    for gpus, expected in (((), Device.cpu), ((24576,), Device.cuda)):
+        pretend_gpus(monkeypatch, *gpus)
+        hardware = HardwareConfig(name="auto", device=Device.auto)
+        settle_device(hardware)
+        assert hardware.device is expected
+
+
+def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):
+    with pytest.raises(ModelError, match="cqlora fetch"):
+        typed_run(workspace, "stage=pretrain", "model=smollm2_135m", f"model.path={tmp_path}/smollm2_135m")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        typed_run(workspace, "stage=pretrain", "model=llama_7b", f"model.path={tmp_path}/empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        typed_run(workspace, "stage=pretrain", "model=llama_7b", f"model.path={tmp_path}/empty")
+    with pytest.raises(DataError, match="dialog"):
+        typed_run(workspace, "stage=sft", "data=dialog")
+    with pytest.raises(ModelError, match=r"no adapter_config\.json"):
+        typed_run(workspace, "stage=sft", f"stage.init_adapter={tmp_path}")
+
+
+def test_new_rows_on_a_base_that_has_none_are_refused_and_auto_settles(workspace):
+    with pytest.raises(ConfigError, match=r"stage\.embeddings=new_rows.*cqlora extend"):
+        typed_run(workspace, "stage=pretrain", "stage.embeddings=new_rows")
+    assert typed_run(workspace, "stage=pretrain").stage.embeddings is Embeddings.frozen
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["stage.optimizer=paged_adamw_8bit"], "use stage.optimizer=adamw_8bit"),
+        (["lora.method=dora", "model.quantization=int8"], "use model.quantization=nf4"),
+    ],
+)
+def test_what_a_processor_cannot_do_is_refused(overrides, words, workspace):
+    with pytest.raises(ConfigError, match=words):
+        typed_run(workspace, "stage=pretrain", *overrides)
+
+
+def test_activation_checkpointing_is_as_little_as_fits(workspace):
+    roomy = typed_run(workspace, "stage=pretrain")
+    assert roomy.hardware.activation_checkpointing is Checkpointing.none
+    tight = typed_run(workspace, "stage=pretrain", "hardware.host_memory_gib=0.001", "hardware.allow_misfit=true")
+    assert tight.hardware.activation_checkpointing is Checkpointing.full

@@ -1,0 +1,79 @@
+"""Jobs of a sweep elsewhere: submitit's local executor, and which job is queued again. tests/slurm has a real Slurm."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cqlora.launch import slurm
+from cqlora.system.metrics import read_metrics
+
+RUN = (
+    "stage=pretrain", "hardware=cpu", "tracking=none", "stage.max_steps=1", "stage.eval_tokens=300",
+    "hydra/launcher=submitit_local",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the sweeps run."""
+    return tmp_path_factory.mktemp("sweeps")
+
+
+def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """A sweep whose jobs submitit runs on this machine."""
+    command = [sys.executable, "-m", "cqlora.run", *RUN, *overrides, "--multirun"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_submitit_runs_each_point_in_a_folder_of_its_own(folder: Path) -> None:
+    done = sweep(folder, "seed=1,2", "hydra.sweep.dir=points")
+    assert done.returncode == 0, done.stderr
+    for job in ("0", "1"):
+        assert (folder / "points" / job / "adapter" / "adapter_model.safetensors").is_file()
+    losses = [[row["loss"] for row in read_metrics(folder / "points" / job) if row["kind"] == "train"] for job in "01"]
+    assert losses[0] != losses[1]
+
+
+def test_a_submitted_jobs_error_ends_the_sweep_in_one_sentence(folder: Path) -> None:
+    done = sweep(folder, "stage.init_adapter=nowhere", "seed=1,2", "hydra.sweep.dir=errors")
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+def test_a_single_run_is_not_started_on_the_login_node(folder: Path) -> None:
+    command = [sys.executable, "-m", "cqlora.run", "stage=pretrain", "hardware=slurm_2xcpu"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "hardware=slurm_2xcpu submits the jobs of a sweep" in done.stderr
+
+
+def test_an_arrays_job_is_named_by_array_and_index() -> None:
+    assert slurm.own_job({"SLURM_JOB_ID": "7"}) == "7"
+    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert slurm.own_job(array) == "7_3"
+
+
+@pytest.mark.parametrize(
+    "state, rank, requeued", [("RUNNING", "0", True), ("RUNNING", "1", False), ("COMPLETING", "0", False)]
+)
+def test_a_job_is_queued_again_by_its_first_task_unless_slurm_ends_it(
+    state: str, rank: str, requeued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def scontrol(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, f"JobId=7 JobName=cqlora JobState={state} Reason=None\n", "")
+
+    monkeypatch.setattr(slurm.subprocess, "run", scontrol)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_PROCID", rank)
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    with pytest.raises(SystemExit) as left:
+        slurm.leave_job()
+    assert left.value.code == 75
+    assert (["scontrol", "requeue", "7"] in asked) == requeued

@@ -1,0 +1,235 @@
+"""The record always, trackers as asked, secrets nowhere."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from cqlora.config.choices import Tracker, TrackingMode
+from cqlora.config.run_yaml import load_frozen
+from cqlora.config.schema import TrackingConfig
+from cqlora.launch.start import read_final_loss
+from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
+from cqlora.train.tracking import (
+    Record,
+    describe_wandb,
+    flatten,
+    sweep_group,
+    tracker_values,
+    wandb_mode,
+    wandb_options,
+)
+from tests.conftest import run_verb
+from tests.runs import SMALL, finish_run, typed_run
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_PlantedPlantedPlantedPlanted",
+    "CQLORA_API_KEY": "sk-planted-planted-planted-planted",
+    "MY_PASSWORD": "planted-password-in-the-environment",
+}
+
+
+def small_run(workspace: Path, folder: Path, *overrides: str, **environment: str):
+    paths = (
+        f"model.path={workspace}/models/tiny",
+        f"data.cache_dir={workspace}/cache",
+        f"hydra.run.dir={folder}",
+    )
+    arguments = [a for a in SMALL if not a.startswith("tracking")]
+    return run_verb(workspace, "run", "stage=sft", "stage.max_steps=2", *arguments, *paths, *overrides, **environment)
+
+
+def files_with(folder: Path, secret: str) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+
+
+def test_every_line_of_the_record_has_the_published_fields(workspace, tmp_path):
+    assert finish_run(typed_run(workspace, "stage=pretrain", "stage.max_steps=2"), tmp_path) == 0
+    rows = read_metrics(tmp_path)
+    train = [row for row in rows if row["kind"] == "train"]
+    fields = {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "seconds",
+    }
+    assert all(fields | {"matmul_share"} <= row.keys() for row in train)
+    assert [row["step"] for row in train] == [1, 2]
+    assert train[1]["tokens"] > train[0]["tokens"] > 0
+    fields = {
+        "step",
+        "source",
+        "language",
+        "loss",
+        "perplexity",
+        "bits_per_character",
+        "bits_per_byte",
+        "tokens",
+    }
+    assert [row["step"] for row in rows if row["kind"] == "eval" and fields <= row.keys()] == [0, 0, 2, 2]
+    assert all(not isinstance(value, dict | list) for row in rows for value in row.values())
+    seen = [name for name in train[0] if name.startswith("loss/")]
+    assert seen and set(seen) <= {"loss/sample_zh/zh", "loss/sample_en/en"}
+
+
+def test_wandb_offline_records_config_group_tags_and_values_and_no_secret_of_the_environment(workspace, tmp_path):
+    secrets = {**SECRETS, "WANDB_MODE": "offline"}
+    small_run(workspace, tmp_path / "run", "tracking=wandb", "tracking.tags=[mine]", "tracking.group=g", **secrets)
+    segments = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(segments) == 1
+    stored = b"".join(file.read_bytes() for file in segments[0].rglob("*.wandb"))
+    for word in (b"learning_rate", b"train/loss", b"mine", b"sample_dialog"):
+        assert word in stored
+    for secret in SECRETS.values():
+        assert files_with(tmp_path, secret) == []
+
+
+def test_an_offline_run_that_is_resumed_adds_a_segment_of_the_same_run_and_overwrites_none(workspace, tmp_path):
+    folder = tmp_path / "run"
+    small_run(workspace, folder, "tracking=wandb", "stage.schedule=constant")
+    small_run(workspace, folder, "tracking=wandb", "stage.schedule=constant", "stage.max_steps=4")
+    run_id = (folder / "wandb_run_id").read_text()
+    segments = list(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
+    assert len(segments) == 2
+    assert all(b"train/loss" in file.read_bytes() for file in segments)
+
+
+def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
+    small_run(workspace, tmp_path / "run", "tracking=tensorboard")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_no_tracker_writes_only_the_run_s_own_files(workspace, tmp_path):
+    small_run(workspace, tmp_path / "run", "tracking=none", **SECRETS)
+    names = {file.name for file in (tmp_path / "run").iterdir()}
+    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.yaml"}
+    for secret in SECRETS.values():
+        assert files_with(tmp_path, secret) == []
+
+
+def test_a_secret_among_the_overrides_starts_nothing_and_leaves_no_folder(workspace, tmp_path):
+    secret = SECRETS["WANDB_API_KEY"]
+    for override in (
+        f"+tracking.api_key={secret}",
+        f"tracking.project={secret}",
+        f"tracking.tags=[{secret}]",
+    ):
+        done = run_verb(workspace, "run", "stage=sft", f"hydra.run.dir={tmp_path}/run", override, expect=2)
+        assert "environment" in done.stderr and secret not in done.stderr + done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    automatic = TrackingConfig(tracker=Tracker.wandb)
+    assert wandb_mode(automatic) == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert wandb_mode(automatic) == "online"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_mode(automatic) == "online"
+    assert wandb_mode(TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode.offline)) == "offline"
+
+
+def test_jobs_of_a_sweep_share_a_group_and_the_agent_chooses_the_id(workspace, tmp_path, monkeypatch):
+    config = typed_run(workspace, "stage=sft")
+    folder = tmp_path / "multirun" / "sft" / "2026-01-01_00-00-00" / "3"
+    folder.mkdir(parents=True)
+    options = wandb_options(config, folder)
+    assert options["group"] == sweep_group(folder) == "sft-2026-01-01_00-00-00"
+    assert options["job_type"] == "sft" and options["id"] == wandb_options(config, folder)["id"]
+    assert options["tags"] == ["tiny", "sample", "cpu"]
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert "id" not in wandb_options(config, folder)
+    assert sweep_group(tmp_path / "outputs") is None
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped_and_rewinding_keeps_events(tmp_path):
+    for step in (1, 2, 3):
+        append_metrics(tmp_path, {"kind": "train", "step": step, "loss": float(step)})
+        append_metrics(tmp_path, {"kind": "event", "step": step, "event": "checkpoint"})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')
+    assert len(read_metrics(tmp_path)) == 6
+    rewind_metrics(tmp_path, 1)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
+    assert [row["step"] for row in rows if row["kind"] == "event"] == [1, 2, 3]
+
+
+def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_told(tmp_path, caplog):
+    append_metrics(tmp_path, {"kind": "train", "step": 1, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')
+    append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "damaged_checkpoint"})
+    for line in (b"\xff", b"[1]", b'{"kind": "train", "stap": 1}', b"[" * 9_999, b'{"kind": "eval", "step": 1}'):
+        with (tmp_path / "metrics.jsonl").open("ab") as stream:
+            stream.write(line + b"\n")
+    append_metrics(tmp_path, {"kind": "train", "step": 2, "loss": 2.0})
+    with caplog.at_level(logging.WARNING):
+        rows = read_metrics(tmp_path)
+    assert [(row["kind"], row["step"]) for row in rows] == [("train", 1), ("event", 1), ("train", 2)]
+    assert [int(number) for number in re.findall(r"line (\d+) is damaged", caplog.text)] == [2, 4, 5, 6, 7, 8]
+    rewind_metrics(tmp_path, 2)
+    assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
+    append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "skipped_step", "loss": math.nan})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
+    assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
+    assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": "[1]"}
+
+
+def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweepers(tmp_path):
+    logged = []
+
+    class Tracker:
+        def log(self, values, step):
+            logged.append((step, values))
+
+    rows = [
+        {"kind": "eval", "step": 7, "source": "zh", "language": "zh", "loss": 2.0, "tokens": 300},
+        {"kind": "eval", "step": 7, "source": "zh", "language": "mixed", "loss": 4.0, "tokens": 50},
+        {"kind": "eval", "step": 7, "source": "en", "language": "en", "loss": 6.0, "tokens": 50},
+    ]
+    record = Record(tmp_path, [Tracker()])
+    for row in rows:
+        record.log(row)
+    record.log_mean(rows)
+    assert logged[-1] == (7, {"eval/loss": pytest.approx((600 + 200 + 300) / 400)})
+    assert read_final_loss(tmp_path) == pytest.approx(2.75)
+    assert len(read_metrics(tmp_path)) == 3
+    before = len(logged)
+    record.log_mean([])
+    assert len(logged) == before
+
+
+def test_where_a_wandb_run_is_to_be_seen_is_told(tmp_path):
+    class Run:
+        url, dir = "https://wandb.ai/me/cqlora/runs/abc", f"{tmp_path}/a b/wandb/offline-run-1-abc/files"
+        offline = False
+
+    assert describe_wandb(Run(), tmp_path / "a b") == ["W&B: https://wandb.ai/me/cqlora/runs/abc"]
+    Run.offline = True
+    first, second = describe_wandb(Run(), tmp_path / "a b")
+    assert first.endswith(f"{tmp_path}/a b/wandb/offline-run-1-abc")
+    assert second == f"upload it with: wandb sync '{tmp_path}/a b'/wandb/offline-run-*"
+
+
+def test_the_jobs_of_a_sweep_are_named_by_what_tells_them_apart(workspace, tmp_path):
+    paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
+    arguments = [*SMALL, *paths, "stage=pretrain", "stage.max_steps=1", "lora.rank=2,4", f"hydra.sweep.dir={tmp_path}"]
+    run_verb(workspace, "run", *[a for a in arguments if a != "lora.rank=4"], "--multirun")
+    names = [load_frozen(tmp_path / job / "run.yaml").tracking.name for job in "01"]
+    assert names == ["pretrain-tiny-0 lora.rank=2", "pretrain-tiny-1 lora.rank=4"]
