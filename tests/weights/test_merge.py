@@ -23,7 +23,7 @@ from cqlora.errors import ConfigError, ModelError
 from cqlora.merge import MergeConfig
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import load_base
-from cqlora.weights import shards
+from cqlora.system import shards
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.cards import change_card
 from tests.conftest import ROOT, run_verb

@@ -15,8 +15,8 @@ import pytest
 from cqlora.config.choices import MergeOnto
 from cqlora.errors import CqloraError
 from cqlora.merge import MergeConfig
+from cqlora.system import shards
 from cqlora.vocab.config import VocabConfig, VocabKind
-from cqlora.weights import shards
 from cqlora.weights.extend import extend
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.weights.adapters import write_adapter, write_tiny_base
