@@ -111,7 +111,7 @@ def test_in_the_final_save_the_save_is_finished_and_the_run_has_ended_well(works
 PLANT = """
 import os, sys, time
 place, module, numbers, done = os.environ["PLANT"].split(":")
-is_worker = any("worker_process" in each for each in sys.orig_argv)
+is_worker = "cqlora.train" in sys.orig_argv
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == module and is_worker == (place == "worker"):
