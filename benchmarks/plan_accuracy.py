@@ -258,12 +258,13 @@ def plan_cpu_run(arguments: list[str]) -> float:
     from omegaconf import OmegaConf
 
     from cqlora.config.schema import CONFIG_DIR, register_schemas
+    from cqlora.launch.settle import look_ahead, settle
     from cqlora.plan import plan_memory
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
         config: Any = OmegaConf.to_object(compose("config", arguments))
-    return plan_memory(config).peak / GIB
+    return plan_memory(settle(config, look_ahead(config))).peak / GIB
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from cqlora.config.choices import Checkpointing
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
+from cqlora.launch.settle import look_ahead, settle
 from cqlora.plan import Option, suggest_layouts
 from cqlora.plan.estimate import GIB
 
@@ -64,12 +65,13 @@ def largest_micro_batch(machine: str, model: str, length: int) -> int | None:
 def compose_run(machine: str, model: str, length: int) -> RunConfig:
     """One run of the tables; Hydra composes each choice once, since that takes longer than planning."""
     config = compose_choice("stage.allow_beyond_positions=true")
-    return replace(
+    chosen = replace(
         config,
         hardware=compose_choice(f"hardware={machine}").hardware,
         model=compose_choice(f"model={model}").model,
         stage=replace(config.stage, sequence_length=length),
     )
+    return settle(chosen, look_ahead(chosen))
 
 
 @cache

@@ -125,11 +125,13 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
 
 def model_config(base):
     """The configuration of the folder's own shape."""
+    from cqlora.config.choices import Attention
     from cqlora.config.schema import ModelConfig
 
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "max_position_embeddings")  # fmt: skip
-    return ModelConfig(name="base", path=str(base.path), **{key: base.config[key] for key in keys})
+    shape = {key: base.config[key] for key in keys}
+    return ModelConfig(name="base", path=str(base.path), attention=Attention.documents, **shape)
 
 
 def random_pack():

@@ -1,7 +1,7 @@
 """`python -m cqlora.merge`: adapters into their base, as safetensors, a GGUF file or an NF4 folder."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from omegaconf import MISSING
 
 from cqlora.cli import run_program
 from cqlora.config.checks import check_fields, check_path, require_used
-from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision
+from cqlora.config.choices import Device, GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.errors import ConfigError
+from cqlora.launch.settle import choose_precision
+from cqlora.system.machine import probe_machine
 from cqlora.weights.sizes import parse_size
 
 
@@ -88,13 +90,22 @@ def merge(config: MergeConfig) -> None:
         print(f"note: {note}")
     if config.measure:
         trained_on = read_training(planned.adapters[0], config.double_quantization, config.precision)
-    write_merge(planned, Path(config.output_dir), config)
+    write_merge(planned, Path(config.output_dir), settle_form(config))
     merged = f"{len(folders)} adapter{'s' * (len(folders) != 1)} merged"
     print(f"{config.output_dir}: {merged}, {planned.changed()} of {len(planned.source.specs)} tensors changed.")
     if config.measure:
         from cqlora.weights.merge_drift import measure_drifts
 
         print(measure_drifts(planned, *trained_on, Path(config.measure), config.measure_tokens))
+
+
+def settle_form(config: MergeConfig) -> MergeConfig:
+    """The configuration with the type that an NF4 folder is to be computed in."""
+    if config.format is not ModelFormat.nf4 or config.precision is not Precision.auto:
+        return config
+    machine = probe_machine()
+    device = Device.cuda if machine.gpus else Device.cpu
+    return replace(config, precision=choose_precision(device, machine))
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from cqlora.config.run_yaml import freeze_config, load_frozen
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import CqloraError
 from cqlora.launch.preflight import check_run
+from cqlora.launch.settle import look_around, settle
 from cqlora.system.metrics import read_metrics
 from tests.conftest import HANG_SECONDS
 
@@ -45,15 +46,17 @@ SMALL = (
 """Accumulation 2, dropout on, seconds long."""
 
 
-def typed_run(workspace: Path, *overrides: str) -> RunConfig:
-    """A small run's configuration, checked, with models and caches in the shared workspace."""
+def typed_run(workspace: Path, *overrides: str, folder: Path = Path("/nowhere")) -> RunConfig:
+    """A small run's configuration, settled and checked, with models and caches in the shared workspace."""
     register_schemas()
     GlobalHydra.instance().clear()
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
         config: RunConfig = to_schema(compose("config", [*SMALL, *paths, *overrides]), RunConfig)
-    check_run(config)
-    return config
+    given = look_around(config, folder)
+    settled = settle(config, given)
+    check_run(settled, given)
+    return settled
 
 
 def start_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> ForkServerProcess:

@@ -17,6 +17,7 @@ from cqlora.config.choices import Attention, Device, Embeddings, Quantization
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.errors import ModelError
 from cqlora.launch.preflight import check_run
+from cqlora.launch.settle import look_around
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.batch import build_batch
 from cqlora.model.fused.blocks import fuse_blocks
@@ -175,7 +176,7 @@ def test_a_run_and_its_plan_and_its_preparation_are_refused_at_the_door(workspac
     accepted = typed_run(workspace, "stage=pretrain", f"model.path={base}")
     file.write_text(json.dumps(config | {"model_type": "mistral", "sliding_window": 16}))
     with pytest.raises(ModelError, match="sliding window of 16 tokens"):
-        check_run(accepted)
+        check_run(accepted, look_around(accepted, tmp_path))
     for verb in ("plan", "prepare"):
         done = run_verb(workspace, verb, "stage=pretrain", "model=tiny", "hardware=cpu", f"model.path={base}", expect=1)
         assert "sliding window of 16 tokens" in done.stderr and "Traceback" not in done.stderr

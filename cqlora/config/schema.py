@@ -35,6 +35,15 @@ CONFIG_DIR = _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else Path(__file_
 """`configs/` at the root of a checkout or an editable install, `cqlora/configs/` inside a wheel."""
 
 
+SETTLED = {
+    "model": ("attention",),
+    "stage": ("embeddings", "optimizer"),
+    "hardware": ("device", "precision", "gradient_scaler", "activation_checkpointing"),
+}
+"""By group: what `cqlora.launch.settle` puts in the place of `auto` before a run starts; workers compute by it."""
+SETTLED_KEYS = frozenset(f"{group}.{name}" for group, names in SETTLED.items() for name in names)
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """A base model: where it lies, what shape it has, how its frozen weights are held."""
@@ -355,9 +364,10 @@ class HardwareConfig:
     """One worker (single), a whole model each (ddp), a share of it each (fsdp), or one worker's blocks over
     several GPUs (layers)."""
     precision: Precision = Precision.auto
-    """Type that matrix products compute in; auto is bfloat16 where the device has units for it, else float32."""
+    """Type that matrix products compute in; auto is bfloat16 where the device has units for it, on an older GPU
+    float16 with loss scaling (compute capability 7, unless fsdp), else float32."""
     gradient_scaler: bool = False
-    """Dynamic loss scaling, which float16 needs."""
+    """Dynamic loss scaling, which float16 needs, and has where precision=auto comes to it."""
     activation_checkpointing: Checkpointing = Checkpointing.auto
     """Recompute activations in the backward pass (full) or keep them (none); auto keeps what fits."""
     cpu_offload: bool = False

@@ -17,7 +17,6 @@ from cqlora.config.choices import AdapterMethod, Embeddings
 from cqlora.config.schema import RunConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.plan.shapes import adapted_matrices, block_matrices
-from cqlora.system.durable import recover_folders
 
 _EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
 
@@ -37,18 +36,14 @@ class Fixed:
     """Rows of the embedding matrices that train, under `new_rows`."""
 
 
-def settle_continuation(config: RunConfig, base: Base | None) -> None:
-    """Give `stage.embeddings=auto` the adapter's own, and refuse what contradicts the adapter to continue.
+def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> None:
+    """Refuse a settled configuration that contradicts the adapter to continue.
 
     Raises:
-        ModelError: the folder holds no adapter, a damaged one, or one whose rows are not the base's added ones.
+        ModelError: the adapter's rows are not the base's added ones.
         ConfigError: composed values that are not the adapter's; the sentence names both, and what to type.
     """
     folder = Path(config.stage.init_adapter)
-    recover_folders(folder.parent)
-    fixed = read_fixed(folder)
-    if config.stage.embeddings is Embeddings.auto:
-        config.stage.embeddings = fixed.embeddings
     different = list_differences(config, fixed)
     if different:
         told = ", ".join(f"{key}={theirs} and not {ours}" for key, theirs, ours in different)

@@ -1,80 +1,72 @@
 """What can be known to be wrong before anything heavy is imported: GPUs that are not there, folders, rows."""
 
-import os
-
-from cqlora.architectures import Part, require_known
-from cqlora.base import Base, read_base
-from cqlora.config.choices import AdapterMethod, Device, Embeddings, Optimizer, Quantization
-from cqlora.config.schema import HardwareConfig, RunConfig
-from cqlora.errors import ConfigError, DoesNotFit
-from cqlora.launch.cluster import find_place
-from cqlora.random_base import is_to_be_built
-from cqlora.system.machine import list_gpus
+from cqlora.config.choices import AdapterMethod, Attention, Device, Embeddings, Optimizer, Precision, Quantization
+from cqlora.config.schema import RunConfig
+from cqlora.errors import CheckpointError, ConfigError, DoesNotFit
+from cqlora.launch.continuation import check_continuation
+from cqlora.launch.settle import Given, lacks_ampere, misses_gpus
+from cqlora.plan.fit import Fit
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.verdict import judge
 
 
-def check_run(config: RunConfig) -> None:
-    """Settle what is left to `auto`, and refuse what cannot start on this machine.
+def check_run(config: RunConfig, given: Given) -> None:
+    """Refuse a settled run that cannot start on this machine; nothing is changed.
 
     Raises:
         ConfigError: GPUs are missing, new rows are asked for on a base that has none, or the adapter to continue
             was trained with other values.
-        ModelError: the base's folder or the adapter to continue from is missing or unfit, or the base is of a kind
-            that cqlora does not train.
+        CheckpointError: the run to go on with needs what this machine has not.
+        ModelError: the adapter to continue has rows of another extension.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run.
     """
     from cqlora.data.sources import find_sources
-    from cqlora.launch.continuation import settle_continuation
 
-    settle_device(config.hardware)
+    check_earlier(config, given)
+    check_gpus(config, given)
     check_device_support(config)
-    base = None if is_to_be_built(config.model) else read_base(config.model.path)
-    if base is not None:
-        require_known(Part.train, base.config, base.path, config.stage.sequence_length)
-    if config.stage.init_adapter:
-        settle_continuation(config, base)
-    settle_embeddings(config, base)
-    settle_memory(config, base.added_rows if base else 0)
+    if given.adapter is not None:
+        check_continuation(config, given.adapter, given.base)
+    check_embeddings(config, given)
+    check_memory(config, given)
     find_sources(config.data, config.stage.name)
 
 
-def settle_memory(config: RunConfig, added_rows: int) -> None:
-    """Settle which activations are kept, and raise DoesNotFit, with what would fit, where none of it fits."""
-    from cqlora.plan import Fit, judge, plan_memory, resolve_checkpointing
+def check_earlier(config: RunConfig, given: Given) -> None:
+    """Raise CheckpointError where a run goes on with a value that it was started with and this machine cannot."""
+    hardware, machine = config.hardware, given.machine
+    if hardware.device is not Device.cuda:
+        return
+    old = lacks_ampere(hardware, machine)
+    for key, value, lacking in (
+        ("hardware.device", hardware.device, "no GPU" if not machine.gpus else ""),
+        ("hardware.precision", hardware.precision, "a GPU that only emulates it" if old else ""),
+        ("model.attention", config.model.attention, "" if machine.flash_attention and not old else "nothing to run it"),
+    ):
+        needs = value in (Device.cuda, Precision.bfloat16, Attention.flash)
+        if needs and lacking and given.earlier.get(key) == value.name:
+            raise CheckpointError(
+                f"the run to go on with was started with {key}={value.name} and this machine has {lacking}; go on with "
+                "it on a machine like that one, or start anew in another folder with hydra.run.dir=FOLDER."
+            )
 
-    config.hardware.activation_checkpointing = resolve_checkpointing(config, added_rows)
-    if config.hardware.allow_misfit or plan_memory(config, added_rows).fit is not Fit.does_not_fit:
+
+def check_gpus(config: RunConfig, given: Given) -> None:
+    """Compare the GPUs that are asked for with those present."""
+    missing = misses_gpus(config.hardware, given.machine) if config.hardware.device is Device.cuda else None
+    if missing is not None:
+        raise ConfigError(f"hardware={config.hardware.name} {missing}.")
+
+
+def check_memory(config: RunConfig, given: Given) -> None:
+    """Raise DoesNotFit, with what would fit, where the machine cannot hold the run."""
+    if config.hardware.allow_misfit or plan_memory(config, given.rows).fit is not Fit.does_not_fit:
         return
     # Only here, since looking for what would fit takes longer than all other checks.
     raise DoesNotFit(
-        f"{judge(config, added_rows).refusal.rstrip('.')}, or start it all the same with hardware.allow_misfit=true."
+        f"{judge(config, given.rows).refusal.rstrip('.')}, or start it all the same with hardware.allow_misfit=true."
     )
-
-
-def settle_device(hardware: HardwareConfig) -> None:
-    """Turn `device=auto` into what this machine has, and compare the GPUs asked for with those present."""
-    gpus = list_gpus() if hardware.device is not Device.cpu else []
-    if hardware.device is Device.auto:
-        hardware.device = Device.cuda if gpus else Device.cpu
-        return
-    needed = max(hardware.processes_per_node, hardware.gpus_per_node)
-    if len(gpus) == 1 and find_place(os.environ) is not None:
-        # srun may show each task the one GPU that is its own.
-        needed = 1
-    if hardware.device is Device.cuda and len(gpus) < needed:
-        raise ConfigError(
-            f"hardware={hardware.name} needs {needed} GPU{'s' * (needed > 1)} on this machine, which has "
-            f"{len(gpus) or 'none'}; see what fits with `cqlora plan hardware={hardware.name} …`, or train here "
-            "with hardware=cpu."
-        )
-    smallest = min(gpus[:needed], default=0.0)
-    # A card's usable memory reads a little below its name: 79.2 GiB on an 80 GB A100.
-    if hardware.device is Device.cuda and smallest < 0.95 * hardware.gpu_memory_gib:
-        raise ConfigError(
-            f"hardware={hardware.name} counts on {hardware.gpu_memory_gib:g} GiB a GPU and the smallest here has "
-            f"{smallest:.1f} GiB; choose the group of your cards, or set hardware.gpu_memory_gib={smallest:.1f} "
-            "and ask `cqlora plan`."
-        )
 
 
 def check_device_support(config: RunConfig) -> None:
@@ -90,13 +82,9 @@ def check_device_support(config: RunConfig) -> None:
         raise ConfigError("lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4.")
 
 
-def settle_embeddings(config: RunConfig, base: Base | None) -> None:
-    """Turn `embeddings=auto` into new_rows on an extended base and frozen on any other."""
-    extended = base is not None and base.added_rows > 0
-    if config.stage.embeddings is Embeddings.auto:
-        config.stage.embeddings = Embeddings.new_rows if extended else Embeddings.frozen
-    config.stage.check_embeddings_rate()
-    if config.stage.embeddings is Embeddings.new_rows and not extended:
+def check_embeddings(config: RunConfig, given: Given) -> None:
+    """Raise ConfigError for new rows on a base that has none."""
+    if config.stage.embeddings is Embeddings.new_rows and not (given.base and given.base.added_rows):
         raise ConfigError(
             f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "
             "base=… output_dir=… vocab=…` first, or use stage.embeddings=frozen."

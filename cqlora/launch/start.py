@@ -11,13 +11,14 @@ from cqlora.launch.cluster import find_place, take_place
 from cqlora.launch.preflight import check_run
 from cqlora.launch.processes import run_workers
 from cqlora.launch.run_folder import hold_folder
+from cqlora.launch.settle import look_around, settle
 from cqlora.system.metrics import mean_loss, read_metrics
 
 logger = logging.getLogger(__name__)
 
 
 def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given: bool = True) -> Path:
-    """Run one job in `output_dir`; return the folder that it was run in.
+    """Settle and check one job, and run it in `output_dir`; return the folder that it was run in.
 
     `own_process` gives a job of one worker a fresh interpreter, which a sweep needs: no state of torch, of a
     tracker or of the memory allocator passes from one job to the next. Where the folder was not `folder_given`
@@ -32,7 +33,9 @@ def launch(config: RunConfig, output_dir: Path, own_process: bool, folder_given:
             "workers that torchrun or srun started train one run and --multirun has several; start every job with a "
             "torchrun or srun of its own."
         )
-    check_run(config)
+    given = look_around(config, output_dir)
+    config = settle(config, given)
+    check_run(config, given)
     if place is not None:
         take_place(place, config.hardware)
     elif config.hardware.nodes > 1:

@@ -27,18 +27,12 @@ DOCUMENTS = "cqlora_documents"
 _STOCK = {Attention.sdpa: "sdpa", Attention.eager: "eager"}
 
 
-def choose_attention(attention: Attention | str, device_type: str) -> str:
+def name_attention(choice: Attention, device_type: str) -> str:
     """transformers' name of an attention back end that runs on `device_type` ("cuda", "cpu").
-
-    `auto` is flash attention's kernel for packed documents where its package and the GPU allow it, and
-    attention by document everywhere else.
 
     Raises:
         ModelError: the back end cannot run here.
     """
-    choice = Attention(attention)
-    if choice is Attention.auto:
-        choice = Attention.flash if _why_no_flash(device_type) is None else Attention.documents
     if choice is Attention.documents:
         return DOCUMENTS
     if choice is Attention.flash:
@@ -58,7 +52,7 @@ def document_kwargs(
 ) -> dict[str, Any]:
     """Where documents begin and end, as keyword arguments of a transformers model's forward.
 
-    Every back end that `choose_attention` names accepts them; the stock ones ignore what they do not read.
+    Every back end that `name_attention` names accepts them; the stock ones ignore what they do not read.
     Pass `position_ids` that restart in each document too, no attention mask, and `use_cache=False`. Padding
     at the end of a row is a document of its own.
 

@@ -13,31 +13,18 @@ from cqlora.base import Base
 from cqlora.config.choices import Checkpointing, Precision, Quantization, Strategy
 from cqlora.config.schema import HardwareConfig, ModelConfig
 from cqlora.errors import ModelError
-from cqlora.model.attention import choose_attention
+from cqlora.model.attention import name_attention
 from cqlora.model.fused.linear import keep_trainable_layout
 from cqlora.model.sharded_load import Fill, lay_out_base
-from cqlora.system.processor import suits_bfloat16
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
+COMPUTE_DTYPES = {
     Precision.float32: torch.float32,
     Precision.bfloat16: torch.bfloat16,
     Precision.float16: torch.float16,
 }
-
-
-def choose_compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """The type of matrix products: as asked, else bfloat16 where the device has units for it, else float32.
-
-    Emulated bfloat16 is two to four times slower than float32 on a processor without AMX or AVX512-BF16,
-    and float16 needs a loss scaler, so neither is chosen unasked.
-    """
-    if precision is not Precision.auto:
-        return _DTYPES[precision]
-    on_gpu = device.type == "cuda"
-    native = torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else suits_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+"""The type of matrix products by the settled precision."""
 
 
 def load_base(
@@ -59,7 +46,7 @@ def load_base(
             base.path,
             dtype=dtype,
             quantization_config=quantization_config(model, hardware, dtype),
-            attn_implementation=choose_attention(model.attention.name, device.type),
+            attn_implementation=name_attention(model.attention, device.type),
             device_map=device_map(model, hardware, device),
             local_files_only=True,
             output_loading_info=True,
@@ -87,7 +74,7 @@ def open_model(
     if hardware.strategy is not Strategy.fsdp:
         return load_base(base, model, hardware, device, dtype), fill_nothing
     check_shape(base, model)
-    attention = choose_attention(model.attention.name, device.type)
+    attention = name_attention(model.attention, device.type)
     laid_out, fill = lay_out_base(base, quantization_config(model, hardware, dtype), attention, device, dtype)
     logger.info("base %s: %s, block by block, in %s on %s", base.path, model.quantization.name, dtype, device)
     return freeze(laid_out), fill

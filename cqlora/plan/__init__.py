@@ -2,19 +2,21 @@
 
 from cqlora.plan.fit import Fit
 from cqlora.plan.layouts import Option, suggest_layouts
-from cqlora.plan.memory import MemoryPlan, plan_memory, resolve_checkpointing
+from cqlora.plan.memory import MemoryPlan, choose_checkpointing, plan_memory
 from cqlora.plan.time import TimePlan, plan_time
 from cqlora.plan.verdict import Verdict, judge
+from cqlora.plan.workload import Rows
 
 __all__ = [
     "Fit",
     "MemoryPlan",
     "Option",
+    "Rows",
     "TimePlan",
     "Verdict",
+    "choose_checkpointing",
     "judge",
     "plan_memory",
     "plan_time",
-    "resolve_checkpointing",
     "suggest_layouts",
 ]

@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
-from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config.checks import require_positive, require_range
 from cqlora.config.schema import RunConfig
 from cqlora.errors import DoesNotFit
-from cqlora.launch.continuation import settle_continuation
+from cqlora.launch.continuation import check_continuation
+from cqlora.launch.settle import look_ahead, settle
 from cqlora.plan.fit import Fit
-from cqlora.plan.memory import plan_memory, settle_checkpointing
+from cqlora.plan.memory import plan_memory
 from cqlora.plan.time import plan_time
 from cqlora.plan.verdict import judge
-from cqlora.plan.workload import find_base
 
 
 class Mode(Enum):
@@ -51,18 +49,16 @@ def plan(config: PlanConfig) -> int:
     from cqlora.plan.layouts import suggest_layouts
     from cqlora.plan.table import options_table, print_plan
 
-    base = find_base(config.model)
-    if base is not None:
-        require_known(Part.plan, base.config, base.path, config.stage.sequence_length)
-    if config.stage.init_adapter and Path(config.stage.init_adapter).is_dir():
-        settle_continuation(config, base)
-    settled = settle_checkpointing(config, config.added_rows)
-    time = plan_time(settled, config.added_rows, config.tokens)
-    verdict = judge(settled, config.added_rows)
-    print_plan(settled, plan_memory(settled, config.added_rows), time, verdict)
+    given = look_ahead(config, config.added_rows)
+    settled = settle(config, given)
+    if given.adapter is not None:
+        check_continuation(settled, given.adapter, given.base)
+    time = plan_time(settled, given.rows, config.tokens)
+    verdict = judge(settled, given.rows)
+    print_plan(settled, plan_memory(settled, given.rows), time, verdict)
     if config.plan is Mode.check:
         return DoesNotFit.exit_code if verdict.fit is Fit.does_not_fit else 0
-    fitting = suggest_layouts(settled, config.added_rows)
+    fitting = suggest_layouts(settled, given.rows)
     console = Console(width=100, highlight=False)
     console.print()
     if not fitting:

@@ -9,8 +9,9 @@ from cqlora.config.choices import Checkpointing, Strategy
 from cqlora.config.schema import HardwareConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.fit import Fit
-from cqlora.plan.memory import MemoryPlan, plan_memory, resolve_checkpointing
+from cqlora.plan.memory import MemoryPlan, plan_memory
 from cqlora.plan.time import TimePlan, plan_time
+from cqlora.plan.workload import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Option:
         return 1 / self.time.tokens_per_second if self.time else float("inf")
 
 
-def weigh(config: RunConfig, overrides: dict[str, str], added_rows: int = 0) -> Option:
-    """Plan one configuration."""
-    return Option(overrides, config, plan_memory(config, added_rows), plan_time(config, added_rows))
+def weigh(config: RunConfig, overrides: dict[str, str], rows: Rows | None = None) -> Option:
+    """Plan one settled configuration."""
+    return Option(overrides, config, plan_memory(config, rows), plan_time(config, rows))
 
 
-def list_layouts(config: RunConfig, added_rows: int = 0) -> Iterator[Option]:
+def list_layouts(config: RunConfig, rows: Rows | None = None) -> Iterator[Option]:
     """Every layout of a run on its machine, with the overrides that lead there from `config`."""
     for changes in product(
         _strategies(config.hardware), (Checkpointing.none, Checkpointing.full), _micro_batches(config)
@@ -54,12 +55,12 @@ def list_layouts(config: RunConfig, added_rows: int = 0) -> Iterator[Option]:
             changed = replace(config, hardware=replace(config.hardware, **hardware))
         except ConfigError:
             continue
-        yield weigh(changed, _overrides(config, changed, added_rows), added_rows)
+        yield weigh(changed, _overrides(config, changed), rows)
 
 
-def suggest_layouts(config: RunConfig, added_rows: int = 0) -> list[Option]:
+def suggest_layouts(config: RunConfig, rows: Rows | None = None) -> list[Option]:
     """The layouts that fit, the fastest first; of two as fast the one that takes less memory."""
-    fitting = [option for option in list_layouts(config, added_rows) if option.memory.fit is Fit.fits]
+    fitting = [option for option in list_layouts(config, rows) if option.memory.fit is Fit.fits]
     return sorted(fitting, key=lambda option: (option.seconds_per_token, option.memory.peak))
 
 
@@ -85,7 +86,7 @@ def _micro_batches(config: RunConfig) -> list[int]:
     return [2**power for power in range(most.bit_length()) if 2**power <= most]
 
 
-def _overrides(before: RunConfig, after: RunConfig, added_rows: int) -> dict[str, str]:
+def _overrides(before: RunConfig, after: RunConfig) -> dict[str, str]:
     """What to type to come from one layout to another."""
     keys = (
         "strategy",
@@ -98,8 +99,6 @@ def _overrides(before: RunConfig, after: RunConfig, added_rows: int) -> dict[str
     changed = {}
     for key in keys:
         old, new = getattr(before.hardware, key), getattr(after.hardware, key)
-        if old is Checkpointing.auto:
-            old = resolve_checkpointing(before, added_rows)
         if old != new:
             changed[f"hardware.{key}"] = _as_typed(new)
     return changed

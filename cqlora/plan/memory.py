@@ -7,8 +7,7 @@ from cqlora.config.schema import HardwareConfig, RunConfig
 from cqlora.plan.estimate import GIB, Estimate, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.fit import Fit, judge_fit, squeeze
 from cqlora.plan.shapes import embedding_parameters, linear_parameters
-from cqlora.plan.workload import Workload, describe_run, settle_device
-from cqlora.system.machine import gpus_here, host_memory_bytes
+from cqlora.plan.workload import Rows, Workload, describe_run
 
 GPU_PROCESS_BYTES = 2 * GIB
 """Host memory of a worker with CUDA's libraries mapped and initialised."""
@@ -73,37 +72,20 @@ class MemoryPlan:
         return {"loading": self.worker.loading, "step": self.step, "save": self.worker.save}
 
 
-def resolve_checkpointing(config: RunConfig, added_rows: int = 0) -> Checkpointing:
-    """What `activation_checkpointing` comes to: `auto` recomputes only where the run would not fit else."""
-    asked = config.hardware.activation_checkpointing
-    if asked is not Checkpointing.auto:
-        return asked
-    without = with_checkpointing(config, Checkpointing.none)
-    return Checkpointing.none if plan_memory(without, added_rows).fit is Fit.fits else Checkpointing.full
+def choose_checkpointing(config: RunConfig, rows: Rows | None = None) -> Checkpointing:
+    """What `activation_checkpointing=auto` is, all else settled: activations are recomputed only where needed."""
+    kept = replace(config, hardware=replace(config.hardware, activation_checkpointing=Checkpointing.none))
+    return Checkpointing.none if plan_memory(kept, rows).fit is Fit.fits else Checkpointing.full
 
 
-def settle_checkpointing(config: RunConfig, added_rows: int = 0) -> RunConfig:
-    """The configuration with `activation_checkpointing=auto` resolved."""
-    return with_checkpointing(config, resolve_checkpointing(config, added_rows))
-
-
-def with_checkpointing(config: RunConfig, checkpointing: Checkpointing) -> RunConfig:
-    """The configuration with another `activation_checkpointing`."""
-    return replace(config, hardware=replace(config.hardware, activation_checkpointing=checkpointing))
-
-
-def plan_memory(config: RunConfig, added_rows: int = 0) -> MemoryPlan:
-    """The memory of a run, from its configuration alone.
-
-    `added_rows` counts embedding rows of an extension that is not on the disk yet.
-    """
-    config = settle_checkpointing(config, added_rows)
-    work = describe_run(config, added_rows)
+def plan_memory(config: RunConfig, rows: Rows | None = None) -> MemoryPlan:
+    """The memory of a run, from its settled configuration alone."""
+    work = describe_run(config, rows)
     worker = estimate(work)
-    device = settle_device(config.hardware)
     hardware = config.hardware
+    device = hardware.device
     host = _host_bytes(config, work, worker, device)
-    host_capacity = find_host_capacity(hardware, device)
+    host_capacity = hardware.host_memory_gib * GIB or None
     return MemoryPlan(
         device=device,
         worker=worker,
@@ -114,21 +96,10 @@ def plan_memory(config: RunConfig, added_rows: int = 0) -> MemoryPlan:
     )
 
 
-def find_host_capacity(hardware: HardwareConfig, device: Device) -> float | None:
-    """Host memory of a node: as configured, else this machine's if the run would be on it, else unknown."""
-    if hardware.host_memory_gib:
-        return hardware.host_memory_gib * GIB
-    here = device is Device.cpu or bool(gpus_here())
-    return float(host_memory_bytes()) if here else None
-
-
 def _capacity(hardware: HardwareConfig, device: Device, host_capacity: float | None) -> float | None:
     if device is Device.cpu:
         return host_capacity / hardware.processes_per_node if host_capacity else None
-    if hardware.gpu_memory_gib:
-        return hardware.gpu_memory_gib * GIB
-    gpus = gpus_here()
-    return min(gpus) * GIB if gpus else None
+    return hardware.gpu_memory_gib * GIB or None
 
 
 def _host_bytes(config: RunConfig, work: Workload, worker: Estimate, device: Device) -> float:

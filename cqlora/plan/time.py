@@ -6,9 +6,8 @@ from cqlora.config.choices import Checkpointing, Device, Optimizer, Quantization
 from cqlora.config.schema import DataConfig, HardwareConfig, RunConfig
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.estimate import packed_bytes, trainable_parameters
-from cqlora.plan.memory import settle_checkpointing
 from cqlora.plan.shapes import embedding_parameters, linear_parameters, query_size
-from cqlora.plan.workload import Workload, describe_run, settle_device
+from cqlora.plan.workload import Rows, Workload, describe_run
 from cqlora.system.machine import measure_host_tflops
 
 MATMUL_EFFICIENCY = 0.6
@@ -69,10 +68,9 @@ class TimePlan:
         return None if self.steps is None else self.steps * self.step_seconds
 
 
-def plan_time(config: RunConfig, added_rows: int = 0, tokens: int | None = None) -> TimePlan | None:
-    """The time of a run; None where the machine's speed is not known. `tokens` are those of one epoch."""
-    config = settle_checkpointing(config, added_rows)
-    work = describe_run(config, added_rows)
+def plan_time(config: RunConfig, rows: Rows | None = None, tokens: int | None = None) -> TimePlan | None:
+    """The time of a settled run; None where the machine's speed is not known. `tokens` are those of one epoch."""
+    work = describe_run(config, rows)
     speed = find_speed(config.hardware)
     if speed is None:
         return None
@@ -103,7 +101,7 @@ class Speed:
 
 def find_speed(hardware: HardwareConfig) -> Speed | None:
     """The speed of one worker, from the hardware group or measured on this processor."""
-    if settle_device(hardware) is Device.cpu:
+    if hardware.device is Device.cpu:
         # Workers share the processor.
         flops = hardware.peak_tflops * 1e12 or measure_host_tflops() * 1e12
         share = HOST_EFFICIENCY / hardware.processes_per_node

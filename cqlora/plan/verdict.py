@@ -7,13 +7,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cqlora.config.choices import Optimizer, Quantization
+from cqlora.config.choices import Checkpointing, Device, Optimizer, Precision, Quantization
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit, least_bytes
 from cqlora.plan.layouts import Option, list_layouts, suggest_layouts, weigh
-from cqlora.plan.memory import plan_memory
+from cqlora.plan.memory import choose_checkpointing, plan_memory
+from cqlora.plan.workload import Rows
 
 MAX_CHANGES = 3
 MAX_MACHINES = 3
@@ -35,9 +36,9 @@ class Verdict:
         return f"the run {self.sentence}; {first}see what would fit with `cqlora plan`."
 
 
-def judge(config: RunConfig, added_rows: int = 0) -> Verdict:
+def judge(config: RunConfig, rows: Rows | None = None) -> Verdict:
     """Say whether a run fits, and what would."""
-    memory = plan_memory(config, added_rows)
+    memory = plan_memory(config, rows)
     name, where = config.hardware.name, "per GPU" if memory.device.name == "cuda" else "per process"
     if memory.fit is not Fit.does_not_fit:
         has = f" of {memory.capacity / GIB:.1f}" if memory.capacity else ""
@@ -49,17 +50,17 @@ def judge(config: RunConfig, added_rows: int = 0) -> Verdict:
     else:
         there = (memory.host_capacity or 0.0) / GIB
         lacks = f"needs {memory.host / GIB:.1f} GiB of host memory, and hardware={name} has {there:.1f}"
-    return Verdict(memory.fit, lacks, suggest_changes(config, added_rows))
+    return Verdict(memory.fit, lacks, suggest_changes(config, rows))
 
 
-def suggest_changes(config: RunConfig, added_rows: int = 0) -> list[Option]:
+def suggest_changes(config: RunConfig, rows: Rows | None = None) -> list[Option]:
     """The smallest changes that fit: other layouts first, then other settings, machines and models."""
-    fitting = [option for option in list_layouts(config, added_rows) if option.memory.fit is Fit.fits]
+    fitting = [option for option in list_layouts(config, rows) if option.memory.fit is Fit.fits]
     found = _smallest(fitting)
     if not found:
-        found = _smallest(list(_other_settings(config, added_rows)))
-    machines = _other_machines(config, added_rows)
-    return found[:MAX_CHANGES] + machines[:MAX_MACHINES] + _smaller_models(config, added_rows)
+        found = _smallest(list(_other_settings(config, rows)))
+    machines = _other_machines(config, rows)
+    return found[:MAX_CHANGES] + machines[:MAX_MACHINES] + _smaller_models(config, rows)
 
 
 def _smallest(options: list[Option]) -> list[Option]:
@@ -77,7 +78,7 @@ def _smallest(options: list[Option]) -> list[Option]:
     return chosen
 
 
-def _other_settings(config: RunConfig, added_rows: int) -> Iterator[Option]:
+def _other_settings(config: RunConfig, rows: Rows | None) -> Iterator[Option]:
     """Changes that touch the result a little: optimizer states, length, rank, quantisation; each alone."""
     model, lora, stage = config.model, config.lora, config.stage
     edits: list[tuple[dict[str, str], dict[str, Any]]] = []
@@ -94,23 +95,23 @@ def _other_settings(config: RunConfig, added_rows: int) -> Iterator[Option]:
     if lora.rank >= 16:
         edits.append(({"lora.rank": str(lora.rank // 4)}, {"lora": replace(lora, rank=lora.rank // 4)}))
     for typed, changes in edits:
-        fitting = suggest_layouts(replace(config, **changes), added_rows)
+        fitting = suggest_layouts(replace(config, **changes), rows)
         for option in fitting[:1]:
             yield replace(option, overrides={**typed, **option.overrides})
 
 
-def _other_machines(config: RunConfig, added_rows: int) -> list[Option]:
+def _other_machines(config: RunConfig, rows: Rows | None) -> list[Option]:
     """The smallest machines of the hardware group that hold the run, each in its fastest layout."""
     found = []
     for hardware in _read_group("hardware", HardwareConfig):
-        if hardware.name == config.hardware.name or not hardware.gpu_memory_gib:
+        if hardware.name == config.hardware.name or not _is_described(hardware):
             continue
         try:
-            option = weigh(replace(config, hardware=hardware), {"hardware": hardware.name}, added_rows)
+            option = weigh(_move(config, hardware, rows), {"hardware": hardware.name}, rows)
         except ConfigError:
             continue
         if option.memory.fit is not Fit.fits:
-            layouts = suggest_layouts(option.config, added_rows)[:1]
+            layouts = suggest_layouts(option.config, rows)[:1]
             option = replace(layouts[0], overrides={**option.overrides, **layouts[0].overrides}) if layouts else option
         if option.memory.fit is Fit.fits:
             found.append(option)
@@ -118,22 +119,37 @@ def _other_machines(config: RunConfig, added_rows: int) -> list[Option]:
     return found
 
 
+def _is_described(hardware: HardwareConfig) -> bool:
+    """Whether a group says all of its GPUs that settling a run would else ask the machine for."""
+    return hardware.gpu_memory_gib > 0 and hardware.device is Device.cuda and hardware.precision is not Precision.auto
+
+
+def _move(config: RunConfig, hardware: HardwareConfig, rows: Rows | None) -> RunConfig:
+    """A settled run on another machine, settled there."""
+    moved = replace(config, hardware=hardware)
+    if hardware.activation_checkpointing is not Checkpointing.auto:
+        return moved
+    return replace(moved, hardware=replace(hardware, activation_checkpointing=choose_checkpointing(moved, rows)))
+
+
 def _total_memory(hardware: HardwareConfig) -> float:
     gpus = hardware.nodes * max(hardware.processes_per_node, hardware.gpus_per_node)
     return gpus * hardware.gpu_memory_gib
 
 
-def _smaller_models(config: RunConfig, added_rows: int) -> list[Option]:
+def _smaller_models(config: RunConfig, rows: Rows | None) -> list[Option]:
     """The largest model of the same line that fits on the machine."""
     line = config.model.name.rpartition("_")[0]
     size = _size(config.model)
     models = [m for m in _read_group("model", ModelConfig) if m.name.rpartition("_")[0] == line and _size(m) < size]
     for model in sorted(models, key=_size, reverse=True):
+        model = replace(model, attention=config.model.attention)
         try:
             smaller = replace(config, model=model)
         except ConfigError:
             continue
-        for option in suggest_layouts(smaller, added_rows)[:1]:
+        added = rows.added if rows else 0
+        for option in suggest_layouts(smaller, Rows(model.vocab_size + added, added))[:1]:
             return [replace(option, overrides={"model": model.name, **option.overrides})]
     return []
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 
-from cqlora.base import Base, read_base
 from cqlora.config.choices import (
     AdapterMethod,
     Attention,
@@ -15,14 +14,10 @@ from cqlora.config.choices import (
     Strategy,
 )
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig, RunConfig, StageConfig
-from cqlora.errors import ModelError
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapted_matrices, embedding_matrices
-from cqlora.system.machine import gpus_here
-from cqlora.system.processor import suits_bfloat16
 
 _STATE_BYTES = {
-    Optimizer.auto: 8.0,
     Optimizer.adamw: 8.0,
     Optimizer.adamw_8bit: 2.0,
     Optimizer.paged_adamw: 0.0,
@@ -61,32 +56,31 @@ class Workload:
         return self.workers if self.strategy is Strategy.fsdp else 1
 
 
-def describe_run(config: RunConfig, added_rows: int = 0) -> Workload:
-    """The micro batch of a run whose checkpointing is settled; `added_rows` are of an extension to come."""
-    base = find_base(config.model)
-    rows, added = (base.vocab_size, base.added_rows) if base else (config.model.vocab_size + added_rows, added_rows)
-    model = replace(config.model, vocab_size=rows)
-    checkpointing = config.hardware.activation_checkpointing
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of the embedding matrices, as the base's folder says or as an extension will leave them."""
+
+    total: int
+    added: int = 0
+    """Those that an extension adds."""
+
+
+def describe_run(config: RunConfig, rows: Rows | None = None) -> Workload:
+    """The micro batch of a settled run; without `rows` the base is as its model group says and not extended."""
+    rows = rows or Rows(config.model.vocab_size)
+    model = replace(config.model, vocab_size=rows.total)
     return Workload(
         model=model,
         lora=config.lora,
-        trained_embedding=count_trained_embedding(model, config.lora, config.stage.embeddings, added),
+        trained_embedding=count_trained_embedding(model, config.lora, config.stage.embeddings, rows.added),
         program=describe_program(config.model, config.lora, config.stage, config.hardware),
         tokens=config.hardware.micro_batch_size * config.stage.sequence_length,
         pack_tokens=config.stage.sequence_length,
         strategy=config.hardware.strategy,
         workers=count_devices(config.hardware),
         cpu_offload=config.hardware.cpu_offload,
-        checkpointing=Checkpointing.none if checkpointing is Checkpointing.none else Checkpointing.full,
+        checkpointing=config.hardware.activation_checkpointing,
     )
-
-
-def find_base(model: ModelConfig) -> Base | None:
-    """The base's folder where it is there; a run can be planned before its base is."""
-    try:
-        return read_base(model.path)
-    except ModelError:
-        return None
 
 
 def count_devices(hardware: HardwareConfig) -> int:
@@ -99,8 +93,6 @@ def count_devices(hardware: HardwareConfig) -> int:
 def count_trained_embedding(model: ModelConfig, lora: LoraConfig, embeddings: Embeddings, added_rows: int) -> int:
     """Trainable numbers of the two embedding matrices."""
     matrices = embedding_matrices(model)
-    if embeddings is Embeddings.auto:
-        embeddings = Embeddings.new_rows if added_rows else Embeddings.frozen
     match embeddings:
         case Embeddings.new_rows:
             return matrices * added_rows * model.hidden_size
@@ -113,11 +105,10 @@ def count_trained_embedding(model: ModelConfig, lora: LoraConfig, embeddings: Em
 
 def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, hardware: HardwareConfig) -> Program:
     """cqlora's habits under a configuration."""
-    on_gpu = settle_device(hardware) is Device.cuda
-    size = compute_bytes(hardware)
+    on_gpu = hardware.device is Device.cuda
+    size = 4 if hardware.precision is Precision.float32 else 2
     fused = fuses_layers(model, lora)
     autocast = size < 4 and not fused
-    by_document = model.attention is Attention.documents or (model.attention is Attention.auto)
     return Program(
         compute_bytes=size,
         embedding_bytes=size,
@@ -128,7 +119,7 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         # PEFT asks for CUDA's autocast only, and so casts each layer's input anew under the CPU's.
         adapter_copies_input=autocast and (not on_gpu or lora.method is AdapterMethod.dora),
         # Where documents differ in length, their outputs are kept apart and joined.
-        attention_copies=2 if by_document else 1,
+        attention_copies=2 if model.attention is Attention.documents else 1,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,
         casts_head=size < 4 and stage.embeddings is Embeddings.full,
@@ -143,17 +134,3 @@ def fuses_layers(model: ModelConfig, lora: LoraConfig) -> bool:
     """Whether every adapted layer is plain enough for the trainer's fused operations."""
     plain = lora.method is not AdapterMethod.dora and lora.dropout == 0
     return plain and model.quantization is not Quantization.int8
-
-
-def settle_device(hardware: HardwareConfig) -> Device:
-    """What `device=auto` is on this machine."""
-    if hardware.device is Device.auto:
-        return Device.cuda if gpus_here() else Device.cpu
-    return hardware.device
-
-
-def compute_bytes(hardware: HardwareConfig) -> int:
-    """Bytes of a number that matrix products read and write."""
-    if hardware.precision is Precision.auto:
-        return 2 if settle_device(hardware) is Device.cuda or suits_bfloat16() else 4
-    return 4 if hardware.precision is Precision.float32 else 2

@@ -1,22 +1,92 @@
-"""What can be read of this machine without torch: memory, processor, how fast it multiplies matrices."""
+"""What this machine has, asked of its driver and its system without torch; nothing is decided here."""
 
 import os
+import re
 import subprocess
 import time
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from shutil import which
 
+from cqlora.system.processor import suits_bfloat16
 
-@cache
-def gpus_here() -> tuple[float, ...]:
-    """Memory in GiB of each GPU of this machine, asked of the driver once."""
-    return tuple(list_gpus())
+_OLDEST_FLASH = (2, 3, 3)
+"""transformers takes no older flash-attn."""
 
 
-@cache
-def host_memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One NVIDIA GPU; what the driver does not tell is 0."""
+
+    memory_gib: float
+    capability: tuple[int, int]
+    """CUDA's compute capability: (8, 0) of an A100."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """One machine, probed or described."""
+
+    gpus: tuple[Gpu, ...] = ()
+    """Those that a process may use, in CUDA's order."""
+    one_gpu_each: bool = False
+    """Each worker is shown the one GPU that is its own, as srun may do."""
+    memory_gib: float = 0.0
+    """Of the host; 0 is not known."""
+    bfloat16_units: bool = False
+    """The processor multiplies bfloat16."""
+    flash_attention: bool = False
+    """The package flash-attn is installed."""
+
+
+def probe_machine(look_for_gpus: bool = True) -> Machine:
+    """This machine; asking for its GPUs takes a program that need not be started where none is used."""
+    return Machine(
+        gpus=list_gpus() if look_for_gpus else (),
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        bfloat16_units=suits_bfloat16(),
+        flash_attention=_has_flash_attention(),
+    )
+
+
+def list_gpus() -> tuple[Gpu, ...]:
+    """Each NVIDIA GPU that this process may use, asked of the driver and not of torch."""
+    if which("nvidia-smi") is None:
+        return ()
+    # Drivers that do not know compute_cap are too old for the torch that trains here.
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        return ()
+    rows = [[cell.strip() for cell in row.split(",")] for row in answer.stdout.splitlines() if row.strip()]
+    found = [(uuid, Gpu(memory_gib=_number(memory) / 1024, capability=_pair(cap))) for uuid, memory, cap in rows]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        # CUDA's own order is by speed, the driver's by slot.
+        found.sort(key=lambda each: each[1].capability, reverse=True)
+    return tuple(gpu for index, (uuid, gpu) in enumerate(found) if _is_visible(str(index), uuid))
+
+
+def _is_visible(index: str, uuid: str) -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is None or any(name and (name == index or uuid.startswith(name)) for name in visible.split(","))
+
+
+def _number(cell: str) -> float:
+    return float(cell) if re.fullmatch(r"\d+(\.\d+)?", cell) else 0.0
+
+
+def _pair(cell: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)\.(\d+)", cell)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _has_flash_attention() -> bool:
+    try:
+        numbers = re.findall(r"\d+", version("flash-attn"))
+    except PackageNotFoundError:
+        return False
+    return tuple(int(number) for number in numbers[:3]) >= _OLDEST_FLASH
 
 
 @cache
@@ -32,20 +102,3 @@ def measure_host_tflops(seconds: float = 0.1) -> float:
         left @ left
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best / 1e12
-
-
-def list_gpus() -> list[float]:
-    """Memory in GiB of each NVIDIA GPU that this process may use, asked of the driver and not of torch."""
-    if which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        return []
-    rows = [[cell.strip() for cell in row.split(",")] for row in answer.stdout.splitlines() if row.strip()]
-    return [float(memory) / 1024 for index, uuid, memory in rows if _is_visible(index, uuid)]
-
-
-def _is_visible(index: str, uuid: str) -> bool:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is None or any(name and (name == index or uuid.startswith(name)) for name in visible.split(","))

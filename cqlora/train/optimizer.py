@@ -43,7 +43,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
 
 def choose_optimizer(choice: Optimizer) -> Callable[..., torch.optim.Optimizer]:
     """The constructor of an optimizer."""
-    if choice in (Optimizer.auto, Optimizer.adamw):
+    if choice is Optimizer.adamw:
         return partial(torch.optim.AdamW, fused=True)
     import bitsandbytes as bnb
 

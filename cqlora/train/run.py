@@ -3,19 +3,20 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.config.choices import AdapterMethod
 from cqlora.config.run_yaml import RUN_FILE, describe_config, freeze_config
-from cqlora.config.schema import RunConfig
+from cqlora.config.schema import SETTLED, RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.errors import DataError
 from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.fused.blocks import fuse_blocks
-from cqlora.model.load import checkpoint_activations, choose_compute_dtype, open_model
+from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
@@ -50,7 +51,7 @@ def train(config: RunConfig, output_dir: Path) -> Path:
 
     with preempt_on_signals(again), start_worker(config.hardware) as worker:
         folder = agree_on_folder(output_dir, worker)
-        train_as(worker, config, folder)
+        train_as(worker, agree_on_values(config, worker), folder)
     return folder
 
 
@@ -64,7 +65,7 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
     start = find_start(config.stage.resume, output_dir, identity, worker)
     lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
 
-    dtype = choose_compute_dtype(worker.device, config.hardware.precision)
+    dtype = COMPUTE_DTYPES[config.hardware.precision]
     with show_part(f"loading the base {base.path}", worker.is_main):
         frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
@@ -110,6 +111,14 @@ def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
     if own != folder and own.is_dir() and not any(own.iterdir()):
         own.rmdir()
     return folder
+
+
+def agree_on_values(config: RunConfig, worker: Worker) -> RunConfig:
+    """The configuration with the values that rank 0 has settled, whose machine may not be this worker's."""
+    own = {group: {name: getattr(getattr(config, group), name) for name in names} for group, names in SETTLED.items()}
+    settled: dict[str, dict[str, Any]] = worker.broadcast(own)
+    changed: dict[str, Any] = {group: replace(getattr(config, group), **values) for group, values in settled.items()}
+    return replace(config, **changed)
 
 
 def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:

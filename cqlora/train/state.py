@@ -12,7 +12,7 @@ from torch import nn
 
 from cqlora.config.choices import Schedule, Strategy
 from cqlora.config.run_yaml import describe_config
-from cqlora.config.schema import RunConfig
+from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import CheckpointError, TrainingError
 from cqlora.model.placement import local_part
 from cqlora.train.checkpoint import CheckpointStore, read_manifest
@@ -83,6 +83,8 @@ def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_ste
 def require_same_run(identity: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError, naming what differs, unless the checkpoint is of a run with this identity."""
     stored = _read_state(folder)["identity"]
+    # Of an older cqlora, which left it to the worker; `cqlora.launch.settle` has compared what it came to there.
+    stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
     if different:
         told = "; ".join(f"{key} was {stored.get(key)!r} and is {identity.get(key)!r}" for key in different)

@@ -160,11 +160,10 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[d
         with one_thread():
             specs = source.specs.values()
             return merge.config(), write_shards(staging, specs, lambda spec: source.blocks(spec.name), max_shard_size)
-    from cqlora.model.load import choose_compute_dtype
+    from cqlora.model.load import COMPUTE_DTYPES
     from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    form = Nf4Format(options.double_quantization, choose_compute_dtype(device, options.precision))
+    form = Nf4Format(options.double_quantization, COMPUTE_DTYPES[options.precision])
     return snapshot_config(merge.config(), form), write_snapshot(staging, source, form, max_shard_size)
 
 

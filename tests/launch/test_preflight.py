@@ -1,52 +1,65 @@
 """What this machine or these folders cannot do is said before anything heavy is imported."""
 
+import re
 import subprocess
 
 import pytest
 
-from cqlora.config.choices import Checkpointing, Device, Embeddings
+from cqlora.config.choices import Checkpointing, Embeddings
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError, DataError, DoesNotFit, ModelError
-from cqlora.launch.preflight import settle_device
+from cqlora.launch.settle import misses_gpus, probe_for
 from cqlora.system.machine import list_gpus
 from tests.runs import typed_run
 
 
 def pretend_gpus(monkeypatch, *memory_mib: int) -> None:
     """Let nvidia-smi say that these GPUs are present."""
-    rows = "".join(f"{i}, GPU-{i}abc, {mib}\n" for i, mib in enumerate(memory_mib))
+    show_gpus(monkeypatch, "".join(f"GPU-{i}abc, {mib}, 8.0\n" for i, mib in enumerate(memory_mib)))
+
+
+def show_gpus(monkeypatch, rows: str) -> None:
+    """Let nvidia-smi print these rows."""
     monkeypatch.setattr("cqlora.system.machine.which", lambda name: f"/usr/bin/{name}")
     answer = subprocess.CompletedProcess([], 0, stdout=rows)
     monkeypatch.setattr("cqlora.system.machine.subprocess.run", lambda *a, **k: answer)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
 
 
 def four_a100() -> HardwareConfig:
     return HardwareConfig(name="4xa100", processes_per_node=4, strategy="ddp", gpu_memory_gib=79.2)
 
 
+def missing(hardware: HardwareConfig) -> str | None:
+    return misses_gpus(hardware, probe_for(hardware))
+
+
 def test_gpus_that_are_missing_or_smaller_than_counted_on_are_named(monkeypatch):
-    pretend_gpus(monkeypatch)
-    with pytest.raises(ConfigError, match=r"needs 4 GPUs .* has none; .*cqlora plan.*hardware=cpu"):
-        settle_device(four_a100())
-    pretend_gpus(monkeypatch, 81920, 81920)
-    with pytest.raises(ConfigError, match="has 2"):
-        settle_device(four_a100())
-    pretend_gpus(monkeypatch, 40960, 40960, 40960, 40960)
-    with pytest.raises(ConfigError, match=r"79.2 GiB a GPU .* 40.0 GiB"):
-        settle_device(four_a100())
+    for memory, told in (
+        ((), r"needs 4 GPUs .* has none; .*cqlora plan.*hardware=cpu"),
+        ((81920, 81920), "has 2"),
+        ((40960, 40960, 40960, 40960), r"79.2 GiB a GPU .* 40.0 GiB; choose the group of your cards"),
+    ):
+        pretend_gpus(monkeypatch, *memory)
+        assert re.search(told, missing(four_a100()) or "")
     pretend_gpus(monkeypatch, 81920, 81920, 81920, 81920)
-    settle_device(four_a100())
+    assert missing(four_a100()) is None
+
+
+def test_a_run_on_gpus_that_are_not_there_is_refused(workspace, monkeypatch):
+    pretend_gpus(monkeypatch, 81920)
+    with pytest.raises(ConfigError, match=r"hardware=4xa100 needs 4 GPUs on this machine, which has 1; .*=cpu\."):
+        typed_run(workspace, "stage=pretrain", "hardware=4xa100", "stage.global_batch_size=4")
 
 
 def test_a_task_that_srun_shows_its_own_gpu_alone_may_start(monkeypatch):
     pretend_gpus(monkeypatch, 81920)
-    with pytest.raises(ConfigError, match="has 1"):
-        settle_device(four_a100())
+    assert "has 1" in (missing(four_a100()) or "")
     task = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2"}
     for name, value in task.items():
         monkeypatch.setenv(name, value)
-    settle_device(four_a100())
+    assert missing(four_a100()) is None
 
 
 def test_what_cannot_fit_is_refused_with_what_would_and_started_when_that_is_typed(workspace):
@@ -67,15 +80,14 @@ def test_what_the_readme_runs_on_a_processor_is_never_refused(layout, workspace)
 def test_only_visible_gpus_count(monkeypatch):
     pretend_gpus(monkeypatch, 24576, 24576, 40960)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-2abc")
-    assert list_gpus() == [24.0, 40.0]
+    assert [gpu.memory_gib for gpu in list_gpus()] == [24.0, 40.0]
 
 
-def test_auto_takes_the_gpu_where_there_is_one_and_the_processor_elsewhere(monkeypatch):
-    for gpus, expected in (((), Device.cpu), ((24576,), Device.cuda)):
-        pretend_gpus(monkeypatch, *gpus)
-        hardware = HardwareConfig(name="auto", device=Device.auto)
-        settle_device(hardware)
-        assert hardware.device is expected
+def test_gpus_are_numbered_as_cuda_does_and_what_the_driver_does_not_tell_is_no_traceback(monkeypatch):
+    show_gpus(monkeypatch, "GPU-a, 15360, 7.5\nGPU-b, [N/A], 9.0\n")
+    assert [(gpu.capability, gpu.memory_gib) for gpu in list_gpus()] == [((9, 0), 0.0), ((7, 5), 15.0)]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert [gpu.capability for gpu in list_gpus()] == [(7, 5), (9, 0)]
 
 
 def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):

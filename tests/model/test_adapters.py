@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cqlora.base import read_base, read_card
-from cqlora.config.choices import AdapterMethod, Device, Embeddings, Precision, Quantization
+from cqlora.config.choices import AdapterMethod, Attention, Device, Embeddings, Quantization
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model.adapters import adapter_state, attach_adapter, count_trainable, save_adapter
-from cqlora.model.load import choose_compute_dtype, load_base
+from cqlora.model.load import load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.tiny import build_tiny
 from tests.cards import change_card
@@ -30,7 +30,7 @@ def shape(folder: Path, tied: bool, quantization: Quantization = Quantization.no
     return ModelConfig(
         name="tiny", path=str(folder), vocab_size=512, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied,
-        quantization=quantization,
+        quantization=quantization, attention=Attention.documents,
     )  # fmt: skip
 
 
@@ -222,14 +222,6 @@ def test_saving_over_an_adapter_leaves_a_whole_one(extended, tmp_path):
         save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
     assert {f.name for f in tmp_path.iterdir()} == {"adapter"}
     assert adapted.peft_config["default"].inference_mode is False
-
-
-@pytest.mark.parametrize("features, expected", [("plain", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_the_compute_type_suits_the_processor_unless_one_is_asked_for(features, expected, monkeypatch):
-    monkeypatch.setenv("CQLORA_CPU_FEATURES", features)
-    assert choose_compute_dtype(CPU, Precision.auto) is expected
-    assert choose_compute_dtype(CPU, Precision.float32) is torch.float32
-    assert choose_compute_dtype(CPU, Precision.bfloat16) is torch.bfloat16
 
 
 def test_a_folder_of_another_shape_is_refused_by_name(extended):

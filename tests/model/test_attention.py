@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
-from cqlora.model.attention import DOCUMENTS, choose_attention, document_kwargs
+from cqlora.model.attention import DOCUMENTS, document_kwargs, name_attention
 
 VOCABULARY = 64
 BACKENDS = ["documents", "sdpa", "eager"]
@@ -40,7 +40,7 @@ def build_model(backend: str, heads: str = "grouped") -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=query_heads,
         num_key_value_heads=key_heads,
-        attn_implementation=choose_attention(backend, "cpu"),
+        attn_implementation=name_attention(Attention(backend), "cpu"),
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).train()
@@ -112,7 +112,7 @@ def test_flash_attention_by_document_equals_separate_runs(pack: str) -> None:
     inputs = {name: tensor.cuda() for name, tensor in pack_inputs(PACKS[pack]).items()}
     boundaries = document_kwargs(PACKS[pack], "cuda")
     expected = model(**inputs, use_cache=False, **boundaries).logits
-    model.set_attn_implementation(choose_attention("flash", "cuda"))
+    model.set_attn_implementation(name_attention(Attention.flash, "cuda"))
     packed = model(**inputs, use_cache=False, **boundaries).logits
     torch.testing.assert_close(packed, expected, atol=0.1, rtol=0.05)
 
@@ -210,18 +210,16 @@ def test_generation_with_padding_and_cache_equals_the_stock_attention() -> None:
 
 
 def test_every_choice_names_a_back_end_or_says_what_to_use_instead() -> None:
-    assert choose_attention(Attention.auto, "cpu") == DOCUMENTS
-    assert choose_attention("documents", "cuda") == DOCUMENTS
-    assert choose_attention("sdpa", "cpu") == "sdpa"
-    assert choose_attention("eager", "cuda") == "eager"
-    assert choose_attention("flex", "cuda") == "flex_attention"
-    for choice in ("flash", "flex"):
+    assert name_attention(Attention.documents, "cuda") == DOCUMENTS
+    assert name_attention(Attention.sdpa, "cpu") == "sdpa"
+    assert name_attention(Attention.eager, "cuda") == "eager"
+    assert name_attention(Attention.flex, "cuda") == "flex_attention"
+    for choice in (Attention.flash, Attention.flex):
         with pytest.raises(ModelError, match=r"use model\.attention=documents"):
-            choose_attention(choice, "cpu")
+            name_attention(choice, "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
-def test_auto_without_the_flash_package_attends_by_document() -> None:
-    assert choose_attention("auto", "cuda") == DOCUMENTS
+def test_flash_without_its_package_is_refused_with_what_to_install() -> None:
     with pytest.raises(ModelError, match="pip install flash-attn"):
-        choose_attention("flash", "cuda")
+        name_attention(Attention.flash, "cuda")

@@ -6,15 +6,16 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from cqlora.config.schema import CONFIG_DIR, ModelConfig, RunConfig, register_schemas
+from cqlora.launch.settle import look_ahead, settle
 
 
 def compose_run(*overrides: str) -> RunConfig:
-    """The typed configuration of `cqlora run OVERRIDES`."""
+    """The settled configuration of `cqlora plan OVERRIDES`."""
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
         config: Any = OmegaConf.to_object(compose("config", list(overrides)))
     assert isinstance(config, RunConfig)
-    return config
+    return settle(config, look_ahead(config))
 
 
 def small_model(**changes: Any) -> ModelConfig:

@@ -10,7 +10,7 @@ from cqlora.config.choices import Checkpointing, Quantization, Strategy
 from cqlora.config.schema import LoraConfig
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.program import Program
-from cqlora.plan.workload import Workload, describe_run
+from cqlora.plan.workload import Rows, Workload, describe_run
 from tests.plan.runs import compose_run, small_model
 
 
@@ -107,4 +107,4 @@ def test_weights_take_the_bytes_of_their_quantisation(quantization: Quantization
 def test_low_rank_embeddings_count_as_published() -> None:
     config = compose_run("stage=pretrain", "model=llama_65b", "lora.rank=64", "stage.embeddings=lora")
     # 20,292 characters and three specials on 32,000 rows.
-    assert trainable_parameters(describe_run(config, added_rows=20_295)) == 807_281_536
+    assert trainable_parameters(describe_run(config, Rows(52_295, 20_295))) == 807_281_536

@@ -3,7 +3,7 @@
 import pytest
 
 from cqlora.config.choices import Checkpointing
-from cqlora.plan import Fit, judge, plan_memory, resolve_checkpointing, suggest_layouts
+from cqlora.plan import Fit, judge, plan_memory, suggest_layouts
 from cqlora.plan.estimate import GIB
 from tests.plan.runs import compose_run
 
@@ -71,7 +71,7 @@ def test_host_memory_that_is_too_small_is_said() -> None:
 )
 def test_auto_recomputes_only_where_nothing_else_fits(overrides: list[str], expected: Checkpointing) -> None:
     config = compose_run("stage=pretrain", *overrides)
-    assert resolve_checkpointing(config) is expected
+    assert config.hardware.activation_checkpointing is expected
 
 
 def test_auto_plans_what_it_resolves_to() -> None:

@@ -7,13 +7,13 @@ import torch
 
 import cqlora.system.processor as processor
 from cqlora.config.choices import Device, Precision
-from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
 from cqlora.inference.form import Layout, choose_form
 from cqlora.inference.kernel import find_fused_nf4
 from cqlora.inference.linear import Dense, pack_dense
-from cqlora.model.load import choose_compute_dtype
-from cqlora.plan.workload import compute_bytes
+from cqlora.launch.settle import choose_precision
+from cqlora.model.load import COMPUTE_DTYPES
+from cqlora.system.machine import probe_machine
 from tests.inference.test_form import SEVEN_B
 
 CPU = torch.device("cpu")
@@ -31,16 +31,15 @@ def set_features(monkeypatch):
     return set_to
 
 
-@pytest.mark.parametrize("features, dtype", [("plain", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_training_plan_and_engine_follow_the_switch(features, dtype, set_features, monkeypatch):
+@pytest.mark.parametrize("features, precision", [("plain", Precision.float32), ("bfloat16", Precision.bfloat16)])
+def test_training_plan_and_engine_follow_the_switch(features, precision, set_features, monkeypatch):
     monkeypatch.setattr("cqlora.inference.form.needed_bytes", lambda architecture, form: 0)
     set_features(features)
-    assert choose_compute_dtype(CPU, Precision.auto) is dtype
-    assert compute_bytes(HardwareConfig(name="own", device=Device.cpu)) == dtype.itemsize
+    assert choose_precision(Device.cpu, probe_machine(look_for_gpus=False)) is precision
     assert find_fused_nf4() is None
     for quantised in (True, False):
         form = choose_form(SEVEN_B, quantised, "auto", CPU, Path("model"))
-        assert (form.layout, form.dtype) == (Layout.dense, dtype)
+        assert (form.layout, form.dtype) == (Layout.dense, COMPUTE_DTYPES[precision])
 
 
 def test_no_matrix_is_packed_where_the_processor_is_taken_to_be_plain(set_features, monkeypatch):

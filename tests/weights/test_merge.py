@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cqlora.base import read_base, read_card
-from cqlora.config.choices import AdapterMethod, Device, Embeddings, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.config.choices import (
+    AdapterMethod,
+    Attention,
+    Device,
+    Embeddings,
+    MergeOnto,
+    ModelFormat,
+    Precision,
+    Quantization,
+)
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, render_turns
 from cqlora.data.records import Turn
@@ -149,7 +158,7 @@ def trained(
     shape = ModelConfig(
         name="tiny", path=str(base_folder), vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, quantization=quantization,
-        double_quantization=double,
+        double_quantization=double, attention=Attention.documents,
     )  # fmt: skip
     hardware = HardwareConfig(name="cpu", device=Device.cpu)
     model = load_base(base, shape, hardware, torch.device("cpu"), torch.float32)

@@ -19,7 +19,7 @@ from cqlora.base import (
 )
 from cqlora.config.choices import MergeOnto, ModelFormat, Precision
 from cqlora.errors import ModelError
-from cqlora.merge import MergeConfig
+from cqlora.merge import MergeConfig, settle_form
 from cqlora.weights.merge import Merge, plan_merge, write_merge
 from tests.cards import change_card
 from tests.weights.adapters import write_adapter, write_tiny_base
@@ -55,7 +55,7 @@ def plan(base: Path, *adapters: Path) -> Merge:
 
 def merge(base: Path, output: Path, *adapters: Path, **changed) -> Path:
     config = MergeConfig(base=str(base), adapter=[str(a) for a in adapters], output_dir=str(output), **changed)
-    write_merge(plan(base, *adapters), output, config)
+    write_merge(plan(base, *adapters), output, settle_form(config))
     return output
 
 
