@@ -13,7 +13,7 @@ from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
 from cqlora.inference.damage import told_of_damage
-from cqlora.inference.decoder import Segment
+from cqlora.inference.decoder import Query, Scores, Segment
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
@@ -95,6 +95,10 @@ class LlamaEngine:
                 texts[id(reply)] += text
         return [texts[id(reply)] for reply in replies]
 
+    def score(self, queries: Sequence[Query]) -> list[Scores]:
+        """The log-probabilities of given tokens after given ones, all queries in one pass."""
+        return self._decoder.score(queries)
+
     def open_batch(self, slots: int) -> ContinuousBatch:
         """A batch of up to `slots` replies that come and go."""
         return ContinuousBatch(
@@ -114,6 +118,20 @@ class LlamaEngine:
         if self.system_prompt and turns[0].role != "system":
             turns = [Turn("system", self.system_prompt), *turns]
         return ChatEncoder(self._tokenizer).encode_prompt(turns)
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a whole document, between the tokens that begin and end one in training."""
+        return [*self.encode_text(text), self._tokenizer.special.document_end]
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Ids of the parts of one document, each encoded by itself, the first with the token that begins a document."""
+        encoded = self._tokenizer.encode_segments(list(parts))
+        return [[self._tokenizer.special.document_start, *encoded[0]], *encoded[1:]]
+
+    @property
+    def knows_turns(self) -> bool:
+        """Whether the tokenizer has the tokens of a conversation's turns."""
+        return self._tokenizer.special.turn_start is not None and self._tokenizer.special.turn_end is not None
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cqlora.config.choices import Deduplication
-from cqlora.config.schema import RunConfig
+from cqlora.config.schema import DataConfig, RunConfig
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
 from cqlora.data.keys import mix_keys
@@ -99,13 +99,15 @@ def build_cache(
         ModelError: conversations with a base that lacks the chat tokens.
     """
     much = promises_much(locations)
-    sizes = sample_sizes(config, list(locations))
+    sizes = sample_sizes(config.data, list(locations))
     with Workers(count_workers(config.data.workers)) as workers, ThreadPoolExecutor(1) as beside:
         if much:
             workers.start_early(collect_batch)
         settings = encode_settings(config, base_folder)
         proof = beside.submit(open_encoder(settings).tokenizer.prove_fast) if much else None
-        gathered = gather_sources(config, locations, sizes, staging, kept_rejections, workers, progress)
+        gathered = gather_sources(
+            config.data, locations, sizes, config.seed, staging, kept_rejections, workers, progress
+        )
         total = sum(len(each.index) for each in gathered)
 
         def drop_near(chosen: list[Chosen]) -> None:
@@ -126,17 +128,18 @@ def build_cache(
     return description
 
 
-def sample_sizes(config: RunConfig, names: list[str]) -> dict[str, int | None]:
+def sample_sizes(data: DataConfig, names: list[str]) -> dict[str, int | None]:
     """Records to take of each source; None takes all."""
-    evenly = config.data.sample_evenly
+    evenly = data.sample_evenly
     shares = even_shares(evenly, names) if evenly is not None else {}
-    return {name: sample_size(config.data.sources[name], shares.get(name)) for name in names}
+    return {name: sample_size(data.sources[name], shares.get(name)) for name in names}
 
 
 def gather_sources(
-    config: RunConfig,
+    data: DataConfig,
     locations: dict[str, Location],
     sizes: dict[str, int | None],
+    seed: int,
     staging: Path,
     kept_rejections: Path,
     workers: Workers,
@@ -146,17 +149,17 @@ def gather_sources(
     found = []
     for location in locations.values():
         require_hub(location)
-    unique = config.data.clean.deduplicate is not Deduplication.none
-    held_out = (config.data.val_fraction, config.data.test_fraction)
+    unique = data.clean.deduplicate is not Deduplication.none
+    held_out = (data.val_fraction, data.test_fraction)
     with (staging / "rejected.jsonl").open("w", encoding="utf-8") as rejections:
-        log = RejectionLog(rejections, config.data.max_rejected_fraction, kept_rejections)
+        log = RejectionLog(rejections, data.max_rejected_fraction, kept_rejections)
         for number, (name, location) in enumerate(locations.items()):
-            source = config.data.sources[name]
+            source = data.sources[name]
             gathered = Gathered(name, source, staging / f"source-{number}.spool", np.zeros(0))
             with gathered.spool.open("wb") as stream:
-                spool = Spool(stream, spool_capacity(sizes[name]), config.seed, unique, held_out)
+                spool = Spool(stream, spool_capacity(sizes[name]), seed, unique, held_out)
                 rows = read_rows(location, source)
-                for read in collect_source(gathered, rows, config.data.clean, spool, log, workers):
+                for read in collect_source(gathered, rows, data.clean, spool, log, workers):
                     progress(f"reading {name}", read, None)
             found.append(gathered)
     return found
