@@ -19,6 +19,8 @@ ARROWS = {
     "data": {"base", "config", "errors", "system"},
     "engine": {"base", "data", "errors", "inference"},
     "engine_config": {"base", "config", "engine", "errors", "inference", "lineage"},
+    "evaluate": {"cli", "config", "errors", "evaluation", "system", "train"},
+    "evaluation": {"base", "config", "data", "engine", "errors", "inference", "lineage", "system"},
     "extend": {"cli", "config", "errors", "vocab", "weights"},
     "fetch": {"base", "cli", "config", "weights"},
     "inference": {"architectures", "base", "config", "data", "errors", "system", "weights"},
@@ -41,8 +43,8 @@ ARROWS = {
 """Room → the rooms that it imports. A room is a package, or a module beside them; a verb is one too, `plan` and
 `serve` by their `__main__`."""
 
-HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets"}
-WITH_TORCH = {"engine", "inference", "model", "train", "vocab", "weights", "system.shards"}
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets", "lm_eval"}
+WITH_TORCH = {"engine", "evaluation.harness", "inference", "model", "train", "vocab", "weights", "system.shards"}
 """What may load it when it is imported; all else may inside of functions only."""
 
 

@@ -103,7 +103,9 @@ def read_files(files: list[str], separator: str, characters: int) -> list[HeldOu
     repeated = next((name for name, count in Counter(names).items() if count > 1), None)
     if repeated:
         raise DataError(f"files= names two files {repeated}, and sources are told apart by name; rename one.")
-    return [text for name, file in zip(names, files, strict=True) for text in read_one(name, file, separator, characters)]
+    return [
+        text for name, file in zip(names, files, strict=True) for text in read_one(name, file, separator, characters)
+    ]
 
 
 def read_one(name: str, file: str, separator: str, characters: int) -> list[HeldOutText]:

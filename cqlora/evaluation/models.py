@@ -4,7 +4,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cqlora.base import ADAPTER_CONFIG, fingerprint_adapter, fingerprint_tokenizer, fingerprint_weights, read_base, read_card
+from cqlora.base import (
+    ADAPTER_CONFIG,
+    fingerprint_adapter,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    read_base,
+    read_card,
+)
 from cqlora.errors import ConfigError
 from cqlora.lineage import check_fingerprints
 from cqlora.system.sealed import hash_document
@@ -40,7 +47,9 @@ class ModelChoice:
         base = read_base(self.base)
         if self.adapter is not None:
             if not (self.adapter / ADAPTER_CONFIG).is_file():
-                raise ConfigError(f"{self.adapter} has no {ADAPTER_CONFIG}; give the adapter/ folder of a finished run.")
+                raise ConfigError(
+                    f"{self.adapter} has no {ADAPTER_CONFIG}; give the adapter/ folder of a finished run."
+                )
             check_fingerprints(self.adapter, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
 
     def describe(self) -> dict[str, Any]:

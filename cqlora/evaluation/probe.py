@@ -113,14 +113,21 @@ def probe(engine: "LlamaEngine", pattern: Pattern, seed: int, batch_tokens: int)
     sequences = list(list_sequences(pattern, seed))
     encoded = [encode(engine, examples) for examples in sequences]
     scored = score_sequences(engine, [ids for ids, _ in encoded], batch_tokens)
-    losses = np.array(
-        [
-            [-found[start - 1 : end - 1].sum(dtype=np.float64) / len(example.answer) for (start, end), example in placed]
-            for found, (_, spans), examples in zip(scored, encoded, sequences, strict=True)
-            for placed in [list(zip(spans, examples, strict=True))]
-        ]
-    )
-    return describe(pattern, losses)
+    losses = [
+        answer_losses(found, spans, examples)
+        for found, (_, spans), examples in zip(scored, encoded, sequences, strict=True)
+    ]
+    return describe(pattern, np.array(losses))
+
+
+def answer_losses(
+    log_probabilities: np.ndarray, spans: list[tuple[int, int]], examples: Sequence[Example]
+) -> list[float]:
+    """Nats per character of each answer of a sequence; `log_probabilities` lacks the sequence's first token."""
+    return [
+        -float(log_probabilities[start - 1 : end - 1].sum(dtype=np.float64)) / len(example.answer)
+        for (start, end), example in zip(spans, examples, strict=True)
+    ]
 
 
 def encode(engine: "LlamaEngine", examples: Sequence[Example]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -18,7 +18,8 @@ def show_record(console: "Console", record: Record) -> None:
 
     models = record["models"]
     for title, rows in list_tables(models):
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("")
         for model in models:
             table.add_column(Text(model["name"]), justify="right", overflow="fold")
@@ -37,7 +38,11 @@ def show_record(console: "Console", record: Record) -> None:
 def list_tables(models: list[Record]) -> Iterator[tuple[str, list[Row]]]:
     """Title and rows of each table that the record holds."""
     tables: list[tuple[str, str, Callable[[list[Record]], Iterator[Row]]]] = [
-        ("text", "held-out text (± standard error over documents; in brackets against the first model, paired)", text_rows),
+        (
+            "text",
+            "held-out text (± standard error over documents; in brackets against the first model, paired)",
+            text_rows,
+        ),
         ("probe", "in-context probe (nats per character of the first and the eighth answer)", probe_rows),
         ("choice", "multiple choice (accuracy ± standard error)", choice_rows),
         ("generations", "greedy generations", generation_rows),
@@ -74,15 +79,14 @@ def with_error(number: str, error: float | None) -> str:
 
 def probe_rows(models: list[Record]) -> Iterator[Row]:
     """First and last loss and the gain of every pattern."""
+
+    def tell(row: Record) -> str:
+        gain = with_error(f"{row['gain']:.3f}", row["gain_error"])
+        return f"{row['first_loss']:.3f} → {row['last_loss']:.3f}, {gain}"
+
     for place, first in enumerate(models[0]["probe"]):
-        rows = [model["probe"][place] for model in models]
-        yield (
-            f"{first['pattern']} ({first['language']}): first → last, gain",
-            [
-                f"{row['first_loss']:.3f} → {row['last_loss']:.3f}, {with_error(f'{row["gain"]:.3f}', row['gain_error'])}"
-                for row in rows
-            ],
-        )
+        name = f"{first['pattern']} ({first['language']}): first → last, gain"
+        yield name, [tell(model["probe"][place]) for model in models]
 
 
 def choice_rows(models: list[Record]) -> Iterator[Row]:
