@@ -39,8 +39,9 @@ SCHEMAS = {
 
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text"}
 _CHINESE_TYPES = {
-    "list of integers": "整数列表", "group": "配置组", "integer": "整数", "number": "数值", "true or false": "true 或 false", "text": "文本", "list of text": "列表",
-    " or null": "，或 null", "text or list": "文本或列表", "required": "必填", " or ": "、",
+    "list of integers": "整数列表", "list of text": "列表", "group": "配置组", "integer": "整数", "number": "数值",
+    "true or false": "true 或 false", "text": "文本", " or null": "，或 null", "text or list": "文本或列表",
+    "required": "必填", " or ": "、",
 }  # fmt: skip
 
 

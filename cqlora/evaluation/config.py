@@ -87,11 +87,13 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("base", "run", "output"))
-        self.adapter = [self.adapter] if isinstance(self.adapter, str) else self.adapter
-        if not isinstance(self.adapter, list) or not all(isinstance(each, str) and each for each in self.adapter):
+        self.adapter = [self.adapter] if isinstance(self.adapter, str | Path) else self.adapter
+        if not isinstance(self.adapter, list) or not all(
+            isinstance(each, str | Path) and each for each in self.adapter
+        ):
             raise ConfigError(f"adapter={self.adapter} is no folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
         for key in ("adapter", "files", "models"):
-            paths = [os.path.expanduser(path) for path in getattr(self, key)]
+            paths = [os.path.expanduser(os.fspath(path)) for path in getattr(self, key)]
             for path in paths:
                 check_path(key, path)
             setattr(self, key, paths)

@@ -89,7 +89,7 @@ def test_checkpoints_that_are_missing_or_damaged_are_refused(workspace, tmp_path
     with pytest.raises(CheckpointError, match=r"step-00000009 cannot be used \(it is not there\).*step-00000001, step"):
         find_checkpoint(run, "step-00000009")
     (run / "checkpoints" / "step-00000002" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="state.json is not as it was written"):
+    with pytest.raises(CheckpointError, match=r"state\.json is not as it was written"):
         find_checkpoint(run, "step-00000002")
     assert find_checkpoint(run, "").name == "step-00000001"
     shutil.rmtree(run / "checkpoints")
