@@ -124,9 +124,8 @@ class LlamaEngine:
         return [*self.encode_text(text), self._tokenizer.special.document_end]
 
     def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
-        """Ids of the parts of one document, each encoded by itself, the first with the token that begins a document."""
-        encoded = self._tokenizer.encode_segments(list(parts))
-        return [[self._tokenizer.special.document_start, *encoded[0]], *encoded[1:]]
+        """Ids of the parts of one document, each encoded by itself, the first with the token that begins one."""
+        return self._tokenizer.encode_parts(parts)
 
     @property
     def knows_turns(self) -> bool:

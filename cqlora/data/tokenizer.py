@@ -1,6 +1,7 @@
 """A base's tokenizer as the encoder needs it: plain text never yields a control token."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,11 @@ class PlainTokenizer:
         tokens = self.fast_segment.encode(texts)
         ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
         return [ids[start:end] for start, end in pairwise(bounds)]
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """The ids of the parts of one document, each encoded by itself, the first with the token that begins one."""
+        first, *others = self.encode_segments(list(parts))
+        return [[self.special.document_start, *first], *others]
 
     def prove_fast(self) -> bool:
         """Whether the faster library is there, reads this tokenizer, and gives the same ids as the tokenizer itself."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -130,12 +130,19 @@ def answer_losses(
     ]
 
 
-def encode(engine: "LlamaEngine", examples: Sequence[Example]) -> tuple[list[int], list[tuple[int, int]]]:
+class EncodesParts(Protocol):
+    """A tokenizer, or an engine with one."""
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Ids of the parts of one document, each encoded by itself."""
+
+
+def encode(tokenizer: EncodesParts, examples: Sequence[Example]) -> tuple[list[int], list[tuple[int, int]]]:
     """The tokens of a sequence and where each answer's lie.
 
     Contexts and answers are encoded apart, so that no token is part of both, whatever the vocabulary.
     """
-    parts = engine.encode_parts([part for example in examples for part in (example.context, example.answer)])
+    parts = tokenizer.encode_parts([part for example in examples for part in (example.context, example.answer)])
     ids: list[int] = []
     spans = []
     for number, part in enumerate(parts):

@@ -25,6 +25,7 @@ from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
 from cqlora.train.distributed import Worker, seed_everything, start_worker
+from cqlora.train.forgetting import encode_probe
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
 from cqlora.train.state import describe_identity
@@ -80,7 +81,8 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
         optimizer = build_optimizer(module, config.stage, worker.device)
 
-        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+        probe = encode_probe(base, config.seed) if config.stage.eval_probe else []
+        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir, probe)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
         trainer.fit()
