@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hydra.core.config_store import ConfigStore
 
@@ -31,16 +32,25 @@ def evaluate(config: EvaluateConfig) -> None:
     file = Path(config.output) if config.output else folder / FILE_NAME
     if file.is_dir():
         raise ConfigError(f"output={file} is a folder; give the file that the record is written to.")
-    with find_models(config) as (models, data), StageDisplay(is_main=True) as display:
-        record = evaluate_models(config, models, data, display.show)
+    with find_models(config) as found, StageDisplay(is_main=True, first="reading the models' folders") as display:
+        record = evaluate_models(config, found.models, found.data, found.seed, display.show)
     write_record(record, file)
     console = open_console()
     show_record(console, record)
     console.print(f"record  {file}", soft_wrap=True)
 
 
+class Found(NamedTuple):
+    """What is measured, and on what where the command does not say."""
+
+    models: "list[ModelChoice]"
+    data: "DataConfig"
+    seed: int | None
+    """Of what the data group holds out; None is the command's."""
+
+
 @contextmanager
-def find_models(config: EvaluateConfig) -> "Iterator[tuple[list[ModelChoice], DataConfig]]":
+def find_models(config: EvaluateConfig) -> Iterator[Found]:
     """The models and the data group that stand where none is given; a checkpoint's adapter lives as long as the block.
 
     Raises:
@@ -49,31 +59,32 @@ def find_models(config: EvaluateConfig) -> "Iterator[tuple[list[ModelChoice], Da
     from cqlora.evaluation.models import read_models
 
     if not config.run:
-        yield read_models(config.list_words(), config.quantization), read_sample_group()
+        yield Found(read_models(config.list_words(), config.quantization), read_sample_group(), None)
         return
     from cqlora.config.run_yaml import RUN_FILE, load_frozen
 
     run = Path(config.run)
     frozen = load_frozen(run / RUN_FILE)
-    if config.data is None:
-        config.seed = frozen.seed
     with TemporaryDirectory(prefix="cqlora-evaluate-") as folder:
-        adapter = find_adapter(run, config.checkpoint, Path(folder))
-        words = [frozen.model.path, f"{frozen.model.path}+{adapter}"]
-        yield read_models(words, config.quantization), frozen.data
+        adapter, shown = find_adapter(run, config.checkpoint, Path(folder))
+        base, trained = read_models([frozen.model.path, f"{frozen.model.path}+{adapter}"], config.quantization)
+        name = f"{base.name}+{run.resolve().name}/{shown.name}"
+        models = [base, replace(trained, name=name, adapter_shown=str(shown))]
+        yield Found(models, frozen.data, frozen.seed)
 
 
-def find_adapter(run: Path, checkpoint: str, place: Path) -> Path:
-    """A run's adapter/, or one that is made of a checkpoint in a folder under `place`."""
+def find_adapter(run: Path, checkpoint: str, place: Path) -> tuple[Path, Path]:
+    """What a run has trained, as an adapter's folder, and where it comes from: adapter/, or a checkpoint.
+
+    That of a checkpoint is made under `place`.
+    """
     if checkpoint == "adapter" or (not checkpoint and (run / "adapter").is_dir()):
-        return run / "adapter"
+        return run / "adapter", run / "adapter"
     from cqlora.train.export import export_checkpoint, find_checkpoint
 
     found = find_checkpoint(run, checkpoint)
-    # By its name the record tells which one it was.
-    folder = place / f"{run.name}_{found.name}"
-    export_checkpoint(run, found, folder)
-    return folder
+    export_checkpoint(run, found, place / "adapter")
+    return place / "adapter", found
 
 
 def read_sample_group() -> "DataConfig":

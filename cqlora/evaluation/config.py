@@ -80,7 +80,7 @@ class EvaluateConfig:
     batch_tokens: int = 2048
     """Tokens in one forward pass."""
     seed: int = 1
-    """Of the probe's examples and of what a data group holds out; with a run's own data, the run's seed holds."""
+    """Of the probe's examples, and of what a data group holds out unless it is a run's own, which has the run's."""
     output: str = ""
     """File that the record is written to; empty is evaluation.json in the run's folder, or without a run in a new
     folder under outputs/evaluate."""

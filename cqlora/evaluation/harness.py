@@ -27,6 +27,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._engine = engine
         self._batch_tokens = batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._prefix = self.tokenizer.decode(self.prefix_token_id)
 
     @property
     def eot_token_id(self) -> int:
@@ -41,7 +42,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text, with what the tokenizer itself puts before it unless that is there already."""
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+        if add_special_tokens is None and string.startswith(self._prefix):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids: list[int] = self.tokenizer.encode(string, **options)

@@ -29,6 +29,8 @@ class ModelChoice:
     adapter: Path | None = None
     quantization: str = "auto"
     """auto: an adapter's base as it was trained on, a model by itself as it is; nf4; none."""
+    adapter_shown: str = ""
+    """What the record names in place of the adapter's folder, where that is a passing one."""
 
     def open(self, dtype: str, device: str) -> "LlamaEngine":
         """The model, loaded.
@@ -57,7 +59,7 @@ class ModelChoice:
         parts = [fingerprint_weights(self.base), fingerprint_tokenizer(self.base)]
         if self.adapter is not None:
             parts.append(fingerprint_adapter(self.adapter))
-        adapters = [] if self.adapter is None else [str(self.adapter)]
+        adapters = [] if self.adapter is None else [self.adapter_shown or str(self.adapter)]
         return {"name": self.name, "base": str(self.base), "adapters": adapters, "fingerprint": hash_document(parts)}
 
 

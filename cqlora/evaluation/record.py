@@ -34,6 +34,7 @@ def evaluate_models(
     config: EvaluateConfig,
     models: list[ModelChoice] | None = None,
     default_data: DataConfig | None = None,
+    default_seed: int | None = None,
     progress: Progress = lambda part, done, total: None,
 ) -> Record:
     """Measure models side by side; return the record.
@@ -42,6 +43,7 @@ def evaluate_models(
         config: what is measured.
         models: the models, where they are not those that `config` names.
         default_data: whose validation text is scored where neither files nor data are given.
+        default_seed: of what that group holds out; None is the configuration's.
         progress: told of what is being done.
 
     Raises:
@@ -53,7 +55,9 @@ def evaluate_models(
     for model in models:
         model.check()
     check_tasks(config.tasks, config.roots)
-    texts = read_texts(config, default_data, progress) if "text" in config.parts else []
+    texts: list[HeldOutText] = []
+    if "text" in config.parts:
+        texts = read_texts(config, default_data, default_seed, progress)
     as_chat = "generations" in config.parts and ask_as_chat(config, models)
     measured, firsts = [], None
     for model in models:
@@ -66,14 +70,18 @@ def evaluate_models(
     return {"version": VERSION, "settings": describe_settings(config, as_chat), "models": measured}
 
 
-def read_texts(config: EvaluateConfig, default_data: DataConfig | None, progress: Progress) -> list[HeldOutText]:
+def read_texts(
+    config: EvaluateConfig, default_data: DataConfig | None, default_seed: int | None, progress: Progress
+) -> list[HeldOutText]:
     """The text that every model is scored on."""
     if config.files:
         return read_files(config.files, config.separator, config.characters)
-    data = config.data or default_data
-    if data is None:
+    if config.data is not None:
+        return read_validation(config.data, config.seed, config.characters, progress)
+    if default_data is None:
         raise ConfigError("there is no text to score; give files=[FILE], or data=NAME.")
-    return read_validation(data, config.seed, config.characters, progress)
+    seed = config.seed if default_seed is None else default_seed
+    return read_validation(default_data, seed, config.characters, progress)
 
 
 def ask_as_chat(config: EvaluateConfig, models: list[ModelChoice]) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from cqlora.base import read_base
 from cqlora.data.cache import prepare_cache
+from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
 from cqlora.evaluation.probe import EXAMPLES, ROUNDS, list_patterns, probe
 from cqlora.evaluation.text import score_sequences
@@ -79,11 +80,9 @@ def test_the_probe_before_the_first_step_is_that_of_the_base(watched, workspace)
     found = {r["language"]: r for r in read_metrics(watched) if r["kind"] == "probe" and r["step"] == 0}
     assert set(found) == {"zh", "en"}
     for each in encode_probe(base, seed=1):
-        ends = np.cumsum([0, *each.document_lengths])
-        nats = np.zeros(len(each.token_ids))
-        sequences = [each.token_ids[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        for start, scores in zip(ends[:-1], score_sequences(engine, sequences, 2048), strict=True):
-            nats[start + 1 : start + 1 + len(scores)] = -scores
+        scored = score_sequences(engine, list_pieces(each.token_ids, each.document_lengths), 2048)
+        # The first token of a sequence is predicted from nothing.
+        nats = np.concatenate([[0.0, *-scores] for scores in scored])
         first, last = (nats[each.places == place].sum() / each.characters for place in (1, 2))
         told = found[each.pattern.language]
         assert (told["first_loss"], told["loss"]) == pytest.approx((first, last), rel=1e-3)
@@ -101,27 +100,27 @@ def test_the_watched_patterns_are_among_evaluates_own(workspace):
 
 
 def test_a_limit_in_characters_takes_the_same_documents_of_every_vocabulary(workspace):
-    """Pieces of 64 tokens and of 512 are cut elsewhere, and the documents are the same, whole."""
+    """Pieces of 64 tokens and of 512 are cut elsewhere, and the documents are the same, each to its end."""
+    special = PlainTokenizer(workspace / "models" / "tiny").special
     taken = []
     for length in (64, 512):
         config = typed_run(workspace, "stage=pretrain", f"stage.sequence_length={length}")
         split = prepare_cache(config, read_base(config.model.path)).splits["val"]
-        whole, some = split.packs_of(0), split.packs_of(0, max_characters=300)
-        assert sum(sum(pack.characters) for pack in some) < sum(sum(pack.characters) for pack in whole)
-        pieces = [n for pack in some for n in split_pack(pack)]
-        start = split.first_token(0)
-        taken.append(sum(piece[0] == start for piece in pieces))
-        assert max(sum(pack.characters) for pack in some) > 0
-        assert sum(piece[-1] == pieces_end(whole) for piece in pieces) == taken[-1], "each is there to its end"
+        packs = split.packs_of(0, max_characters=300)
+        assert sum(map(count_characters, packs)) < sum(map(count_characters, split.packs_of(0)))
+        pieces = [piece for pack in packs for piece in list_pieces(pack.token_ids, pack.document_lengths)]
+        begun, ended = (sum(piece[place] == token for piece in pieces) for place, token in (
+            (0, special.document_start), (-1, special.document_end),
+        ))  # fmt: skip
+        assert begun == ended
+        taken.append(begun)
     assert taken[0] == taken[1] > 0
 
 
-def split_pack(pack) -> list[list[int]]:
-    ends = np.cumsum([0, *pack.document_lengths])
-    return [pack.token_ids[a:b].tolist() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+def count_characters(pack) -> int:
+    return sum(pack.characters)
 
 
-def pieces_end(packs) -> int:
-    """The token that ends documents: the last of a pack's last piece is one, where documents are packed whole."""
-    ids = np.concatenate([pack.token_ids for pack in packs])
-    return int(ids[-1])
+def list_pieces(ids: np.ndarray, lengths: list[int]) -> list[list[int]]:
+    """The tokens of each document of a pack."""
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
