@@ -9,7 +9,7 @@ from cqlora.evaluate import read_sample_group
 from tests.conftest import run_verb
 from tests.runs import build_once, finish_run, typed_run
 
-QUICK = ("window=128", "stride=64", "characters=300", "max_new_tokens=2")
+QUICK = ("window=128", "characters=300", "max_new_tokens=2")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_checkpoint_is_evaluated_into_a_file_of_its_own(run, workspace, tmp_pa
 
 
 def test_the_sample_is_scored_where_nothing_else_is_given(run, workspace):
-    run_verb(workspace, "evaluate", "base=models/tiny", "parts=[text]", *QUICK[:3], "hydra.run.dir=evaluated/sample")
+    run_verb(workspace, "evaluate", "base=models/tiny", "parts=[text]", *QUICK[:2], "hydra.run.dir=evaluated/sample")
     record = json.loads((workspace / "evaluated" / "sample" / "evaluation.json").read_text(encoding="utf-8"))
     assert {row["source"] for row in record["models"][0]["text"]} == set(read_sample_group().sources) - {
         "sample_dialog"

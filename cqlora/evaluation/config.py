@@ -9,6 +9,7 @@ from cqlora.config.checks import check_fields, check_path, require_positive, req
 from cqlora.config.schema import DataConfig
 from cqlora.errors import ConfigError
 from cqlora.evaluation.choice import BENCHMARKS
+from cqlora.evaluation.text import Windows
 from cqlora.inference.requests import check_held
 
 PARTS = ("text", "probe", "generations")
@@ -55,8 +56,8 @@ class EvaluateConfig:
     """Of each source and language, in whole documents, the same for every vocabulary; 0 takes all."""
     window: int = 1024
     """Tokens that a prediction may look back on."""
-    stride: int = 512
-    """Tokens that each further window of a long document predicts."""
+    stride: int | None = None
+    """Tokens that each further window of a long document predicts; null is half of window."""
     tasks: list[str] = field(default_factory=list)
     """Multiple choice: ceval, cmmlu, mmlu, or any other task of lm-eval that has an accuracy."""
     shots: list[int] = field(default_factory=lambda: [0, 5])
@@ -101,7 +102,7 @@ class EvaluateConfig:
         self._check_text()
         self._check_parts()
         check_held(self.quantization, self.dtype, self.device)
-        require_positive(self, "window", "stride", "batch_tokens", "max_new_tokens")
+        require_positive(self, "window", "batch_tokens", "max_new_tokens")
         require_range("characters", self.characters, 0, 1 << 62)
         require_range("seed", self.seed, 0, 2**31 - 1)
 
@@ -119,11 +120,8 @@ class EvaluateConfig:
         for file in self.files:
             if not Path(file).exists():
                 raise ConfigError(f"files= names {file}, which does not exist; give a file of text.")
-        if self.stride > self.window:
-            raise ConfigError(
-                f"stride={self.stride} is above window={self.window}, so words would be left out; use stride="
-                f"{self.window} or less."
-            )
+        if self.stride is not None and not 0 < self.stride <= self.window:
+            raise ConfigError(f"stride={self.stride} is out of range; use a value from 1 to window={self.window}.")
         scored = "text" in self.parts
         for key in ("files", "data", "characters", "window", "stride"):
             require_used(self, key, scored, "text among parts")
@@ -153,6 +151,12 @@ class EvaluateConfig:
     def roots(self) -> dict[str, str]:
         """The local folder of each benchmark, empty for none."""
         return {name: getattr(self, name).root for name in BENCHMARKS}
+
+    @property
+    def windows(self) -> Windows:
+        """How documents are read."""
+        stride = max(1, self.window // 2) if self.stride is None else self.stride
+        return Windows(self.window, stride, self.batch_tokens)
 
     def list_words(self) -> list[str]:
         """The models as `FOLDER` or `BASE+ADAPTER`; those of a run are for the caller to find."""

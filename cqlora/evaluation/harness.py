@@ -27,7 +27,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self._engine = engine
         self._batch_tokens = batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._prefix = self.tokenizer.decode(self.prefix_token_id)
+        self._prefix = str(self.tokenizer.decode(self.prefix_token_id))
 
     @property
     def eot_token_id(self) -> int:
@@ -40,7 +40,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """The ids of a text, with what the tokenizer itself puts before it unless that is there already."""
         if add_special_tokens is None and string.startswith(self._prefix):
             add_special_tokens = False
@@ -48,7 +48,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         ids: list[int] = self.tokenizer.encode(string, **options)
         return ids
 
-    def _loglikelihood_tokens(self, requests: list[Continuation], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Continuation], **unused: Any) -> list[tuple[float, bool]]:
         by_input: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             # As HFLM: what does not fit is cut from the left.

@@ -41,8 +41,13 @@ class ModelChoice:
         from cqlora.engine import LlamaEngine
 
         folders = (self.base, "") if self.adapter is None else (self.adapter, self.base)
-        held = {"quantization": self.quantization, "dtype": dtype, "device": device}
-        return LlamaEngine(*folders, use_lora=self.adapter is not None, **held)
+        return LlamaEngine(
+            *folders,
+            use_lora=self.adapter is not None,
+            quantization=self.quantization,
+            dtype=dtype,
+            device=device,
+        )
 
     def check(self) -> None:
         """Raise for folders that are missing or do not belong together, without loading a weight."""

@@ -17,7 +17,7 @@ from cqlora.evaluation.config import EvaluateConfig
 from cqlora.evaluation.generations import generate, read_prompts
 from cqlora.evaluation.models import ModelChoice, read_models
 from cqlora.evaluation.probe import list_patterns, probe
-from cqlora.evaluation.text import TextScore, Windows, score_text
+from cqlora.evaluation.text import TextScore, score_text
 from cqlora.system.durable import make_folder, replace_file
 
 if TYPE_CHECKING:
@@ -128,14 +128,13 @@ def score_texts(
     config: EvaluateConfig, engine: "LlamaEngine", name: str, texts: list[HeldOutText], progress: Progress
 ) -> Iterator[TextScore]:
     """A score for every source and language."""
-    windows = Windows(config.window, config.stride, config.batch_tokens)
     for text in texts:
         part, total = f"{name}: {text.source} ({text.language})", len(text.documents)
 
         def tick(done: int, part: str = part, total: int = total) -> None:
             progress(part, done, total)
 
-        yield score_text(engine, text, windows, tick)
+        yield score_text(engine, text, config.windows, tick)
 
 
 def score_patterns(config: EvaluateConfig, engine: "LlamaEngine", name: str, progress: Progress) -> Iterator[Record]:

@@ -27,11 +27,11 @@ Tick = Callable[[int], None]
 class Windows:
     """How documents longer than a model may read are read, and how much at once."""
 
-    window: int = 1024
+    window: int
     """Tokens that a prediction may look back on."""
-    stride: int = 512
+    stride: int
     """Tokens that a further window predicts: each of them has window - stride or more before it."""
-    batch_tokens: int = 2048
+    batch_tokens: int
     """Tokens in one forward pass; a single window may have more."""
 
 
@@ -92,7 +92,7 @@ def replace_nats(score: TextScore, nats: np.ndarray) -> TextScore:
 
 def _named(score: TextScore, suffix: str = "") -> dict[str, Any]:
     """Both kinds of bits with their errors, under the names of the record."""
-    named = {}
+    named: dict[str, Any] = {}
     for key, estimate in (("bits_per_character", score.bits_per_character), ("bits_per_byte", score.bits_per_byte)):
         named[key + suffix], named[f"{key}{suffix}_error"] = estimate
     return named

@@ -24,7 +24,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(base, adapter, files):
     return EvaluateConfig(
-        base=str(base), adapter=str(adapter), files=files, separator="\n", window=64, stride=32, max_new_tokens=4
+        base=str(base), adapter=str(adapter), files=files, separator="\n", window=64, max_new_tokens=4
     )
 
 
@@ -73,7 +73,7 @@ def test_measuring_twice_gives_the_same_to_the_last_digit(config, record):
 
 def test_another_batch_size_gives_the_same_to_a_millionth(config, record, base, adapter, files):
     other = EvaluateConfig(
-        base=str(base), adapter=str(adapter), files=files, separator="\n", window=64, stride=32, batch_tokens=100,
+        base=str(base), adapter=str(adapter), files=files, separator="\n", window=64, batch_tokens=100,
         parts=["text", "probe"],
     )  # fmt: skip
     for ours, theirs in zip(record["models"], evaluate_models(other)["models"], strict=True):
@@ -123,7 +123,7 @@ def test_the_tables_tell_every_part_in_a_log(record, capsys):
         ({"base": "a", "checkpoint": "step-00000050"}, "checkpoint=step-00000050 has no effect without run=FOLDER"),
         ({"base": "a", "parts": ["text", "prob"]}, "parts= has prob"),
         ({"base": "a", "parts": []}, r"parts=\[\] measures nothing"),
-        ({"base": "a", "window": 8, "stride": 9}, "stride=9 is above window=8"),
+        ({"base": "a", "window": 8, "stride": 9}, "stride=9 is out of range; use a value from 1 to window=8"),
         ({"base": "a", "files": ["nowhere.txt"]}, "names nowhere.txt, which does not exist"),
         ({"base": "a", "shots": [5]}, r"shots=\[5\] has no effect without tasks="),
         ({"base": "a", "parts": ["probe"], "window": 9}, "window=9 has no effect without text among parts"),
