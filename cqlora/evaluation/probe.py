@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from cqlora.errors import ModelError
 from cqlora.evaluation.statistics import mean
 from cqlora.evaluation.text import score_sequences
 
@@ -109,9 +110,18 @@ def probe(engine: "LlamaEngine", pattern: Pattern, seed: int, batch_tokens: int)
     """Nats per character of the answers at each place, and the gain from the first to the last.
 
     Characters and not tokens, so that vocabularies can be compared.
+
+    Raises:
+        ModelError: the examples do not fit in the model's positions.
     """
     sequences = list(list_sequences(pattern, seed))
     encoded = [encode(engine, examples) for examples in sequences]
+    longest = max(len(ids) for ids, _ in encoded)
+    if longest > engine.max_length:
+        raise ModelError(
+            f"{engine.name} holds {engine.max_length} positions, and the probe's examples take {longest}; leave the probe "
+            "out with parts=[text,generations]."
+        )
     scored = score_sequences(engine, [ids for ids, _ in encoded], batch_tokens)
     losses = [
         answer_losses(found, spans, examples)

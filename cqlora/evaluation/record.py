@@ -100,7 +100,7 @@ def measure(
     """One model's part of the record, and its losses by document."""
     progress(f"{model.name}: loading", 0, None)
     engine = model.open(config.dtype, config.device)
-    if config.window > engine.max_length:
+    if texts and config.window > engine.max_length:
         raise ConfigError(
             f"window={config.window} is beyond the {engine.max_length} positions of {model.base}; use "
             f"window={engine.max_length} or less."

@@ -101,7 +101,7 @@ def test_log_likelihoods_are_those_of_lm_evals_model(base, engine):
         Asked(("河流最长的是", "A")),
         Asked(("河流最长的是", "B")),
         Asked(("", "The longest river")),
-        Asked(("The longest river " * 80, "is in Asia")),
+        Asked(("The longest river " * 300, "is in Asia")),
     ]
     stock = HFLM(load_stock(base), tokenizer=AutoTokenizer.from_pretrained(base), batch_size=2, device="cpu")
     ours = EngineLM(engine, base, batch_tokens=300).loglikelihood(requests, disable_tqdm=True)

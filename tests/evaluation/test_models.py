@@ -8,7 +8,8 @@ import pytest
 from cqlora.errors import ConfigError, ModelError
 from cqlora.evaluation.models import ModelChoice, read_models
 from tests.cards import change_card
-from tests.inference.conftest import build_adapter, build_base
+from tests.evaluation.conftest import build_base
+from tests.inference.conftest import build_adapter
 
 
 def test_a_word_is_a_folder_or_a_base_with_an_adapter(base, adapter, tmp_path):

@@ -6,9 +6,10 @@ import math
 import pytest
 from rich.console import Console
 
-from cqlora.errors import ConfigError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.evaluation import EvaluateConfig, evaluate_models, write_record
 from cqlora.evaluation.table import show_record
+from tests.evaluation.conftest import build_base
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +85,14 @@ def test_another_batch_size_gives_the_same_to_a_millionth(config, record, base, 
 
 
 def test_a_window_beyond_the_models_positions_is_refused(base, files):
-    config = EvaluateConfig(base=str(base), files=files, parts=["text"])
-    with pytest.raises(ConfigError, match="window=1024 is beyond the 256 positions"):
+    config = EvaluateConfig(base=str(base), files=files, parts=["text"], window=2048)
+    with pytest.raises(ConfigError, match="window=2048 is beyond the 1024 positions"):
+        evaluate_models(config)
+
+
+def test_a_probe_that_does_not_fit_in_a_models_positions_is_refused(tmp_path):
+    config = EvaluateConfig(base=str(build_base(tmp_path / "short", positions=64)), parts=["probe"])
+    with pytest.raises(ModelError, match="holds 64 positions, and the probe's examples take"):
         evaluate_models(config)
 
 
