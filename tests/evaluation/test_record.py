@@ -92,7 +92,7 @@ def test_a_window_beyond_the_models_positions_is_refused(base, files):
 
 def test_a_probe_that_does_not_fit_in_a_models_positions_is_refused(tmp_path):
     config = EvaluateConfig(base=str(build_base(tmp_path / "short", positions=64)), parts=["probe"])
-    with pytest.raises(ModelError, match="holds 64 positions, and the probe's examples take"):
+    with pytest.raises(ModelError, match="holds 64 positions and the probe's examples take"):
         evaluate_models(config)
 
 
