@@ -1,4 +1,4 @@
-"""Which kinds of model each part of cqlora knows, in one list that is checked at the door.
+"""Which kinds of model each part of cqlora knows, in one list that is checked before anything is loaded.
 
 A kind is on the list where a test has it equal to stock transformers: training in its loss and every gradient.
 What is not would often run all the same and be wrong: a factor left out, a window that nothing keeps to.

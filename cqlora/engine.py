@@ -12,7 +12,7 @@ from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
-from cqlora.inference.damage import told_of_damage
+from cqlora.inference.damage import described_as_damage
 from cqlora.inference.decoder import Segment
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
@@ -52,7 +52,7 @@ class LlamaEngine:
         prompts that begin with the same tokens.
         """
         request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
-        with told_of_damage(request.model_dir, request.base_dir):
+        with described_as_damage(request.model_dir, request.base_dir):
             self._open(request)
         self._prefixes = PrefixCache(self._decoder, int(prefix_cache_gib * 2**30))
 

@@ -111,8 +111,8 @@ class Composer(ConfigLoaderImpl):
             )
         except _COMPOSING_ERRORS as error:
             raise_refusal(error)
-            told = self.explain(error, overrides)
-            raise (refusal("") if holds_secret(told) else ConfigError(told)) from error
+            sentence = self.explain(error, overrides)
+            raise (refusal("") if holds_secret(sentence) else ConfigError(sentence)) from error
         refuse_secret_values(composed)
         return composed
 

@@ -81,18 +81,18 @@ def explain_composition(error: Exception, schema: type, arguments: list[str], pl
 
 def _name_file_error(error: Exception, cause: BaseException, place_of: Place) -> str:
     """What is wrong with a file's defaults or its form, which Hydra tells in its own words."""
-    told = re.sub(r"\b[Ii]n '[\w/.-]+'[:,]? ?", "", _whole_sentence(error) or _first_line(cause))
+    sentence = re.sub(r"\b[Ii]n '[\w/.-]+'[:,]? ?", "", _whole_sentence(error) or _first_line(cause))
     within = re.search(r"\b[Ii]n '([\w/.-]+)'", str(error))
-    twice = re.match(r"Multiple values for ([\w/]+)\.", told)
+    twice = re.match(r"Multiple values for ([\w/]+)\.", sentence)
     if twice:
         return f"{twice[1]} is chosen twice; write {twice[1]}=NAME once, without a plus sign."
-    stranger = re.search(r"Could not override '([\w/]+)'\. ?No match in the defaults list", told)
+    stranger = re.search(r"Could not override '([\w/]+)'\. ?No match in the defaults list", sentence)
     if stranger:
         groups = sorted(folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir())
         near = get_close_matches(stranger[1], groups, n=1) or [", ".join(groups)]
-        told = f"{stranger[1]} is no group of the defaults; did you mean {near[0]}?"
-        return (place_of(stranger[1], within[1]) if within else "") + told
-    return f"{place_of('defaults', within[1]) if within else place_of('')}{told}."
+        sentence = f"{stranger[1]} is no group of the defaults; did you mean {near[0]}?"
+        return (place_of(stranger[1], within[1]) if within else "") + sentence
+    return f"{place_of('defaults', within[1]) if within else place_of('')}{sentence}."
 
 
 def _first_cause(error: BaseException) -> BaseException:

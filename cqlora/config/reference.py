@@ -151,8 +151,8 @@ def list_groups(config_name: str) -> list[str]:
 
 def describe_entry(entry: Entry) -> str:
     """A key for a terminal."""
-    told = f"  {entry.key}  ({entry.type}; {entry.default})".replace("`", "")
-    return "\n".join([told, *textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")])
+    line = f"  {entry.key}  ({entry.type}; {entry.default})".replace("`", "")
+    return "\n".join([line, *textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")])
 
 
 def render_page(language: str, meanings: dict[str, str]) -> str:

@@ -59,7 +59,7 @@ def even_shares(total: int, names: list[str]) -> dict[str, int]:
     return {name: share + (index < remainder) for index, name in enumerate(names)}
 
 
-def spool_capacity(size: int | None) -> int | None:
+def records_to_keep(size: int | None) -> int | None:
     """Training records to keep while reading, so that `size` remain when duplicates and held-out texts are gone."""
     if size is None:
         return None

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cqlora.errors import DiskError, ModelError
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -44,7 +44,7 @@ def staged_file(file: Path, needed_bytes: int = 0) -> Iterator[Path]:
         DiskError: the system refused; what was there before stands.
     """
     place = Path(os.path.realpath(file))
-    with told_as_sentence(file, place.parent, needed_bytes):
+    with described_as_sentence(file, place.parent, needed_bytes):
         make_folder(place.parent)
         remove_leftovers(place.parent, place.name)
         staged, descriptor = create_held_file(place)
@@ -84,7 +84,7 @@ def hold(target: Path, wait: bool = False) -> Iterator[None]:
     """
     place = Path(os.path.realpath(target))
     lock = place.with_name(f".{place.name}.lock")
-    with told_as_sentence(target, lock):
+    with described_as_sentence(target, lock):
         make_folder(place.parent)
         descriptor = lock_file(lock, wait)
     if descriptor is None:
@@ -106,7 +106,7 @@ def stage(target: Path, replace: bool = False) -> Iterator[Path]:
         refuse_existing(target)
     staging = place.with_name(f".{place.name}.{secrets.token_hex(8)}.partial")
     try:
-        with told_as_sentence(target, staging):
+        with described_as_sentence(target, staging):
             recover_folder(place)
             remove_leftovers(place.parent, place.name)
             staging.mkdir()

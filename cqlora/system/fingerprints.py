@@ -51,11 +51,11 @@ def combine(config: dict[str, Any], tensors: Iterable[Described], digests: Mappi
 
     How the tensors are spread over files does not count.
     """
-    told = {
+    description = {
         "config": {key: value for key, value in config.items() if key not in _FREE_CONFIG_KEYS and value is not None},
         "tensors": sorted([tensor.name, tensor.dtype, *tensor.shape, digests[tensor.name]] for tensor in tensors),
     }
-    return VERSION + hash_document(told)
+    return VERSION + hash_document(description)
 
 
 def hash_whole(file: Path) -> str:
@@ -155,8 +155,8 @@ def _remember(place: Path, state: dict[str, int], digests: dict[str, str]) -> No
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
-            told = {"digests": digests, "seal": hash_document([state, digests])}
-            unfinished.write_text(json.dumps(told), encoding="utf-8")
+            entry = {"digests": digests, "seal": hash_document([state, digests])}
+            unfinished.write_text(json.dumps(entry), encoding="utf-8")
             unfinished.replace(place)
         finally:
             unfinished.unlink(missing_ok=True)

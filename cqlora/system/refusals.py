@@ -72,12 +72,14 @@ def find_os_error(error: BaseException) -> OSError | None:
         if _NUMPY_ERROR.fullmatch(str(error)):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return error if error.errno else None
-    told = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
-    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+    match = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 @contextmanager
-def told_as_sentence(path: Path | None = None, staging: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
+def described_as_sentence(
+    path: Path | None = None, staging: Path | None = None, needed_bytes: int = 0
+) -> Iterator[None]:
     """Raise what the operating system refuses in the block as a DiskError.
 
     It is about `path` unless the error names another; what lies in `staging`, which will be gone, is not named.

@@ -58,7 +58,7 @@ class GgufModel:
         self._fields = reader.fields
         self._tensors = {}
         self._rope_factors: np.ndarray | None = None
-        with told_as_damage(file):
+        with described_as_damage(file):
             architecture = self.field("general.architecture", "")
         if architecture != "llama":
             raise ModelError(f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA.")
@@ -118,7 +118,7 @@ class GgufModel:
         Raises:
             ModelError: a field is missing or of another type, or the tensors are of another model.
         """
-        with told_as_damage(self.file):
+        with described_as_damage(self.file):
             config = self._read_config()
         check_config(config, self.file)
         check_tensors(config, {name: spec.shape for name, spec in self.specs.items()}, self.file)
@@ -182,7 +182,7 @@ class GgufModel:
 
 
 @contextmanager
-def told_as_damage(file: Path) -> Iterator[None]:
+def described_as_damage(file: Path) -> Iterator[None]:
     """Say in one sentence that a GGUF file is damaged, where a field is not what it must be."""
     try:
         yield

@@ -161,10 +161,10 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[d
             specs = source.specs.values()
             return merge.config(), write_shards(staging, specs, lambda spec: source.blocks(spec.name), max_shard_size)
     from cqlora.model.load import COMPUTE_DTYPES
-    from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
+    from cqlora.weights.nf4_folder import nf4_folder_config, write_nf4_folder
 
     form = Nf4Format(options.double_quantization, COMPUTE_DTYPES[options.precision])
-    return snapshot_config(merge.config(), form), write_snapshot(staging, source, form, max_shard_size)
+    return nf4_folder_config(merge.config(), form), write_nf4_folder(staging, source, form, max_shard_size)
 
 
 @contextmanager
