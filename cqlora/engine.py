@@ -68,7 +68,6 @@ class LlamaEngine:
         self._tokenizer = PlainTokenizer(request.folder)
         self._token_bytes = TokenBytes(request.folder)
         self._end_ids = find_end_ids(request.folder, self._tokenizer)
-        check_token_ids(request.folder, self._token_bytes.largest_id, self._decoder.architecture.vocab_size)
         self.system_prompt = read_system_prompt(request.model_dir)
         """What a conversation without a system's message begins with, as it did in training; empty for nothing."""
 
@@ -145,15 +144,6 @@ def find_request(
     if not use_lora and str(base_dir):
         raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
     return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, find_device(device))
-
-
-def check_token_ids(folder: Path, largest: int, rows: int) -> None:
-    """Raise ModelError where a text may get a token that the model has no row for."""
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer in {folder} has token id {largest} and the model's embedding {rows} rows; give the "
-            "tokenizer that belongs to the weights."
-        )
 
 
 def read_system_prompt(folder: Path) -> str:

@@ -153,10 +153,11 @@ def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int)
 def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], run_folder: Path) -> None:
     """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
     model = unwrap(trainer.module).model
-    state, rank_factor = adapter_state(model), 1
+    state = adapter_state(model)
     if config.lora.method is AdapterMethod.pissa:
-        state, rank_factor = convert_to_lora(model, state, run_folder), 2
+        state = convert_to_lora(model, state, run_folder)
     if trainer.worker.is_main:
         prompt = getattr(config.stage, "system_prompt", "")
-        save_adapter(model, run_folder / "adapter", base, state, rank_factor, config.stage.name, lineage, prompt)
+        card = lineage | ({"system_prompt": prompt} if prompt else {})
+        save_adapter(model, run_folder / "adapter", base, state, config.stage.name, card)
     trainer.worker.wait()

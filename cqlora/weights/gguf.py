@@ -17,7 +17,7 @@ from cqlora.errors import ModelError
 from cqlora.system.model_config import check_config, check_tensors
 from cqlora.system.shards import BLOCK_BYTES, DTYPES, TensorSpec
 from cqlora.weights.gguf_header import check_header
-from cqlora.weights.rotary import interleaved_to_halves
+from cqlora.weights.rotary import base_frequencies, interleaved_to_halves, scale_frequencies
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -194,16 +194,10 @@ def described_as_damage(file: Path) -> Iterator[None]:
 
 
 def llama3_rope_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
-    """By what Llama 3.1 divides each rotary frequency, [head_dim / 2] (llama-models, apply_scaling)."""
-    theta, factor = parameters["rope_theta"], parameters["factor"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    length = parameters["original_max_position_embeddings"]
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (length / wavelengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors: np.ndarray = np.where(
-        wavelengths < length / high, 1.0, np.where(wavelengths > length / low, factor, between)
-    )
+    """By what Llama 3.1 divides each rotary frequency, float64 [head_dim / 2]."""
+    frequencies = base_frequencies(parameters, head_dim, torch.float64)
+    scaled = scale_frequencies(parameters, frequencies, parameters["original_max_position_embeddings"])
+    factors: np.ndarray = (frequencies / scaled).numpy()
     return factors
 
 

@@ -41,10 +41,9 @@ def make_adapter(workspace, folder, embeddings=Embeddings.frozen, **lora) -> str
     if options.method is AdapterMethod.pissa:
         initialise_pissa(model, base, folder, 4, seed=1)
     state = adapter_state(model)
-    factor = 1
     if options.method is AdapterMethod.pissa:
-        state, factor = convert_to_lora(model, state, folder), 2
-    save_adapter(model, folder / "adapter", base, state, factor)
+        state = convert_to_lora(model, state, folder)
+    save_adapter(model, folder / "adapter", base, state)
     return str(path)
 
 
