@@ -148,7 +148,7 @@ def check_words(arguments: list[str]) -> None:
 
 
 def quote_words(argument: str) -> str:
-    """Put what Hydra's grammar reads only in quotes into them: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
+    """Quote what Hydra's grammar reads only in quotes: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
     key, equals, value = argument.partition("=")
     if key.startswith("hydra.") and value.startswith("~/"):
         # Other paths are expanded beside their fields; Hydra's folders have none of ours.
@@ -243,7 +243,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
 
 
 def stop_early(stopped: Stopped) -> Preempted:
-    """What is told of a signal that came when no run had begun here, or none any more."""
+    """The sentence for a signal that came before a run began in this process or after it had ended."""
     return Preempted(f"stopped by {stopped.name} before a run had begun; the same command starts it.")
 
 

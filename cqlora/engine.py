@@ -58,7 +58,7 @@ class LlamaEngine:
 
     def _open(self, request: Request) -> None:
         self._decoder, form = open_decoder(request)
-        # Sizes that do not fit each other break the first pass through the layers: here, and not at a user's request.
+        # Matrices whose sizes do not match fail in the first pass: here, and not at a user's first request.
         self._decoder.next_logits([Segment(self._decoder.new_cache(), [0])])
         self.name = request.model_dir.resolve().name
         self.form = str(form)
@@ -125,7 +125,7 @@ class LlamaEngine:
 def find_request(
     model_dir: str | Path, base_dir: str | Path, use_lora: bool, quantization: str, dtype: str, device: str, cache: bool
 ) -> Request:
-    """The folders to open, told apart by what lies in them.
+    """The folders to open, recognised by the files in them.
 
     Raises:
         ConfigError: a form that there is not, or a device that this machine has not.

@@ -232,8 +232,8 @@ def _name_wrong_type(error: ValidationError, arguments: list[str]) -> str:
 
 
 def find_misfit(values: Any, kind: Any, path: str = "") -> tuple[str, str] | None:
-    """The first key of plain values that has a list, a mapping or one value where its schema has another; what it is
-    not, as a phrase. OmegaConf says of these neither the key nor the place."""
+    """The first key whose value has the wrong shape (a list, a mapping or one value where its schema has another), and
+    a phrase that says so. OmegaConf names neither key nor place of such a mistake."""
     hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     of_all = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     for key, value in values.items():
@@ -254,7 +254,7 @@ def find_misfit(values: Any, kind: Any, path: str = "") -> tuple[str, str] | Non
 
 
 def _expected_kind(reason: str) -> str:
-    """What OmegaConf wants of a value that is a list, a mapping or one value where another is meant."""
+    """What shape a value lacks, as a phrase, by OmegaConf's reason; empty where the reason is another."""
     if "is not a subclass of" in reason or "to a structured" in reason.lower() or "DictConfig" in reason:
         return "no group of keys; write its keys below it, one a line"
     if "ListConfig" in reason or "to a list" in reason.lower():

@@ -42,7 +42,7 @@ _TASK_BYTES = 1 << 19
 _TASK_RECORDS = 4096
 _SHOWN_FIELDS = 50
 FAST_BYTES = 4 << 20
-"""Bytes of files from which proving the faster tokenizer and other processes are worth their start."""
+"""Bytes of source files from which it pays to prove the faster tokenizer and to start worker processes."""
 MEASURED_RECORDS = 200
 """Records of a source on which tokens per Chinese character are measured."""
 
@@ -163,7 +163,7 @@ def gather_sources(
 
 
 def promises_much(locations: dict[str, Location]) -> bool:
-    """Whether there is text enough for the faster tokenizer and for processes, by the size of the files."""
+    """Whether the files are large enough for the faster tokenizer and worker processes to pay."""
     size = sum(file.path.stat().st_size for location in locations.values() for file in location.files)
     return size > FAST_BYTES or any(location.dataset for location in locations.values())
 
@@ -322,7 +322,7 @@ def fill_of(split: dict[str, Any], sequence_length: int) -> float:
 
 
 def rank_unused(counts: Counter[str]) -> dict[str, int]:
-    """Rows in which a field held something that nothing is made of, by field, the most frequent ones first."""
+    """By field that no reader uses, the rows in which it held something; the most frequent first."""
     found = {name.removeprefix(UNUSED): number for name, number in counts.items() if name.startswith(UNUSED)}
     ranked = sorted(found.items(), key=lambda each: (-each[1], each[0]))
     others = sum(number for _, number in ranked[_SHOWN_FIELDS:])

@@ -37,7 +37,7 @@ MANIFEST = "cache.json"
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """A source and a language in it: what losses are told apart by."""
+    """A source and one of its languages: losses are reported for each such pair."""
 
     name: str
     language: str
@@ -76,7 +76,7 @@ def prepare_cache(
     Args:
         config: the run's configuration.
         base: the model whose tokenizer makes the tokens.
-        progress: told of what is being done.
+        progress: called with what is being done.
         verify: read every byte of it and compare, rather than sizes alone.
 
     Raises:

@@ -47,7 +47,7 @@ records that are held out together have in common: `key`, unless the record name
 
 @dataclass(slots=True)
 class CollectedBatch:
-    """What a batch of rows came to."""
+    """What parsing and cleaning a batch of rows gave."""
 
     spool: bytes
     index: np.ndarray
@@ -56,7 +56,7 @@ class CollectedBatch:
     """File, line, reason."""
     rows: int
     counts: Counter[str]
-    """Mendings and changes by rule."""
+    """Repairs and changes, by rule."""
     dropped: Counter[str]
     """Records and rows that a rule dropped, by rule."""
     further: int = 0
@@ -133,7 +133,7 @@ def parse_row(row: RawRow, source: SourceConfig, counts: Counter[str]) -> list[R
     try:
         records = list(PARSERS[source.kind](decode_body(row.body), source, counts))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # What no reader foresaw in one row must not end the preparation of all others.
+        # An exception that no reader foresaw rejects its row, and does not end the preparation.
         raise RowError(f"cannot be parsed ({type(error).__name__})") from None
     if not records:
         raise RowDropped("nothing in the row")
@@ -187,7 +187,7 @@ def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def weigh(body: Any) -> int:
-    """About how many bytes of plain text a row is as much work as."""
+    """A row's work, as the bytes of plain text that take about as long to parse and clean."""
     if isinstance(body, bytes | str):
         return len(body)
     if isinstance(body, dict):
@@ -255,7 +255,7 @@ class Spool:
         self.indexes, self.size, self.kept = [index[kept]], len(kept), len(kept)
 
     def sampled(self, index: np.ndarray) -> np.ndarray:
-        """bool: records that sampling is about, which explicit val and test files are not."""
+        """bool: records that are sampled, which those of explicit val and test files are not."""
         mask: np.ndarray = (index["split"] == UNDECIDED) | (index["split"] == 0)
         return mask
 

@@ -29,7 +29,7 @@ class EncodeSettings:
     system_prompt: str = ""
     """Put first where a conversation brings no system message."""
     fast: bool = False
-    """By a faster library, which has been proven to give this tokenizer's ids: the one field that changes no token."""
+    """Encode by the faster library, proven to give this tokenizer's ids: the one field that changes no token."""
 
 
 class RecordEncoder:

@@ -115,7 +115,7 @@ def open_tokie(document: str) -> FlatEncoder:
     """The faster one on byte-level vocabularies."""
     import tokie
 
-    # It reads files alone.
+    # tokie reads only files.
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(document)
         file.flush()

@@ -1,11 +1,11 @@
-"""Documents into packs of a fixed sequence_length, none split, none merged: best-fit decreasing, then a repair."""
+"""Documents into packs of `sequence_length` tokens, none cut: best-fit decreasing, then loose packs packed anew."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 FULL = 0.98
-"""Packs below this share are taken apart and packed anew by sums."""
+"""Packs that are filled below this share are taken apart and packed anew by subset sums."""
 
 
 @dataclass(frozen=True, slots=True)

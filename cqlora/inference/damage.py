@@ -1,4 +1,4 @@
-"""Damaged folders, whose readers may raise anything at all: told in one sentence."""
+"""One sentence for damaged folders, whose readers may raise anything at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

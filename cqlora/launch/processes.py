@@ -46,7 +46,7 @@ class WorkerProcess:
         return int(self.process.returncode)
 
     @property
-    def fell_silently(self) -> bool:
+    def died_silently(self) -> bool:
         """Whether it ended badly and did not say why: killed, out of memory, or crashed in native code."""
         return self.code != 0 and not self.killed and not self.failure.is_file()
 
@@ -177,8 +177,8 @@ def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
     run_folder = first.failure.parent.parent
     again = f"the same command with hydra.run.dir={run_folder} goes on from the last checkpoint."
     stopped = next((worker for worker in workers if worker.code == Preempted.exit_code and received), None)
-    if stopped is not None or not first.fell_silently:
-        # What befalls others when one has left at a signal is no failure.
+    if stopped is not None or not first.died_silently:
+        # When one has left at a signal, the errors of the others follow from that.
         cause = stopped or first
         raise error_of_code(cause.code, cause.failure.read_text(encoding="utf-8"))
     if received and -first.code in ASKING_TO_END:
@@ -194,12 +194,13 @@ def describe_end(code: int) -> str:
 
 
 def find_first_failure(workers: list[WorkerProcess]) -> WorkerProcess | None:
-    """The worker whose end ended the others.
+    """The worker whose failure ended the others.
 
-    One that fell without a word comes first, since the others only noticed; then the one that spoke first.
+    One that died without reporting an error comes first, since the others failed of its death; then the one that
+    reported first.
     """
     failed = [worker for worker in workers if worker.code != 0]
-    silent = [worker for worker in failed if worker.fell_silently]
+    silent = [worker for worker in failed if worker.died_silently]
     spoke = [worker for worker in failed if worker.failure.is_file()]
     spoke.sort(key=lambda worker: worker.failure.stat().st_mtime_ns)
     return next(iter(silent + spoke), None)

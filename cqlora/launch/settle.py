@@ -1,4 +1,4 @@
-"""One place where `auto` becomes a value: a configuration and what it meets give one in which nothing is left to it.
+"""Where `auto` becomes a value: a configuration and what it meets give one in which nothing is left to `auto`.
 
 What is settled here is in `config.SETTLED`. Not here, since no step of a run depends on it or no run reads it:
 `stage.resume` says what to do with a folder and is no value of the run (`resumption`); `tracking.mode` asks at every
@@ -143,7 +143,7 @@ def read_earlier(resume: str, run_folder: Path) -> dict[str, str]:
         try:
             identity = take(read_object(file), "identity", file, dict)
         except ModelError:
-            # Damaged, which is told where checkpoints are verified.
+            # Damaged, which is reported where checkpoints are verified.
             continue
         return {key: identity[key] for key in SETTLED_KEYS if isinstance(identity.get(key), str)}
     return {}

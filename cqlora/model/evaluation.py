@@ -1,4 +1,4 @@
-"""How well a model predicts held-out packs: token losses summed, then told per token, character and byte."""
+"""How well a model predicts held-out packs: token losses summed, then given per token, character and byte."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run that pages, sweeps and checks read: one flat object a line."""
+"""metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run; a last one that a kill cut short is not one, a damaged one is told."""
+    """Every whole line of a run; a last one that a kill cut short is left out, a damaged one too, with a warning."""
     file = run_folder / METRICS_FILE
     if not file.is_file():
         return []
@@ -43,7 +43,7 @@ def read_line(line: bytes) -> dict[str, Any] | None:
 def rewind_metrics(run_folder: Path, step: int) -> None:
     """Drop what a resumed run will write again: training and evaluation lines after `step`.
 
-    Events stay, since they happened. The record is replaced whole, so a kill here loses nothing.
+    Events stay, since they happened. The file is replaced whole, so a kill here loses nothing.
     """
     rows = [row for row in read_metrics(run_folder) if row["kind"] == "event" or row["step"] <= step]
     replace_file(run_folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
@@ -59,7 +59,7 @@ def append_metrics(run_folder: Path, row: dict[str, Any]) -> None:
     """Add one line, at once readable by others.
 
     Raises:
-        DiskError: the disk refused; the record ends as it did before.
+        DiskError: the disk refused; the file ends as it did before.
     """
     file = run_folder / METRICS_FILE
     with described_as_sentence(file), file.open("ab+", buffering=0) as stream:

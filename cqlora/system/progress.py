@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 class Lines:
-    """Decides what a log is told of work that is under way: its beginning, and a line a minute until it ends."""
+    """Which lines a log gets of work under way: one when it begins, and one a minute until it ends."""
 
     def __init__(
         self,
@@ -78,17 +78,17 @@ class Lines:
         self._write = write
         self._clock = clock
         self._nothing_new = nothing_new
-        """What is added to a line that is told again, where `{}` is the time since it was true."""
+        """What is added to a line that is repeated; `{}` is the time since it was true."""
         self._state = ""
         self._since = self._last_line = clock()
         self._is_shown = True
 
     def begin(self, state: str) -> None:
-        """Something else is under way, which is told at once."""
+        """Something else is under way, which is a line at once."""
         self.update(state, at_once=True)
 
     def update(self, state: str, at_once: bool = False) -> None:
-        """How things stand, which is told when a minute has passed without a line."""
+        """How things stand, which is a line when a minute has passed without one."""
         self._state, self._since, self._is_shown = state, self._clock(), False
         self.look(at_once)
 
@@ -142,7 +142,7 @@ class _Display:
 
 
 def keep_looking(lines: Lines, ended: threading.Event) -> None:
-    """Let a log hear of work that says nothing itself for minutes, such as loading weights."""
+    """Keep lines coming of work that reports nothing itself for minutes, such as loading weights."""
     while not ended.wait(_SECONDS_BETWEEN_LOOKS):
         lines.look()
 

@@ -1,4 +1,4 @@
-"""What the operating system refuses, told in one sentence: the path, the reason, what to do."""
+"""One sentence for what the operating system refuses: the path, the reason, what to do."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from cqlora.errors import CqloraError, DiskError
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers, which are written in Rust, end what an operating system told them."""
+"""How safetensors and tokenizers, which are written in Rust, end the message of an operating system's error."""
 _NUMPY_ERROR = re.compile(r"\d+ requested and \d+ written")
 """What numpy's `tofile` says of a disk that took less, without the system's number."""
 

@@ -20,7 +20,7 @@ def main() -> None:
     run_file, parent = Path(sys.argv[1]), int(sys.argv[2])
     again = f"the same command with hydra.run.dir={run_file.parent}"
     die_with(parent)
-    sys.excepthook = tell_failure
+    sys.excepthook = report_unexpected
     try:
         with described_as_sentence(), preempt_on_signals(lambda: f"{again} starts it again."):
             train_from(run_file)
@@ -45,8 +45,8 @@ def train_from(run_file: Path) -> None:
     train(config, run_file.parent)
 
 
-def tell_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An error that nobody foresaw, with its traceback, to whoever started this worker."""
+def report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an unexpected error, with its traceback, to the process that started this worker."""
     text = "".join(traceback.format_exception(kind, error, trace))
     if not write_failure(f"worker {os.environ.get('RANK', '0')} failed.\n{text}"):
         sys.__excepthook__(kind, error, trace)

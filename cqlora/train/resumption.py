@@ -21,7 +21,7 @@ class Start:
 
 
 def find_start(asked: str, run_folder: Path, identity: dict[str, Any], worker: Worker) -> Start:
-    """What `stage.resume` asks for in a run's folder; rank 0 looks, and every worker is told.
+    """What `stage.resume` asks for in a run's folder; rank 0 looks and tells the others.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run, or would be overwritten.

@@ -56,7 +56,7 @@ def train(config: RunConfig, run_folder: Path) -> Path:
 
 
 def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
-    """One worker's part."""
+    """One worker's part of the run, from the seed to the saved adapter."""
     seed_everything(config.seed)
     base = worker.first(lambda: open_base(config.model))
     cache = open_cache(config, base, worker)

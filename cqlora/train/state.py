@@ -44,12 +44,12 @@ _FREE_TO_CHANGE = {
     "stage.init_adapter",
     "stage.max_bad_steps",
 }
-"""Keys that change no result of a step, or whose effect is told by a fingerprint or by total_steps."""
+"""Keys that change no result of a step, or whose effect a fingerprint or total_steps covers."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """Where a run stands between two steps."""
+    """How far a run has come, between two steps."""
 
     step: int = 0
     """Optimizer steps done, skipped ones among them."""

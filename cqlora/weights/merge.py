@@ -89,7 +89,7 @@ def plan_merge(
 
 
 def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
-    """A sentence for each file that goes along and is not what it was when an adapter was trained.
+    """A sentence for each file beside the weights that was changed since an adapter was trained.
 
     Raises:
         ModelError: one of them is damaged.

@@ -20,7 +20,7 @@ MERGED = "merged"
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """How adapters that are to be merged stand to each other."""
+    """How the adapters of one merge are related."""
 
     notes: list[str]
     """What could not be checked, or is worth knowing, a sentence each."""
