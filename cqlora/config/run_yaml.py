@@ -14,6 +14,8 @@ from cqlora.system.refusals import described_as_sentence
 RUN_FILE = "run.yaml"
 STAGED_FILE = ".run.yaml.staging"
 """What workers read of a run that nobody has accepted yet."""
+LOCK_FILE = ".lock"
+"""Locked for as long as a run is going on in its folder."""
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
