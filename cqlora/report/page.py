@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from cqlora import __version__
+import cqlora
 from cqlora.errors import ConfigError, CqloraError
 from cqlora.report.runs import describe_run, is_run, to_json
 from cqlora.report.sweeps import describe_runs, describe_sweep, is_sweep
@@ -36,7 +36,7 @@ def describe(folders: list[Path]) -> dict[str, Any]:
     else:
         what = "holds neither a run nor a sweep" if first.is_dir() else "does not exist"
         raise ConfigError(f"folder={first} {what}; give outputs/… of a run or multirun/… of a sweep.")
-    return page | {"written": datetime.now().strftime("%Y-%m-%d %H:%M:%S"), "version": __version__}
+    return page | {"written": datetime.now().strftime("%Y-%m-%d %H:%M:%S"), "version": cqlora.__version__}
 
 
 def write_report(folders: list[Path], file: Path) -> None:

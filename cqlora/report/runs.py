@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.base import read_base
-from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, load_frozen
-from cqlora.config.schema import RunConfig
+from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, describe_config, load_frozen
+from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import ConfigError, CqloraError, ModelError
 from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
-from cqlora.report.changes import describe_settings
+from cqlora.report.changes import describe_settings, flatten
 from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values
 from cqlora.system.documents import read_object
 from cqlora.system.metrics import METRICS_FILE, read_metrics
@@ -100,7 +100,10 @@ def read_config(folder: Path, notes: list[str]) -> RunConfig | None:
 
 
 def plan_peak(config: RunConfig) -> float | None:
-    """Peak memory of a worker in GiB as `cqlora plan` has it; None for a configuration that it cannot plan."""
+    """Peak memory of a worker in GiB as `cqlora plan` has it; None for what an earlier cqlora has left to `auto`."""
+    values = flatten(describe_config(config))
+    if any(values[key] == "auto" for key in SETTLED_KEYS):
+        return None
     try:
         base = read_base(config.model.path)
         rows = Rows(base.vocab_size, base.added_rows)
