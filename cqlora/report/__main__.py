@@ -26,16 +26,16 @@ def report(config: ReportConfig) -> None:
 
 def watch(folders: list[Path], port: int) -> None:
     """Serve the page on loopback."""
-    from cqlora.serve.door import bind
+    from cqlora.serve.listener import bind
 
-    with bind("127.0.0.1", port) as door:
+    with bind("127.0.0.1", port) as listener:
         try:
             from cqlora.report.watch import run_server
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"watch=true needs {error.name}, which is not installed; type pip install 'cqlora[serve]'."
             ) from error
-        run_server(folders, door)
+        run_server(folders, listener)
 
 
 def main() -> None:

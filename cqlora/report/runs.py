@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.base import read_base
-from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, describe_config, load_frozen
+from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, describe_config, load_run_yaml
 from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import ConfigError, CqloraError, ModelError
 from cqlora.plan.estimate import GIB
@@ -93,7 +93,7 @@ def last_change(folder: Path) -> str:
 def read_config(folder: Path, notes: list[str]) -> RunConfig | None:
     """The run's frozen configuration; None, with a note, where it cannot be read."""
     try:
-        return load_frozen(folder / RUN_FILE)
+        return load_run_yaml(folder / RUN_FILE)
     except ConfigError as error:
         notes.append(str(error))
         return None

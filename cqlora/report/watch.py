@@ -11,19 +11,19 @@ from starlette.responses import HTMLResponse, Response
 from cqlora.errors import CqloraError
 from cqlora.report.page import describe, render
 from cqlora.report.runs import to_json
-from cqlora.serve.door import url_of
 from cqlora.serve.guard import Guard
+from cqlora.serve.listener import url_of
 
 _MOST_BYTES = 1 << 10
 """Of a request's body; there is none to send."""
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
-def run_server(folders: list[Path], door: socket.socket) -> None:
-    """Serve the page of `folders` at `door` until a signal."""
+def run_server(folders: list[Path], listener: socket.socket) -> None:
+    """Serve the page of `folders` at `listener` until a signal."""
     settings = uvicorn.Config(build_app(folders), ws="none", log_config=None, access_log=False, server_header=False)
-    print(f"{url_of(door)} shows {', '.join(map(str, folders))}; Ctrl-C ends it.", flush=True)
-    uvicorn.Server(settings).run(sockets=[door])
+    print(f"{url_of(listener)} shows {', '.join(map(str, folders))}; Ctrl-C ends it.", flush=True)
+    uvicorn.Server(settings).run(sockets=[listener])
 
 
 def build_app(folders: list[Path]) -> FastAPI:

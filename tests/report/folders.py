@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from cqlora.config.diagnosis import to_schema
-from cqlora.config.run_yaml import freeze_config
+from cqlora.config.run_yaml import write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.launch.settle import look_ahead, settle
 
@@ -21,7 +21,7 @@ def write_run(
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
         config = to_schema(compose("config", ["stage=pretrain", *overrides]), RunConfig)
-    freeze_config(settle(config, look_ahead(config)), folder)
+    write_run_yaml(settle(config, look_ahead(config)), folder)
     rows = [*evaluations(0, 4.0), *(training(step, seed) for step in range(1, steps + 1)), *evaluations(steps, 3.5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if ended:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cqlora.config.run_yaml import LOCK_FILE, load_frozen
+from cqlora.config.run_yaml import LOCK_FILE, load_run_yaml
 from cqlora.errors import ConfigError
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
@@ -26,7 +26,7 @@ def test_settings_that_were_chosen_are_told_from_those_that_were_not(tmp_path):
 
 def test_the_plan_beside_the_measured_peak_is_the_planners(tmp_path):
     folder = write_run(tmp_path / "run")
-    config = load_frozen(folder / "run.yaml")
+    config = load_run_yaml(folder / "run.yaml")
     assert describe_run(folder)["planned_gib"] == pytest.approx(plan_memory(config, Rows(2048)).peak / 2**30)
 
 
