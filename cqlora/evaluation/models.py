@@ -13,6 +13,7 @@ from cqlora.base import (
     read_card,
 )
 from cqlora.errors import ConfigError
+from cqlora.inference.damage import described_as_damage
 from cqlora.lineage import check_fingerprints
 from cqlora.system.sealed import hash_document
 
@@ -51,13 +52,13 @@ class ModelChoice:
 
     def check(self) -> None:
         """Raise for folders that are missing or do not belong together, without loading a weight."""
-        base = read_base(self.base)
-        if self.adapter is not None:
+        with described_as_damage(self.base, self.adapter):
+            read_base(self.base)
+            if self.adapter is None:
+                return
             if not (self.adapter / ADAPTER_CONFIG).is_file():
-                raise ConfigError(
-                    f"{self.adapter} has no {ADAPTER_CONFIG}; give the adapter/ folder of a finished run."
-                )
-            check_fingerprints(self.adapter, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+                raise ConfigError(f"{self.adapter} has no {ADAPTER_CONFIG}; give a finished run's adapter/ folder.")
+            check_fingerprints(self.adapter, fingerprint_tokenizer(self.base), fingerprint_weights(self.base))
 
     def describe(self) -> dict[str, Any]:
         """Its name, folders and a fingerprint of all that decides its numbers, for the record."""

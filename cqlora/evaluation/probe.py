@@ -119,8 +119,8 @@ def probe(engine: "LlamaEngine", pattern: Pattern, seed: int, batch_tokens: int)
     longest = max(len(ids) for ids, _ in encoded)
     if longest > engine.max_length:
         raise ModelError(
-            f"{engine.name} holds {engine.max_length} positions and the probe's examples take {longest}; leave the probe "
-            "out with parts=[text,generations]."
+            f"{engine.name} holds {engine.max_length} positions and the probe's examples take {longest}; leave "
+            "the probe out with parts=[text,generations]."
         )
     scored = score_sequences(engine, [ids for ids, _ in encoded], batch_tokens)
     losses = [

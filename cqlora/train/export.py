@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cqlora.base import Base, read_base
 from cqlora.config.choices import AdapterMethod, Strategy
-from cqlora.config.run_yaml import RUN_FILE, load_frozen
+from cqlora.config.run_yaml import RUN_FILE, describe_config, load_frozen
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError
 from cqlora.lineage import describe_lineage
@@ -59,12 +59,20 @@ def export_checkpoint(run: Path, checkpoint: Path, folder: Path) -> None:
     base = read_base(config.model.path)
     model = build_skeleton(config, base)
     fill(model, read_trained(config, checkpoint), checkpoint)
-    state, rank_factor = adapter_state(model), 1
+    state = adapter_state(model)
     if config.lora.method is AdapterMethod.pissa:
-        state, rank_factor = convert_to_lora(model, state, run), 2
-    lineage = describe_lineage(config.stage.init_adapter)
+        state = convert_to_lora(model, state, run)
+    save_adapter(model, folder, base, state, config.stage.name, describe_card(config))
+
+
+def describe_card(config: RunConfig) -> dict[str, Any]:
+    """What an adapter's card says of its past, of the settled values it trains with, and of the system prompt."""
+    lora = describe_config(config)["lora"]
+    names = ("method", "rank", "alpha", "dropout", "target_modules")
+    adapter = {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
     prompt = getattr(config.stage, "system_prompt", "")
-    save_adapter(model, folder, base, state, rank_factor, config.stage.name, lineage, prompt)
+    said = {"system_prompt": prompt} if prompt else {}
+    return describe_lineage(config.stage.init_adapter) | {"adapter": adapter} | said
 
 
 def build_skeleton(config: RunConfig, base: Base) -> PeftModel:
