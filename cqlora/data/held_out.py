@@ -10,7 +10,7 @@ import numpy as np
 
 from cqlora.config.choices import SourceKind
 from cqlora.config.schema import DataConfig, SourceConfig
-from cqlora.data.build import Progress, gather_sources, sample_sizes
+from cqlora.data.build import ReportProgress, gather_sources, sample_sizes
 from cqlora.data.collect import Gathered, parse_row
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import LANGUAGES, detect_language
@@ -42,7 +42,7 @@ class HeldOutText:
         return sum(len(document.encode()) for document in self.documents)
 
 
-def read_validation(data: DataConfig, seed: int, characters: int, progress: Progress) -> list[HeldOutText]:
+def read_validation(data: DataConfig, seed: int, characters: int, progress: ReportProgress) -> list[HeldOutText]:
     """What a data group holds out of a run's training, as the run's own cleaning leaves it.
 
     Documents of a source and language are taken whole, in the order of a hash, until they have `characters` (0: all),

@@ -142,7 +142,7 @@ class Split:
         """Packs of one source's documents, in their order on disk, until a limit (0: none) is reached.
 
         Held-out documents lie in the order of a hash, so the first of them are a fair sample. A limit in tokens cuts
-        between pieces; one in characters between documents, so that it takes the same ones of every vocabulary.
+        between chunks; one in characters between documents, so that it takes the same ones of every vocabulary.
         """
         documents = np.flatnonzero(self._columns["source_ids"] == source_id)
         if max_tokens:
@@ -155,18 +155,18 @@ class Split:
         bounds = zip(packing.offsets[:-1].tolist(), packing.offsets[1:].tolist(), strict=True)
         return [self.gather(documents[packing.documents[start:end]]) for start, end in bounds]
 
-    def take_whole(self, pieces: np.ndarray, max_characters: int) -> np.ndarray:
-        """The first pieces that have `max_characters`, and the others of the document that the last is cut from."""
-        total = np.cumsum(self._columns["characters"][pieces], dtype=np.int64)
+    def take_whole(self, chunks: np.ndarray, max_characters: int) -> np.ndarray:
+        """The first chunks that have `max_characters`, and the others of the document that the last is cut from."""
+        total = np.cumsum(self._columns["characters"][chunks], dtype=np.int64)
         taken = int(np.searchsorted(total, max_characters)) + 1
-        # A document begins with a control token, and a later piece of one with a word.
-        while taken < len(pieces) and self.first_token(pieces[taken]) != self.first_token(pieces[0]):
+        # A document begins with a control token, and a later chunk of one with a word.
+        while taken < len(chunks) and self.first_token(chunks[taken]) != self.first_token(chunks[0]):
             taken += 1
-        return pieces[:taken]
+        return chunks[:taken]
 
-    def first_token(self, piece: int) -> int:
-        """The id that a piece begins with."""
-        shard, where = self.locate(int(piece))
+    def first_token(self, chunk: int) -> int:
+        """The id that a chunk begins with."""
+        shard, where = self.locate(int(chunk))
         return int(self._tokens[shard][where.start])
 
     def gather(self, documents: np.ndarray) -> Pack:
