@@ -61,10 +61,10 @@ def find_models(config: EvaluateConfig) -> Iterator[Found]:
     if not config.run:
         yield Found(read_models(config.list_words(), config.quantization), read_sample_group(), None)
         return
-    from cqlora.config.run_yaml import RUN_FILE, load_frozen
+    from cqlora.config.run_yaml import RUN_FILE, load_run_yaml
 
     run = Path(config.run)
-    frozen = load_frozen(run / RUN_FILE)
+    frozen = load_run_yaml(run / RUN_FILE)
     with TemporaryDirectory(prefix="cqlora-evaluate-") as folder:
         adapter, shown = find_adapter(run, config.checkpoint, Path(folder))
         base, trained = read_models([frozen.model.path, f"{frozen.model.path}+{adapter}"], config.quantization)

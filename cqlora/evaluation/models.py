@@ -41,9 +41,9 @@ class ModelChoice:
         """
         from cqlora.engine import LlamaEngine
 
-        folders = (self.base, "") if self.adapter is None else (self.adapter, self.base)
         return LlamaEngine(
-            *folders,
+            self.adapter or self.base,
+            self.base if self.adapter else "",
             use_lora=self.adapter is not None,
             quantization=self.quantization,
             dtype=dtype,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cqlora.base import Base, read_base
 from cqlora.config.choices import AdapterMethod, Strategy
-from cqlora.config.run_yaml import RUN_FILE, describe_config, load_frozen
+from cqlora.config.run_yaml import RUN_FILE, describe_config, load_run_yaml
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError
 from cqlora.lineage import describe_lineage
@@ -55,7 +55,7 @@ def export_checkpoint(run: Path, checkpoint: Path, folder: Path) -> None:
         CheckpointError: the checkpoint is of another configuration than the run's.
         ConfigError, ModelError: the run's run.yaml or its base is missing or damaged.
     """
-    config = load_frozen(run / RUN_FILE)
+    config = load_run_yaml(run / RUN_FILE)
     base = read_base(config.model.path)
     model = build_skeleton(config, base)
     fill(model, read_trained(config, checkpoint), checkpoint)
