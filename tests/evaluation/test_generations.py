@@ -50,11 +50,11 @@ def test_replies_are_the_engines_own_greedy_ones(as_chat, engine):
             else engine.encode_text(prompt.opening)
         )
         assert row["prompt"] == (prompt.question if as_chat else prompt.opening)
-        assert row["reply"] == greedy(engine, ids, 6)
+        assert row["reply"].replace("\ufffd", "") == greedy(engine, ids, 6)
 
 
 def greedy(engine, ids: list[int], most: int) -> str:
-    """The likeliest token each time, from whole passes; a character that is not finished is left out."""
+    """The likeliest token each time, from whole passes; bytes that are no character are left out."""
     reply = []
     while len(reply) < most:
         token = int(engine._decoder.all_logits(ids + reply)[-1].argmax())

@@ -18,7 +18,7 @@ KINDS = {
     "pissa": ("lora.method=pissa", "lora.dropout=0"),
     "dora": ("lora.method=dora",),
     "whole embeddings": ("stage.embeddings=full",),
-    "sft": ("stage=sft", "stage.system_prompt=好"),
+    "sft": ("stage=sft", "stage.system_prompt='好'"),
 }
 
 

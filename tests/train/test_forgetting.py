@@ -41,8 +41,8 @@ def test_english_and_the_probe_are_watched_and_chinese_is_not():
 def watched(workspace: Path) -> Path:
     """A run that only unlearns: its rate is far too high."""
     config = typed_run(
-        workspace, "stage=pretrain", "stage.max_steps=3", "stage.epochs=null", "stage.learning_rate=0.5",
-        "stage.eval_every_steps=1", "stage.eval_probe=true", "stage.eval_tokens=16384", "stage.eval_characters=400",
+        workspace, "stage=pretrain", "stage.max_steps=3", "stage.epochs=null", "stage.learning_rate=1",
+        "stage.warmup_steps=0", "stage.eval_every_steps=1", "stage.eval_probe=true", "stage.eval_tokens=16384", "stage.eval_characters=400",
     )  # fmt: skip
 
     def build(folder: Path) -> None:
@@ -66,8 +66,8 @@ def test_a_run_that_unlearns_english_is_marked_and_told(watched):
 
 def test_a_run_without_a_limit_is_not_watched(workspace, tmp_path):
     config = typed_run(
-        workspace, "stage=pretrain", "stage.max_steps=1", "stage.epochs=null", "stage.learning_rate=0.5",
-        "stage.max_forgetting=null",
+        workspace, "stage=pretrain", "stage.max_steps=1", "stage.epochs=null", "stage.learning_rate=1",
+        "stage.warmup_steps=0", "stage.max_forgetting=null",
     )  # fmt: skip
     assert finish_run(config, tmp_path / "run") == 0
     assert not [r for r in read_metrics(tmp_path / "run") if r.get("event") == "forgetting"]
