@@ -42,7 +42,8 @@ def watched(workspace: Path) -> Path:
     """A run that only unlearns: its rate is far too high."""
     config = typed_run(
         workspace, "stage=pretrain", "stage.max_steps=3", "stage.epochs=null", "stage.learning_rate=1",
-        "stage.warmup_steps=0", "stage.eval_every_steps=1", "stage.eval_probe=true", "stage.eval_tokens=16384", "stage.eval_characters=400",
+        "stage.warmup_steps=0", "stage.eval_every_steps=1", "stage.eval_probe=true",
+        "stage.eval_tokens=16384", "stage.eval_characters=400",
     )  # fmt: skip
 
     def build(folder: Path) -> None:
