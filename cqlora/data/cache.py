@@ -1,6 +1,5 @@
 """The token cache: found by what it was made from, built once, trusted only when every byte is as it was written."""
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from cqlora.errors import DataError
 from cqlora.system.documents import write_json
 from cqlora.system.durable import hold, make_folder, stage, write_durably
 from cqlora.system.refusals import described_as_sentence
-from cqlora.system.sealed import read_sealed, seal_document
+from cqlora.system.sealed import hash_document, read_sealed, seal_document
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
         "held_out": [config.data.val_fraction, config.data.test_fraction],
         "clean": plain(asdict(config.data.clean)),
     }
-    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
+    return hash_document(choices)
 
 
 def plain(value: Any) -> Any:

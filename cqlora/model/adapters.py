@@ -117,11 +117,6 @@ def added_row_indices(base: Base) -> list[int]:
     return list(range(base.first_added_row, base.first_added_row + base.added_rows))
 
 
-def count_trainable(model: nn.Module) -> int:
-    """Trainable parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
 def save_adapter(
     model: PeftModel,
     folder: Path,

@@ -15,7 +15,7 @@ from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.launch.continuation import read_fixed
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from tests.conftest import run_verb

@@ -3,8 +3,11 @@
 import pytest
 
 from cqlora.config.choices import Checkpointing
-from cqlora.plan import Fit, judge, plan_memory, suggest_layouts
 from cqlora.plan.estimate import GIB
+from cqlora.plan.fit import Fit
+from cqlora.plan.layouts import suggest_layouts
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.verdict import judge
 from tests.plan.runs import compose_run
 
 BASE = "experiment=chinese_llama_65b_base"

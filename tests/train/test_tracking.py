@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import load_run_yaml
+from cqlora.config.run_yaml import flatten, load_run_yaml
 from cqlora.config.schema import TrackingConfig
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
     MetricsLog,
     describe_wandb,
-    flatten,
     sweep_group,
     tracker_values,
     wandb_mode,
@@ -188,7 +187,7 @@ def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
     assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
-    assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": "[1]"}
+    assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": [1]}
 
 
 def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweepers(tmp_path):
