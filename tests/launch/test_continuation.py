@@ -142,7 +142,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_told_in_one_sentence(damage, workspace, tmp_path):
+def test_a_damaged_adapter_is_described_in_one_sentence(damage, workspace, tmp_path):
     path = make_adapter(workspace, tmp_path)
     DAMAGES[damage](tmp_path / "adapter")
     with pytest.raises(ModelError, match="is damaged"):

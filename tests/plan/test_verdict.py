@@ -83,7 +83,7 @@ def test_auto_plans_what_it_resolves_to() -> None:
     assert plan_memory(auto) == plan_memory(none)
 
 
-def test_layouts_are_told_fastest_first_and_all_fit() -> None:
+def test_layouts_are_reported_fastest_first_and_all_fit() -> None:
     options = suggest_layouts(compose_run(BASE, "hardware=4xa100"))
     assert len(options) > 5
     assert all(option.memory.fit is Fit.fits for option in options)

@@ -165,7 +165,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_rewinding_keeps_events(tmp_
     assert [row["step"] for row in rows if row["kind"] == "event"] == [1, 2, 3]
 
 
-def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_told(tmp_path, caplog):
+def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_reported(tmp_path, caplog):
     append_metrics(tmp_path, {"kind": "train", "step": 1, "loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "st')
@@ -214,7 +214,7 @@ def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweeper
     assert len(logged) == before
 
 
-def test_where_a_wandb_run_is_to_be_seen_is_told(tmp_path):
+def test_where_a_wandb_run_is_to_be_seen_is_reported(tmp_path):
     class Run:
         url, dir = "https://wandb.ai/me/cqlora/runs/abc", f"{tmp_path}/a b/wandb/offline-run-1-abc/files"
         offline = False
