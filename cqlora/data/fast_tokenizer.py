@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cqlora.data.byte_level import byte_letters
+from cqlora.data.byte_level import piece_bytes
 from cqlora.data.sources.location import SAMPLE_DIR
 from cqlora.data.text_tokens import StockTokens
 
@@ -158,16 +158,10 @@ def spell_tokens(document: dict[str, Any]) -> list[bytes]:
     """The bytes of text under each id of a byte-level or SentencePiece vocabulary."""
     vocabulary: dict[str, int] = document["model"]["vocab"]
     matched = {token["id"]: token["content"] for token in document.get("added_tokens") or [] if not token["special"]}
-    byte_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
     byte_level = is_byte_level(document)
     words = [b""] * (max([*vocabulary.values(), *matched], default=-1) + 1)
     for piece, token in vocabulary.items():
-        if byte_level:
-            words[token] = piece.translate(byte_of).encode("latin-1", "replace")
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            words[token] = bytes([int(piece[3:5], 16)])
-        else:
-            words[token] = piece.replace("▁", " ").encode()
+        words[token] = piece_bytes(piece, byte_level)
     for token, text in matched.items():
         words[token] = text.encode()
     return words
