@@ -97,5 +97,5 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values under dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
