@@ -91,7 +91,7 @@ def last_change(folder: Path) -> str:
 
 
 def read_config(folder: Path, notes: list[str]) -> RunConfig | None:
-    """The run's frozen configuration; None, with a note, where it cannot be read."""
+    """The run's settled configuration; None, with a note, where it cannot be read."""
     try:
         return load_run_yaml(folder / RUN_FILE)
     except ConfigError as error:
