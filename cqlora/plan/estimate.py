@@ -176,7 +176,7 @@ def _own_embeddings(work: Workload) -> float:
 
 
 def _passing(work: Workload) -> tuple[dict[str, float], str]:
-    """What comes and goes, at the moment of a step when it is most."""
+    """Memory that comes and goes within a step, by part, at the step's worst moment."""
     if not work.training:
         return dict.fromkeys(("gradients", "activations", "logits", "gathered", "buffers"), 0.0), "loading"
     moments = {

@@ -1,4 +1,4 @@
-"""JSON objects in a model's or an adapter's folder, whatever a user or a disk has done to them."""
+"""JSON and small files of a model's or an adapter's folder, checked, since users and disks damage them."""
 
 import json
 import math

@@ -76,7 +76,7 @@ def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_ste
 def require_same_run(identity: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError, naming what differs, unless the checkpoint is of a run with this identity."""
     stored = _read_state(folder)["identity"]
-    # Of an older cqlora, which left it to the worker; `cqlora.launch.settle` has compared what it came to there.
+    # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
     if different:
