@@ -49,20 +49,23 @@ class FastTokens:
         ends = self._byte_ends(number)
         if ends is None:
             return self._stock(number).count_over(0, marked)
-        widths = [len(character.encode()) for character in self._texts[number]]
-        before = np.concatenate([[0], np.cumsum(np.repeat(marked, widths))])
-        return int(np.count_nonzero(np.diff(before[ends], prepend=0)))
+        starts = np.maximum(ends - self._tokenizer.widths[self._ids_of(number)], 0)
+        before = np.cumsum(np.repeat(marked, [len(character.encode()) for character in self._texts[number]]))
+        before = np.concatenate([[0], before])
+        return int(np.count_nonzero(before[ends] > before[starts]))
 
     def _byte_ends(self, number: int) -> np.ndarray | None:
         """int64 (tokens,): the byte of a text's UTF-8 at which each of its tokens ends.
 
         None where the tokens do not spell the text, as when the vocabulary lacks one of its bytes.
         """
-        ids = self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
-        ends = np.cumsum(self._tokenizer.widths[ids], dtype=np.int64)
+        ends = np.cumsum(self._tokenizer.widths[self._ids_of(number)], dtype=np.int64)
         # As `tokenizers` has it, a space put before a text belongs to its first character.
         unwritten = int(ends[-1]) - len(self._texts[number].encode()) if len(ends) else 0
         return np.maximum(ends - unwritten, unwritten) if unwritten in (0, 1) else None
+
+    def _ids_of(self, number: int) -> np.ndarray:
+        return self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
 
     def _stock(self, number: int) -> StockTokens:
         encoding = self._tokenizer.stock.encode(self._texts[number], add_special_tokens=False)
