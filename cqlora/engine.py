@@ -9,7 +9,7 @@ import torch
 from cqlora.base import CARD, read_card
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.records import Turn
-from cqlora.data.tokenizer import PlainTokenizer, read_json
+from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
 from cqlora.inference.damage import described_as_damage
@@ -18,6 +18,7 @@ from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
+from cqlora.system.documents import read_object_if_there
 
 Messages = Sequence[Mapping[str, object]]
 
@@ -195,7 +196,7 @@ def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:
     special = tokenizer.special
     found = {special.document_end, special.turn_end}
     for name in ("config.json", "generation_config.json"):
-        named = read_json(folder / name).get("eos_token_id")
+        named = read_object_if_there(folder / name).get("eos_token_id")
         found |= set(named) if isinstance(named, list) else {named}
     return frozenset(token for token in found if token is not None)
 

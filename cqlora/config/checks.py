@@ -1,4 +1,4 @@
-"""What fields of any schema are checked for, each in one sentence that names the key as a user types it."""
+"""Checks of any schema's fields; each error is one sentence that names the key as a user types it."""
 
 import dataclasses
 import math

@@ -174,7 +174,7 @@ def promises_much(locations: dict[str, Location]) -> bool:
 def count_tokens(settings: EncodeSettings, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
-    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0)
+    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], numbers)
     batch = encode_task(settings, task)
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
 
@@ -185,15 +185,6 @@ def summarize_losses(chosen: list[Chosen]) -> str:
     for each in chosen:
         losses += each.gathered.rejected + each.gathered.dropped + each.left_out
     return ", ".join(f"{reason} {number}" for reason, number in losses.most_common(6)) or "there was none"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTask:
-    """An encoding task, of which source and which of its records."""
-
-    source: int
-    numbers: np.ndarray
-    encode: EncodeTask
 
 
 class CacheWriter:
@@ -238,7 +229,7 @@ class CacheWriter:
         writer = SplitWriter(self.staging / split, self.dtype)
         total = sum(int((each.kept & (each.splits == number)).sum()) for each in self.chosen)
         done = 0
-        encode = partial(encode_source_task, self.settings)
+        encode = partial(encode_task, self.settings)
         with ExitStack() as stack:
             results = self.workers.map_in_order(encode, self.tasks(number))
             stack.callback(results.close)  # type: ignore[attr-defined]
@@ -254,7 +245,7 @@ class CacheWriter:
         self.progress(f"packing {split}", writer.documents, writer.documents)
         return writer.finish(self.sequence_length, self.seed)
 
-    def tasks(self, split: int) -> Iterator[SourceTask]:
+    def tasks(self, split: int) -> Iterator[EncodeTask]:
         """The split's records in batches, each of one source; held-out ones in the order of a hash."""
         for source, each in enumerate(self.chosen):
             index = each.gathered.index
@@ -273,9 +264,11 @@ class CacheWriter:
                     spool=str(each.gathered.spool),
                     offsets=entries["offset"],
                     lengths=entries["length"],
+                    numbers=numbers[start:end],
+                    source=source,
                     measured=min(measured, end - start),
                 )
-                yield SourceTask(source, numbers[start:end], task)
+                yield task
                 measured -= task.measured
                 start = end
 
@@ -303,11 +296,6 @@ class CacheWriter:
                 for split, found in splits.items()
             },
         }
-
-
-def encode_source_task(settings: EncodeSettings, task: SourceTask) -> EncodedBatch:
-    """encode_task for a task that knows its source."""
-    return encode_task(settings, task.encode)
 
 
 def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:

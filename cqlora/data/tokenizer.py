@@ -15,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from cqlora.data.fast_tokenizer import FastTokenizer, agrees
 from cqlora.data.text_tokens import StockTokens, TextTokens
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object, read_object_if_there, read_text, take
+from cqlora.system.documents import first_words, read_object, read_object_if_there, read_text, take
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -135,7 +135,7 @@ def parse_tokenizer(text: str, folder: Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = first_words(error)
         raise ModelError(f"{folder / 'tokenizer.json'} holds no tokenizer ({reason}); fetch it again.") from error
 
 
@@ -163,8 +163,8 @@ def read_special_names(folder: Path) -> dict[str, str]:
     says null means it: the tokenizer has none.
     """
     names = {"turn_start": TURN_START, "turn_end": TURN_END}
-    settings = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    config = read_json(folder / "config.json")
+    settings = [read_object_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config = read_object_if_there(folder / "config.json")
     for kind in ("bos", "eos", "pad", "unk"):
         stated = next((setting for setting in settings if f"{kind}_token" in setting), None)
         if stated is not None:
@@ -182,13 +182,8 @@ def token_of_id(folder: Path, ids: Any) -> str | None:
     if not isinstance(wanted, int):
         return None
     file = folder / "tokenizer.json"
-    added = take(read_json(file), "added_tokens", file, list, default=[])
+    added = take(read_object_if_there(file), "added_tokens", file, list, default=[])
     return next((token["content"] for token in added if token["id"] == wanted), None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, or an empty one where there is no file."""
-    return read_object_if_there(file)
 
 
 def token_text(token: Any) -> str | None:

@@ -14,7 +14,7 @@ from cqlora.config.schema import SETTLED, RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.errors import DataError
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
