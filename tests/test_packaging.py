@@ -45,6 +45,7 @@ def test_a_wheel_holds_every_group_file_the_sample_and_the_page(wheel):
     pages = [file for room in ("serve", "report") for file in (ROOT / "cqlora" / room / "page").rglob("*")]
     assert {file.relative_to(ROOT).as_posix() for file in pages if file.is_file()} <= names
     assert {"cqlora/serve/page/vendor/purify.LICENSE.txt", "cqlora/report/page/vendor/echarts.LICENSE.txt"} <= names
+    assert "cqlora/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 
