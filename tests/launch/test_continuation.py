@@ -90,11 +90,11 @@ CONTRADICTIONS = [
     "override, lora, embeddings, message", CONTRADICTIONS, ids=[f"{c[0]} {c[3][:24]}" for c in CONTRADICTIONS]
 )
 def test_what_contradicts_the_adapter_is_refused_with_both_values_and_what_to_type(
-    override, lora, embeddings, message, workspace, tmp_path
+    override, lora, embeddings, message, workspace, find_adapter
 ):
-    path = make_adapter(workspace, tmp_path, embeddings, **lora)
+    folder, path = find_adapter(embeddings, **lora)
     with pytest.raises(ConfigError) as refused:
-        continued(workspace, tmp_path, path, override)
+        continued(workspace, folder, path, override)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
