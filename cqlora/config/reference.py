@@ -120,7 +120,7 @@ def name_type(hint: Any) -> str:
 
 
 def name_default(field: "dataclasses.Field[Any]") -> str:
-    """A default as it is typed; `required` where there is none."""
+    """A default as it is typed, or the key whose value it is; `required` where there is none."""
     made = field.default_factory
     value = made() if made is not dataclasses.MISSING else field.default
     if value is MISSING or value == MISSING or value is dataclasses.MISSING:
@@ -131,6 +131,8 @@ def name_default(field: "dataclasses.Field[Any]") -> str:
         return f"`{str(value).lower()}`".replace("none", "null")
     if isinstance(value, list):
         return f"`[{','.join(map(str, value))}]`"
+    if isinstance(value, str) and value.startswith("${"):
+        return f"`{value[2:-1]}`"
     return f"`{value}`" if value != "" else '`""`'
 
 
@@ -147,11 +149,16 @@ def render_help(config_name: str, schema: type, folders: list[Path]) -> str:
 
 
 def list_groups(config_name: str) -> list[str]:
-    """The groups that a program's configuration is composed of."""
+    """The groups that a program's configuration is composed of, those of the files that it includes among them."""
     import yaml
 
-    defaults = yaml.safe_load((CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
-    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    file = CONFIG_DIR / f"{config_name}.yaml"
+    if not file.is_file():
+        return []
+    groups: list[str] = []
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
+        groups += list(entry) if isinstance(entry, dict) else list_groups(entry)
+    return [group for group in groups if not group.startswith("override ")]
 
 
 def describe_entry(entry: Entry) -> str:

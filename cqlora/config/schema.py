@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 from cqlora.config.checks import check_fields, require_divides, require_positive, require_range, require_used
 from cqlora.config.choices import (
@@ -255,11 +255,11 @@ class StageConfig:
 
     name: str = MISSING
     """pretrain or sft."""
-    sequence_length: int = 2048
+    sequence_length: int = II("model.sequence_length")
     """Tokens in a pack."""
     allow_beyond_positions: bool = False
     """Train at a sequence_length above the base's max_position_embeddings."""
-    global_batch_size: int = 32
+    global_batch_size: int = II("hardware.global_batch_size")
     """Packs per optimizer step, over accumulation steps and workers."""
     max_steps: int | None = None
     """Optimizer steps; null trains for epochs."""
@@ -271,7 +271,7 @@ class StageConfig:
     """Learning rate of trained embedding rows; null is learning_rate."""
     schedule: Schedule = Schedule.cosine
     """What the learning rate does after warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: int = 5
     """Optimizer steps of linear warm-up from zero."""
     min_learning_rate_ratio: float = 0.1
     """Where a decaying schedule ends, as a share of learning_rate."""

@@ -135,7 +135,7 @@ def test_warm_up_counts_optimizer_steps_whatever_the_accumulation_and_reaches_th
 
 
 def test_a_schedule_without_warm_up_starts_at_the_peak():
-    stage = PretrainConfig(name="pretrain", warmup_steps=0)
+    stage = PretrainConfig(name="pretrain", sequence_length=64, global_batch_size=1, warmup_steps=0)
     assert learning_rate_share(stage, 0, 10) == 1.0
     assert learning_rate_share(stage, 9, 10) == pytest.approx(stage.min_learning_rate_ratio)
 
