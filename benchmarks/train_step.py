@@ -101,7 +101,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     model = load_base(base, model_config(base), HardwareConfig(name="cpu", device=Device.cpu), device, dtype)
     model = attach_adapter(model, base, LoraConfig(rank=16, alpha=16), Embeddings.frozen, "")
     objective = Objective(model, dtype, autocast=not fuse_blocks(model)).train()
-    optimizer = build_optimizer(objective, PretrainConfig(name="pretrain"), device)
+    optimizer = build_optimizer(objective, PretrainConfig(name="pretrain"))
     trained = [p for p in objective.parameters() if p.requires_grad]
     flops = count_flops_per_token(model)
     limit = 0.0

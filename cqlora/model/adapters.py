@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -41,15 +43,26 @@ def attach_adapter(
 ) -> PeftModel:
     """Put a new adapter on a frozen base, or the one in `init_adapter`, ready to train.
 
+    Where that one holds embeddings alone and `lora` has a method, new low-rank matrices come beside them.
+
     Raises:
         ConfigError: target modules that the model does not have.
         ModelError: an adapter of another base or tokenizer.
     """
-    if init_adapter:
+    if init_adapter and (lora.method is AdapterMethod.none or holds_low_rank(Path(init_adapter))):
         return continue_adapter(model, base, lora, Path(init_adapter))
     adapted: PeftModel = get_peft_model(model, peft_config(model, base, lora, embeddings))
     keep_masters(adapted)
+    if init_adapter:
+        check_fingerprints(Path(init_adapter), fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+        set_peft_model_state_dict(adapted, load_file(Path(init_adapter, ADAPTER_WEIGHTS)))
     return adapted
+
+
+def holds_low_rank(folder: Path) -> bool:
+    """Whether an adapter has low-rank matrices; one of embeddings alone gets new ones beside them."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        return any(".lora_" in name for name in weights.keys())  # noqa: SIM118 - not a mapping
 
 
 def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folder: Path) -> PeftModel:
@@ -66,7 +79,8 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
 
 def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embeddings) -> PeftLoraConfig:
     """PEFT's configuration of a new adapter."""
-    targets = list(resolve_targets(model, lora.target_modules))
+    trains_low_rank = lora.method is not AdapterMethod.none
+    targets = list(resolve_targets(model, lora.target_modules)) if trains_low_rank else DUMMY_TARGET_MODULES
     matrices = EMBEDDING_MODULES[:1] if base.tied else EMBEDDING_MODULES
     options: dict[str, Any] = {}
     if embeddings is Embeddings.lora:

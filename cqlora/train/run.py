@@ -25,6 +25,7 @@ from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
 from cqlora.train.distributed import Worker, seed_everything, start_worker
+from cqlora.train.learning_rate import find_learning_rate
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
 from cqlora.train.state import describe_identity
@@ -78,11 +79,14 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
         fused = fuse_blocks(model)
         with show_part("placing the model", worker.is_main):
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
-        optimizer = build_optimizer(module, config.stage, worker.device)
+        optimizer = build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
         trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
+        if config.stage.find_learning_rate:
+            find_learning_rate(trainer)
+            return
         trainer.fit()
         with finish_first():
             save_final(config, trainer, base, lineage, output_dir)
