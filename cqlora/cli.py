@@ -23,6 +23,7 @@ VERBS = {
     "extend": "add a Chinese vocabulary to a base",
     "merge": "put adapters into their base: safetensors, GGUF or NF4",
     "prepare": "build a run's token cache and say what is in it",
+    "generate": "documents that a base writes itself, to be replayed",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
 }

@@ -84,7 +84,7 @@ def extend_base() -> None:
 def measure(folder: Path) -> tuple[Path, Pace]:
     """A few steps of the untouched base: its held-out scores before them, and what a run takes on this machine."""
     began = time.monotonic()
-    run = train(BASE, folder, f"stage.max_steps={MEASURED_STEPS}", f"stage.warmup_steps={MEASURED_STEPS}")
+    run = train(BASE, folder, f"stage.max_steps={MEASURED_STEPS}", "stage.warmup_steps=0")
     taken = time.monotonic() - began
     seconds = [row["seconds"] for row in read_metrics(run) if row["kind"] == "train"]
     # The first step also warms up.

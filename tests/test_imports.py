@@ -21,6 +21,7 @@ ARROWS = {
     "engine_config": {"base", "config", "engine", "errors", "inference", "lineage"},
     "extend": {"cli", "config", "errors", "vocab", "weights"},
     "fetch": {"base", "cli", "config", "weights"},
+    "generate": {"base", "cli", "config", "engine", "engine_config", "errors", "inference", "system"},
     "inference": {"architectures", "base", "config", "data", "errors", "system", "weights"},
     "launch": {"architectures", "base", "config", "data", "errors", "plan", "random_base", "system", "train"},
     "lineage": {"base", "errors", "system"},

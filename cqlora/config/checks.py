@@ -102,6 +102,7 @@ def node_name(config: Any) -> str:
 
 
 _WHOLE_PROGRAMS = tuple(
-    f"{verb}Config" for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch")
+    f"{verb}Config"
+    for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch", "Generate")
 )
 """Schemas whose keys stand at the top of a command line."""

@@ -24,19 +24,19 @@ def count_by_source(cache: TokenCache) -> dict[str, int]:
     return counted
 
 
-def sources(folder: Path, replay: int = 300, **settings: object) -> dict[str, SourceConfig]:
+def sources(folder: Path, old: int = 300, **settings: object) -> dict[str, SourceConfig]:
     return {
         "new": wiki(folder / "new.jsonl", texts("new", 200), **settings),
-        "old": wiki(folder / "old.jsonl", texts("old", replay), replay=True),
+        "old": wiki(folder / "old.jsonl", texts("old", old), replay=True),
     }
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9], ids=lambda share: f"share {share}")
-@pytest.mark.parametrize("replay", [30, 300], ids=["repeated", "left out"])
+@pytest.mark.parametrize("old", [30, 300], ids=["repeated", "left out"])
 def test_replayed_sources_give_their_share_of_the_training_tokens(
-    share: float, replay: int, tmp_path: Path, byte_base: Base, make_config: MakeConfig
+    share: float, old: int, tmp_path: Path, byte_base: Base, make_config: MakeConfig
 ):
-    cache = prepare_cache(make_config(sources(tmp_path, replay), replay=share, val_fraction=0.1), byte_base)
+    cache = prepare_cache(make_config(sources(tmp_path, old), replay=share, val_fraction=0.1), byte_base)
     counted = count_by_source(cache)
     longest = max(found["longest"] for found in cache.summary["sources"].values())
     wanted = counted["new"] * share / (1 - share)
