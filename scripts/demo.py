@@ -3,6 +3,8 @@
 It measures this machine first, and trains for as many steps as leave it below LIMIT_MINUTES from its first line.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -27,12 +29,30 @@ PIECES = 1000
 LIMIT_MINUTES = 8.0
 RESERVE = 0.1
 """Share of the limit that is planned for nothing, since a machine is not as quick every minute."""
-MEASURED_STEPS = 3
+EVALUATION_SECONDS = 30
+"""About as long as one of the four evaluations may take."""
+FORWARD_FLOPS = 2 * 135e6
+"""Of a token of the model; half of what bare matrix products reach is reached in it."""
+FEWEST_CHARACTERS, MOST_CHARACTERS = 800, 6000
+"""Chinese text to be scored on, twice as much English: the sample holds out 6,000 and 17,000."""
+SLOW_FLOPS = 40e9
+"""Below which a step has one pack of 512 tokens and not two."""
+MEASURED_STEPS = 2
 FEWEST_STEPS, MOST_STEPS = 4, 120
 """Below which nothing is learned, and above which the sample's 65,000 tokens are only learned by heart."""
 
 PROMPTS = ("长江是中国", "The Yangtze is")
 REPLY_TOKENS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much a run does at once on this machine."""
+
+    characters: int
+    """Held-out Chinese, twice as much English."""
+    packs: int
+    """Of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +70,12 @@ def main() -> None:
     call("fetch", f"output_dir={BASE}")
     extend_base()
     folder = RUNS / time.strftime("%Y-%m-%d_%H-%M-%S")
-    tell(f"measuring: the untouched base, and {MEASURED_STEPS} steps")
-    before, pace = measure(folder / "base")
+    flops = probe_flops()
+    scale = choose_scale(flops)
+    tell(f"{flops / 1e9:.0f} GFLOP/s in matrix products; measuring the untouched base, and {MEASURED_STEPS} steps")
+    options = (*hold_out(folder / "text", scale.characters), f"stage.global_batch_size={scale.packs}",
+               f"hardware.micro_batch_size={scale.packs}")  # fmt: skip
+    before, pace = measure(folder / "base", options)
     began = time.monotonic()
     replies = {"base": write_on(str(BASE), "")}
     writing = time.monotonic() - began
@@ -61,6 +85,7 @@ def main() -> None:
     after = train(
         EXTENDED,
         folder / "trained",
+        *options,
         f"stage.max_steps={steps}",
         f"stage.warmup_steps={min(5, steps // 4)}",
         "stage.learning_rate=5e-4",
@@ -81,10 +106,45 @@ def extend_base() -> None:
          f"vocab.corpus=[{corpus}]")  # fmt: skip
 
 
-def measure(folder: Path) -> tuple[Path, Pace]:
+def probe_flops(seconds: float = 2.0) -> float:
+    """Mean FLOP/s of float32 matrix products, whatever else this machine is doing."""
+    import torch
+
+    size, products = 512, 0
+    matrix = torch.randn(size, size)
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        torch.mm(matrix, matrix)
+        products += 1
+    return products * 2 * size**3 / (time.monotonic() - began)
+
+
+def choose_scale(flops: float) -> Scale:
+    """What keeps an evaluation to EVALUATION_SECONDS: of the base two and a half tokens a Chinese character."""
+    tokens = EVALUATION_SECONDS * 0.5 * flops / FORWARD_FLOPS
+    characters = max(FEWEST_CHARACTERS, min(MOST_CHARACTERS, int(tokens / 2.5)))
+    return Scale(characters, packs=1 if flops < SLOW_FLOPS else 2)
+
+
+def hold_out(folder: Path, characters: int) -> list[str]:
+    """Write the sample with fewer held-out documents, the same for every vocabulary; the overrides that name it."""
+    for name, limit in (("sample_zh", characters), ("sample_en", 2 * characters)):
+        target = folder / name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SAMPLE_DIR / name / "train.jsonl", target)
+        taken, room = [], limit
+        for line in (SAMPLE_DIR / name / "val.jsonl").read_text(encoding="utf-8").splitlines():
+            if room > 0:
+                taken.append(line)
+            room -= len(json.loads(line)["text"])
+        (target / "val.jsonl").write_text("\n".join(taken) + "\n", encoding="utf-8")
+    return [f"data.sources.{name}.path={folder / name}" for name in ("sample_zh", "sample_en")]
+
+
+def measure(folder: Path, options: tuple[str, ...]) -> tuple[Path, Pace]:
     """A few steps of the untouched base: its held-out scores before them, and what a run takes on this machine."""
     began = time.monotonic()
-    run = train(BASE, folder, f"stage.max_steps={MEASURED_STEPS}", "stage.warmup_steps=0")
+    run = train(BASE, folder, *options, f"stage.max_steps={MEASURED_STEPS}", "stage.warmup_steps=0")
     taken = time.monotonic() - began
     seconds = [row["seconds"] for row in read_metrics(run) if row["kind"] == "train"]
     # The first step also warms up.

@@ -34,7 +34,7 @@ def test_the_choice_is_a_tenth_of_the_rate_at_which_the_smoothed_loss_is_lowest(
 
 @pytest.mark.parametrize("gains", [[], [0.0, -0.1, -0.7]], ids=["none was finite", "none is lower"])
 def test_a_curve_that_never_falls_gives_no_choice(gains):
-    with pytest.raises(TrainingError, match="no learning rate .* lowered the loss"):
+    with pytest.raises(TrainingError, match="lowered the loss"):
         choose([Point(1e-6, 3.0, gain, gain) for gain in gains])
 
 
