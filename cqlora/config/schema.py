@@ -262,10 +262,6 @@ class DataConfig:
         if not self.sources:
             raise ConfigError("data.sources is empty; name at least one source.")
 
-    def replayed(self, stage: str) -> list[str]:
-        """Names of the sources of a stage whose share data.replay fixes."""
-        return [name for name, source in self.sources.items() if source.replay and stage in source.stages]
-
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
@@ -541,10 +537,8 @@ class RunConfig:
         self._check_replay()
 
     def _check_replay(self) -> None:
-        names, used = (
-            self.data.replayed(self.stage.name),
-            [name for name, source in self.data.sources.items() if self.stage.name in source.stages],
-        )
+        used = [name for name, source in self.data.sources.items() if self.stage.name in source.stages]
+        names = [name for name in used if self.data.sources[name].replay]
         if self.data.replay and not names:
             raise ConfigError(
                 f"data.replay={self.data.replay} needs a source to replay; mark one, as in "

@@ -24,5 +24,6 @@ class EmbeddingNoise:
         generator = torch.Generator(embeddings.device).manual_seed(word >> 1)
         noise = torch.empty_like(embeddings, requires_grad=False).uniform_(-1, 1, generator=generator)
         lengths = torch.tensor(document_lengths, device=embeddings.device)
-        magnitude = self.alpha / torch.sqrt(lengths * embeddings.shape[-1]).repeat_interleave(lengths)
+        magnitude = self.alpha / torch.sqrt(lengths * embeddings.shape[-1])
+        magnitude = magnitude.repeat_interleave(lengths, output_size=embeddings.shape[1])
         return embeddings + noise * magnitude[:, None].to(noise.dtype)
