@@ -54,8 +54,8 @@ def find_learning_rate(trainer: Trainer) -> float:
     chosen = choose(points)
     if trainer.worker.is_main:
         found = {"version": 1, "rule": RULE, "learning_rate": chosen, "points": [asdict(point) for point in points]}
-        write_json(trainer.output_dir / FILE, found)
-        show(points, chosen, trainer.output_dir / FILE)
+        write_json(trainer.run_folder / FILE, found)
+        show(points, chosen, trainer.run_folder / FILE)
     return chosen
 
 
@@ -100,7 +100,7 @@ def take_step(trainer: Trainer, rate: float) -> float:
         trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.module.zero_grad(set_to_none=True)
-    trainer.progress.step += 1
+    trainer.counters.step += 1
     return result.loss
 
 
