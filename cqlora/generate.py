@@ -18,7 +18,7 @@ from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError
 from cqlora.inference.requests import Sampling, check_held
 from cqlora.system.durable import hold, replace_file
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.sealed import read_sealed, seal_document
 from cqlora.system.signals import stop_on_signals
 
@@ -82,7 +82,7 @@ def generate(config: GenerateConfig) -> None:
     show_log()
     output = Path(config.output)
     base = read_base(config.base)
-    with told_as_sentence(output), hold(output):
+    with described_as_sentence(output), hold(output):
         written = take_up(config, output, fingerprint_weights(base.path))
         missing = [number for number in range(config.documents) if number not in written]
         engine = EngineConfig(base=config.base, dtype=config.dtype, cache=False, prefix_cache_gib=0).load_engine()
