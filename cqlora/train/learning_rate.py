@@ -106,7 +106,6 @@ def take_step(trainer: Trainer, rate: float) -> float:
 
 def score_batch(trainer: Trainer, step: int) -> float:
     """Loss of a step's batch under the parameters as they are."""
-
     worker = trainer.worker
     ids = trainer.order.packs_of_step(step)
     packs = {pack: trainer.split.pack(pack) for pack in ids}

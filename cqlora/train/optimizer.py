@@ -17,7 +17,7 @@ from cqlora.model.placement import local_leaf, local_part
 def build_optimizer(model: nn.Module, stage: StageConfig, b_ratio: float = 1.0) -> torch.optim.Optimizer:
     """AdamW over what this worker holds of the trainable parameters, in a group for each learning rate that they have.
 
-    `b_ratio` is how many times the learning rate the blocks' B matrices have (LoRA+, 2402.12354, section 4).
+    `b_ratio` is how many times the learning rate the blocks' B matrices have (LoRA+, 2402.12354).
     """
     by_rate: dict[float, list[nn.Parameter]] = {}
     shards: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -92,9 +92,9 @@ def learning_rate_share(stage: StageConfig, step: int, total_steps: int) -> floa
     """Learning rate of a step as a share of the peak: linear warm-up in optimizer steps, then the schedule.
 
     The first step trains at 1/warmup_steps of the peak, step `warmup_steps` (from 1) at the peak, the last
-    one of a decaying schedule at min_learning_rate_ratio. Under wsd (MiniCPM, 2404.06395, section 4.2) the rate
+    one of a decaying schedule at min_learning_rate_ratio. Under wsd (MiniCPM, 2404.06395) the rate
     stays at the peak until the last steps, in which it falls by one less the root of what is done of them
-    (2405.18392, section 3.3).
+    (2405.18392).
     """
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
