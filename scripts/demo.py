@@ -31,12 +31,13 @@ RESERVE = 0.1
 """Share of the limit that is planned for nothing, since a machine is not as quick every minute."""
 EVALUATION_SECONDS = 30
 """About as long as one of the four evaluations may take."""
-FORWARD_FLOPS = 2 * 135e6
+FORWARD_FLOPS, STEP_FLOPS = 2 * 135e6, 6 * 135e6
 """Of a token of the model; half of what bare matrix products reach is reached in it."""
-FEWEST_CHARACTERS, MOST_CHARACTERS = 800, 6000
+FEWEST_CHARACTERS, MOST_CHARACTERS = 300, 6000
 """Chinese text to be scored on, twice as much English: the sample holds out 6,000 and 17,000."""
-SLOW_FLOPS = 40e9
-"""Below which a step has one pack of 512 tokens and not two."""
+STEP_SECONDS = 10
+STEP_TOKENS = (1024, 512, 256, 128)
+"""Of which a step has the most that take STEP_SECONDS."""
 MEASURED_STEPS = 2
 FEWEST_STEPS, MOST_STEPS = 4, 120
 """Below which nothing is learned, and above which the sample's 65,000 tokens are only learned by heart."""
@@ -51,8 +52,18 @@ class Scale:
 
     characters: int
     """Held-out Chinese, twice as much English."""
-    packs: int
+    tokens: int
     """Of a step."""
+
+    @property
+    def overrides(self) -> list[str]:
+        """Packs of 512 tokens, or one that is shorter."""
+        packs, length = max(1, self.tokens // 512), min(512, self.tokens)
+        return [
+            f"stage.global_batch_size={packs}",
+            f"hardware.micro_batch_size={packs}",
+            f"stage.sequence_length={length}",
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +84,7 @@ def main() -> None:
     flops = probe_flops()
     scale = choose_scale(flops)
     tell(f"{flops / 1e9:.0f} GFLOP/s in matrix products; measuring the untouched base, and {MEASURED_STEPS} steps")
-    options = (*hold_out(folder / "text", scale.characters), f"stage.global_batch_size={scale.packs}",
-               f"hardware.micro_batch_size={scale.packs}")  # fmt: skip
+    options = (*hold_out(folder / "text", scale.characters), *scale.overrides)
     before, pace = measure(folder / "base", options)
     began = time.monotonic()
     replies = {"base": write_on(str(BASE), "")}
@@ -120,10 +130,11 @@ def probe_flops(seconds: float = 2.0) -> float:
 
 
 def choose_scale(flops: float) -> Scale:
-    """What keeps an evaluation to EVALUATION_SECONDS: of the base two and a half tokens a Chinese character."""
+    """What keeps evaluations and steps short; the base has two and a half tokens a Chinese character, English included."""
     tokens = EVALUATION_SECONDS * 0.5 * flops / FORWARD_FLOPS
     characters = max(FEWEST_CHARACTERS, min(MOST_CHARACTERS, int(tokens / 2.5)))
-    return Scale(characters, packs=1 if flops < SLOW_FLOPS else 2)
+    affordable = STEP_SECONDS * 0.5 * flops / STEP_FLOPS
+    return Scale(characters, next((each for each in STEP_TOKENS if each <= affordable), STEP_TOKENS[-1]))
 
 
 def hold_out(folder: Path, characters: int) -> list[str]:

@@ -79,8 +79,7 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
 
 def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embeddings) -> PeftLoraConfig:
     """PEFT's configuration of a new adapter."""
-    trains_low_rank = lora.method is not AdapterMethod.none
-    targets = list(resolve_targets(model, lora.target_modules)) if trains_low_rank else DUMMY_TARGET_MODULES
+    targets = [] if lora.method is AdapterMethod.none else list(resolve_targets(model, lora.target_modules))
     matrices = EMBEDDING_MODULES[:1] if base.tied else EMBEDDING_MODULES
     options: dict[str, Any] = {}
     if embeddings is Embeddings.lora:
@@ -96,7 +95,8 @@ def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embe
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        # PEFT takes no empty list.
+        target_modules=targets or DUMMY_TARGET_MODULES,
         use_rslora=lora.method is AdapterMethod.rslora,
         use_dora=lora.method is AdapterMethod.dora,
         base_model_name_or_path=str(base.path),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cqlora.model.batch import Batch
-from cqlora.model.load import find_decoder, find_head
+from cqlora.model.load import find_decoder, find_embedding, find_head
 from cqlora.model.loss import OutputHead, label_cross_entropy
 from cqlora.model.noise import EmbeddingNoise
 
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.autocast):
             inputs = {"input_ids": batch.input_ids}
             if noise is not None:
-                embeddings = decoder.get_input_embeddings()(batch.input_ids)
+                embeddings = find_embedding(self.model)(batch.input_ids)
                 inputs = {"inputs_embeds": noise.add_to(embeddings, batch.document_lengths)}
             hidden = decoder(
                 **inputs, position_ids=batch.position_ids, use_cache=False, **batch.attention
