@@ -130,7 +130,7 @@ def probe_flops(seconds: float = 2.0) -> float:
 
 
 def choose_scale(flops: float) -> Scale:
-    """What keeps evaluations and steps short; the base has two and a half tokens a Chinese character, English included."""
+    """What keeps evaluations and steps short; with its English, a Chinese character is two and a half tokens."""
     tokens = EVALUATION_SECONDS * 0.5 * flops / FORWARD_FLOPS
     characters = max(FEWEST_CHARACTERS, min(MOST_CHARACTERS, int(tokens / 2.5)))
     affordable = STEP_SECONDS * 0.5 * flops / STEP_FLOPS
