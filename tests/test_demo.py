@@ -1,17 +1,14 @@
 """The demo's arithmetic: what a machine is asked for follows from what it was measured to do."""
 
-import importlib.util
 import json
 
 import pytest
 
 from cqlora.data.sources import SAMPLE_DIR
-from tests.conftest import ROOT
 from tests.runs import typed_run
+from tests.test_scripts import load_script
 
-SPEC = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
-demo = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(demo)
+demo = load_script("demo")
 
 
 @pytest.mark.parametrize("gigaflops", [1, 10, 50, 135, 250, 1000])
