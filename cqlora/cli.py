@@ -26,6 +26,7 @@ VERBS = {
     "generate": "documents that a base writes itself, to be replayed",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
+    "report": "one HTML page of a run, a sweep or several runs",
 }
 
 _FLAGS_WITH_VALUE = {

@@ -50,6 +50,7 @@ WHOLE = {
     "chat": ["base=a"],
     "serve": ["base=a"],
     "generate": ["base=a", "output=b.jsonl"],
+    "report": ["folder=a"],
 }
 
 
@@ -191,6 +192,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_every_verb(monkeypatch):
                 "stage.resume"],
         "merge": ["base", "output_dir"], "convert": ["input_dir", "output_dir"], "fetch": ["output_dir"],
         "chat": ["base", "adapter"], "serve": ["base", "adapter"], "extend": ["output_dir"],
+        "report": ["output"],
     }  # fmt: skip
     for verb, keys in paths.items():
         schema, composed = composed_for(verb)
