@@ -8,7 +8,8 @@ import pytest
 from cqlora.errors import TrainingError
 from cqlora.system.metrics import read_metrics
 from cqlora.train.learning_rate import HIGHEST, LOWEST, STEPS, Point, choose, rates
-from tests.runs import finish_run, finish_workers, losses, typed_run
+from tests.conftest import run_verb
+from tests.runs import SMALL, finish_run, finish_workers, losses, typed_run
 
 RUN = ("stage=pretrain", "model.quantization=none", "lora.dropout=0", "stage.warmup_steps=0")
 FIND = "stage.find_learning_rate=true"
@@ -60,6 +61,14 @@ def test_it_begins_as_a_run_at_its_lowest_rate_and_leaves_nothing_but_its_curve(
     # And is not swept once there is a checkpoint.
     assert finish_run(typed_run(workspace, *RUN, *then, FIND), find) == 1
     assert "stage.find_learning_rate was False and is True" in (find / "stderr.txt").read_text()
+
+
+def test_the_curve_and_the_choice_stand_in_the_terminal(workspace):
+    told = run_verb(workspace, "run", *SMALL, "stage=pretrain", FIND, "hydra.run.dir=found").stdout
+    chosen = found_in(workspace / "found")["learning_rate"]
+    assert f"stage.learning_rate={chosen:g}  a tenth of the rate at which the smoothed loss is lowest" in told
+    assert told.count("← lowest") == 1 and "report" not in told
+    assert {file.name for file in (workspace / "found").iterdir()} >= {"learning_rate.json", "run.yaml"}
 
 
 def test_two_workers_find_what_one_does(workspace, tmp_path):
