@@ -46,11 +46,12 @@ def test_it_begins_as_a_run_at_its_lowest_rate_and_leaves_nothing_but_its_curve(
     constant = ("stage.schedule=constant", f"stage.learning_rate={LOWEST}", "stage.max_steps=2")
     assert finish_run(typed_run(workspace, *RUN, *constant), plain) == 0
     found = found_in(find)
-    assert [point["loss"] for point in found["points"][:2]] == [loss for _, loss in losses(plain)]
+    taken = [loss for _, loss in losses(plain)]
+    assert [point["loss"] for point in found["points"][:2]] == pytest.approx(taken, rel=1e-6)
     assert found["points"][0]["gain"] == pytest.approx(0, abs=1e-6)
     best = max(found["points"], key=lambda point: point["smoothed_gain"])
     assert found["learning_rate"] == pytest.approx(best["learning_rate"] / 10, rel=0.05)
-    assert best["smoothed_gain"] > 0.1 and best["learning_rate"] > 100 * LOWEST
+    assert best["smoothed_gain"] > 0.01 and best["learning_rate"] > 100 * LOWEST
     assert not (find / "adapter").exists() and not (find / "checkpoints").exists()
     assert not [row for row in read_metrics(find) if row["kind"] != "event"]
 
