@@ -1,4 +1,4 @@
-"""What fields of any schema are checked for, each in one sentence that names the key as a user types it."""
+"""Checks of any schema's fields; each error is one sentence that names the key as a user types it."""
 
 import dataclasses
 import math
@@ -103,6 +103,18 @@ def node_name(config: Any) -> str:
 
 _WHOLE_PROGRAMS = tuple(
     f"{verb}Config"
-    for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch", "Generate")
+    for verb in (
+        "Run",
+        "Plan",
+        "Chat",
+        "Serve",
+        "Engine",
+        "Merge",
+        "Convert",
+        "Extend",
+        "Fetch",
+        "Generate",
+        "Evaluate",
+    )
 )
 """Schemas whose keys stand at the top of a command line."""

@@ -49,7 +49,7 @@ def attach_adapter(
         ConfigError: target modules that the model does not have.
         ModelError: an adapter of another base or tokenizer.
     """
-    if init_adapter and (lora.method is AdapterMethod.none or holds_low_rank(Path(init_adapter))):
+    if keeps_shape(lora, init_adapter):
         return continue_adapter(model, base, lora, Path(init_adapter))
     adapted: PeftModel = get_peft_model(model, peft_config(model, base, lora, embeddings))
     keep_masters(adapted)
@@ -59,9 +59,11 @@ def attach_adapter(
     return adapted
 
 
-def holds_low_rank(folder: Path) -> bool:
-    """Whether an adapter has low-rank matrices; one of embeddings alone gets new ones beside them."""
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+def keeps_shape(lora: LoraConfig, init_adapter: str) -> bool:
+    """Whether a run trains the matrices of the adapter that it continues; one of embeddings alone gets others too."""
+    if not init_adapter or lora.method is AdapterMethod.none:
+        return bool(init_adapter)
+    with safe_open(Path(init_adapter, ADAPTER_WEIGHTS), framework="pt") as weights:
         return any(".lora_" in name for name in weights.keys())  # noqa: SIM118 - not a mapping
 
 
@@ -69,7 +71,7 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
     """Load an adapter to train on, as it was but for its dropout; `launch.continuation` has compared the rest."""
     check_fingerprints(folder, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
     config = PeftLoraConfig.from_pretrained(folder)
-    # Before the layers are made: without dropout they are made to have none, and fuse.
+    # Before the layers are made: only layers made without dropout can be fused.
     config.lora_dropout = lora.dropout
     adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
     if keep_masters(adapted):
@@ -129,11 +131,6 @@ def added_row_indices(base: Base) -> list[int]:
     if base.first_added_row is None:
         raise ModelError(f"{base.path} has no added rows; extend it with `cqlora extend` first.")
     return list(range(base.first_added_row, base.first_added_row + base.added_rows))
-
-
-def count_trainable(model: nn.Module) -> int:
-    """Trainable parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def save_adapter(
@@ -203,7 +200,7 @@ def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
 
 
 def write_card(folder: Path, base: Base, trained_on: dict[str, Any], said: dict[str, Any]) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and what `said` says."""
+    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and what else is `said`."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),
