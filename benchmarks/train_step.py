@@ -102,7 +102,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     model = attach_adapter(model, base, LoraConfig(rank=16, alpha=16), Embeddings.frozen, "")
     objective = Objective(model, dtype, autocast=not fuse_blocks(model)).train()
     stage = PretrainConfig(name="pretrain", sequence_length=2048, global_batch_size=1)
-    optimizer = build_optimizer(objective, stage, device)
+    optimizer = build_optimizer(objective, stage)
     trained = [p for p in objective.parameters() if p.requires_grad]
     flops = count_flops_per_token(model)
     limit = 0.0

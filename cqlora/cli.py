@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "held-out text, an in-context probe, C-Eval and CMMLU, generations, of models side by side",
     "merge": "put adapters into their base: safetensors, GGUF or NF4",
     "prepare": "build a run's token cache and say what is in it",
+    "generate": "documents that a base writes itself, to be replayed",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
     "report": "one HTML page of a run, a sweep or several runs",

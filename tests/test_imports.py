@@ -23,6 +23,7 @@ ARROWS = {
     "evaluation": {"base", "config", "data", "engine", "errors", "inference", "lineage", "system"},
     "extend": {"cli", "config", "errors", "vocab", "weights"},
     "fetch": {"base", "cli", "config", "weights"},
+    "generate": {"base", "cli", "config", "engine", "engine_config", "errors", "inference", "system"},
     "inference": {"architectures", "base", "config", "data", "errors", "system", "weights"},
     "launch": {"architectures", "base", "config", "data", "errors", "plan", "random_base", "report", "system", "train"},
     "lineage": {"base", "errors", "system"},

@@ -103,6 +103,18 @@ def node_name(config: Any) -> str:
 
 _WHOLE_PROGRAMS = tuple(
     f"{verb}Config"
-    for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch", "Evaluate")
+    for verb in (
+        "Run",
+        "Plan",
+        "Chat",
+        "Serve",
+        "Engine",
+        "Merge",
+        "Convert",
+        "Extend",
+        "Fetch",
+        "Generate",
+        "Evaluate",
+    )
 )
 """Schemas whose keys stand at the top of a command line."""

@@ -23,12 +23,13 @@ class Attention(Enum):
 
 
 class AdapterMethod(Enum):
-    """The low-rank method: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948)."""
+    """The low-rank method: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or none."""
 
     lora = "lora"
     rslora = "rslora"
     dora = "dora"
     pissa = "pissa"
+    none = "none"
 
 
 class SourceKind(Enum):
@@ -75,6 +76,7 @@ class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"
     linear = "linear"
+    wsd = "wsd"
 
 
 class Embeddings(Enum):

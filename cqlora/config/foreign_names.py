@@ -8,6 +8,8 @@ FOREIGN_KEYS = {
     "embedding_lr": "stage.embeddings_learning_rate",
     "min_lr": "stage.min_learning_rate_ratio, a share of stage.learning_rate",
     "cosine_min_lr_ratio": "stage.min_learning_rate_ratio",
+    "neftune_noise_alpha": "stage.neftune_alpha",
+    "loraplus_lr_ratio": "lora.b_learning_rate_ratio",
     "lr_scheduler": "stage.schedule",
     "lr_scheduler_type": "stage.schedule",
     "optim": "stage.optimizer",

@@ -32,6 +32,7 @@ SCHEMAS = {
     "extend": ("cqlora.extend", "ExtendConfig"),
     "evaluate": ("cqlora.evaluation.config", "EvaluateConfig"),
     "merge": ("cqlora.merge", "MergeConfig"),
+    "generate": ("cqlora.generate", "GenerateConfig"),
     "chat": ("cqlora.chat", "ChatConfig"),
     "serve": ("cqlora.serve.config", "ServeConfig"),
     "report": ("cqlora.report.config", "ReportConfig"),
@@ -174,7 +175,19 @@ def render_page(language: str, meanings: dict[str, str]) -> str:
     about = _CHINESE_ABOUT if chinese else _ENGLISH_ABOUT
     head = "| 键 | 类型 | 默认值 | 含义 |" if chinese else "| key | type | default | meaning |"
     parts = [title, about]
-    for verb in ("run", "plan", "convert", "extend", "evaluate", "merge", "chat", "serve", "report", "fetch"):
+    for verb in (
+        "run",
+        "plan",
+        "convert",
+        "extend",
+        "evaluate",
+        "merge",
+        "generate",
+        "chat",
+        "serve",
+        "report",
+        "fetch",
+    ):
         entries = list(list_entries(load_schema(verb)))
         if verb == "plan":
             run = {entry.key for entry in list_entries(load_schema("run"))}

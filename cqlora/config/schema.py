@@ -105,7 +105,7 @@ class LoraConfig:
     """The adapter."""
 
     method: AdapterMethod = AdapterMethod.lora
-    """LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353) or PiSSA (2404.02948)."""
+    """LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353) or PiSSA (2404.02948); none trains embeddings alone."""
     rank: int = 16
     """Rank of the adapter's matrices."""
     alpha: float = 32.0
@@ -116,10 +116,17 @@ class LoraConfig:
     """`[all]` is every linear layer of the blocks; otherwise names such as `[q_proj, v_proj]`."""
     pissa_iterations: int = 16
     """Subspace iterations of PiSSA's fast SVD; 0 computes the exact one."""
+    b_learning_rate_ratio: float = 1.0
+    """LoRA+ (2402.12354): the learning rate of the B matrices is this many times stage.learning_rate; 1 is plain LoRA,
+    the paper's is 16."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require_positive(self, "rank", "alpha")
+        require_positive(self, "rank", "alpha", "b_learning_rate_ratio")
+        for key in ("rank", "alpha", "dropout", "target_modules", "b_learning_rate_ratio"):
+            require_used(
+                self, key, self.method is not AdapterMethod.none, "low-rank matrices, such as lora.method=lora"
+            )
         require_range("lora.pissa_iterations", self.pissa_iterations, 0, 1000)
         require_used(self, "pissa_iterations", self.method is AdapterMethod.pissa, "lora.method=pissa")
         require_range("lora.dropout", self.dropout, 0.0, 0.99)
@@ -149,6 +156,8 @@ class SourceConfig:
     """Take documents until this many tokens train."""
     weight: float = 1.0
     """Share of the taken documents to keep (below 1) or times to repeat them (above 1) in the mix."""
+    replay: bool = False
+    """Of this source as many tokens train as data.replay says, documents being left out or repeated for it."""
     stages: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
     """Stages that use this source."""
     separator: str = ""
@@ -165,6 +174,7 @@ class SourceConfig:
         require_used(self, "oasst_paths", self.kind is SourceKind.oasst1, "kind=oasst1")
         require_used(self, "langs", self.kind is SourceKind.oasst1, "kind=oasst1")
         require_used(self, "subset", bool(self.dataset), "a dataset")
+        require_used(self, "weight", not self.replay, "replay=false, since data.replay decides how much of it trains")
         for key in ("sample", "sample_tokens"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
@@ -225,6 +235,9 @@ class DataConfig:
     sources: dict[str, SourceConfig] = MISSING
     sample_evenly: int | None = None
     """Documents or conversations to train on in all, the same number from every source."""
+    replay: float = 0.0
+    """Share of all training tokens that sources with `replay: true` give, such as English that the base knows already:
+    it slows down forgetting."""
     val_fraction: float = 0.02
     """Share set aside for evaluation by a hash of the document, where a source brings no split of its own."""
     test_fraction: float = 0.0
@@ -242,6 +255,7 @@ class DataConfig:
         require_range("data.val_fraction", self.val_fraction, 0.0, 0.5)
         require_range("data.test_fraction", self.test_fraction, 0.0, 0.5)
         require_range("data.max_rejected_fraction", self.max_rejected_fraction, 0.0, 1.0)
+        require_range("data.replay", self.replay, 0.0, 0.95)
         for key in ("workers", "sample_evenly"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
@@ -275,6 +289,8 @@ class StageConfig:
     """Optimizer steps of linear warm-up from zero."""
     min_learning_rate_ratio: float = 0.1
     """Where a decaying schedule ends, as a share of learning_rate."""
+    decay_fraction: float = 0.2
+    """wsd only: share of the steps, the last ones, in which the learning rate decays."""
     optimizer: Optimizer = Optimizer.auto
     """AdamW by torch (auto, adamw), or by bitsandbytes with 8-bit or paged states."""
     adam_beta1: float = 0.9
@@ -287,12 +303,15 @@ class StageConfig:
     """AdamW's decoupled decay, a share of the learning rate."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm over all trained parameters."""
+    neftune_alpha: float = 0.0
+    """NEFTune (2310.05914): noise on the input embeddings in training, uniform up to neftune_alpha/√(L·hidden_size) for
+    a document of L tokens; 0 is none, the paper's are 5 to 15."""
     embeddings: Embeddings = Embeddings.auto
     """What trains of the embeddings: only rows that an extension added (new_rows), LoRA on both (lora), both whole
     (full), nothing (frozen); auto is new_rows on an extended base, frozen on any other."""
     init_adapter: str = ""
     """Adapter folder to continue from; its rank, alpha, method, adapted layers and embeddings are fixed, its dropout
-    is not."""
+    is not; one of lora.method=none may get low-rank matrices."""
     eval_every_steps: int | None = None
     """null evaluates at the start and at the end only."""
     eval_tokens: int = 16_384
@@ -309,6 +328,8 @@ class StageConfig:
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints to keep."""
+    find_learning_rate: bool = False
+    """Train nothing: sweep the learning rate over some steps (1506.01186), show the curve and what to choose."""
     resume: str = "auto"
     """`auto` goes on from the newest verified checkpoint of the run's folder, `never` starts over,
     anything else is a checkpoint folder."""
@@ -326,7 +347,14 @@ class StageConfig:
         for key in ("max_steps", "epochs", "eval_every_steps", "embeddings_learning_rate"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
-        for key in ("warmup_steps", "weight_decay", "eval_tokens", "eval_characters", "max_forgetting"):
+        for key in (
+            "warmup_steps",
+            "weight_decay",
+            "eval_tokens",
+            "eval_characters",
+            "max_forgetting",
+            "neftune_alpha",
+        ):
             if getattr(self, key) is not None:
                 require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
         require_used(self, "eval_tokens", self.eval_characters is None, "stage.eval_characters=null")
@@ -334,7 +362,10 @@ class StageConfig:
             require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)
         require_used(self, "epochs", self.max_steps is None or self.epochs is None, "stage.max_steps=null")
         decays = self.schedule is not Schedule.constant
-        require_used(self, "min_learning_rate_ratio", decays, "stage.schedule=cosine or linear")
+        require_used(self, "min_learning_rate_ratio", decays, "stage.schedule=cosine, linear or wsd")
+        require_positive(self, "decay_fraction")
+        require_range("stage.decay_fraction", self.decay_fraction, 0.0, 1.0)
+        require_used(self, "decay_fraction", self.schedule is Schedule.wsd, "stage.schedule=wsd")
         self.check_embeddings_rate()
         if self.max_steps is None and self.epochs is None:
             raise ConfigError("stage.max_steps and stage.epochs are both null; set one, e.g. stage.epochs=1.")
@@ -520,12 +551,37 @@ class RunConfig:
                 f"data={self.data.name} has no source for stage={self.stage.name}; choose another data or add "
                 f"{self.stage.name} to a source's stages."
             )
+        self._check_replay()
+
+    def _check_replay(self) -> None:
+        used = [name for name, source in self.data.sources.items() if self.stage.name in source.stages]
+        names = [name for name in used if self.data.sources[name].replay]
+        if self.data.replay and not names:
+            raise ConfigError(
+                f"data.replay={self.data.replay} needs a source to replay; mark one, as in "
+                f"data.sources.{used[-1]}.replay=true."
+            )
+        if names and not self.data.replay:
+            raise ConfigError(
+                f"data.sources.{names[0]}.replay=true has no effect without data.replay; leave it out, or give a share "
+                "such as data.replay=0.2."
+            )
+        if names == used:
+            raise ConfigError(
+                f"data.replay={self.data.replay} is a share beside other text, and every source is replayed; leave one "
+                "without replay=true."
+            )
 
     def _check_adapter(self) -> None:
         if self.lora.method is AdapterMethod.pissa and self.stage.embeddings is Embeddings.lora:
             raise ConfigError(
                 "lora.method=pissa rewrites the base's matrices and cannot share stage.embeddings=lora; "
                 "use stage.embeddings=new_rows or lora.method=lora."
+            )
+        if self.lora.method is AdapterMethod.none and self.stage.embeddings is Embeddings.lora:
+            raise ConfigError(
+                "lora.method=none has no low-rank matrices for stage.embeddings=lora; use stage.embeddings=new_rows, "
+                "or lora.method=lora."
             )
         if self.hardware.strategy is Strategy.fsdp:
             self._check_sharding()

@@ -43,6 +43,8 @@ _TASK_RECORDS = 4096
 _SHOWN_FIELDS = 50
 FAST_BYTES = 4 << 20
 """Bytes of source files from which it pays to prove the faster tokenizer and to start worker processes."""
+COUNTED_RECORDS = 512
+"""Records whose tokens are counted at once, before it is known which of them are taken."""
 MEASURED_RECORDS = 200
 """Records of a source on which tokens per Chinese character are measured."""
 
@@ -114,7 +116,7 @@ def build_cache(
             drop_near_duplicates(chosen, config.data, staging, workers, lambda done: progress("comparing", done, total))
 
         settings = replace(settings, fast=proof is not None and proof.result())
-        count = partial(count_tokens, settings)
+        count = partial(count_tokens, settings, workers)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
         description = CacheWriter(chosen, settings, staging, config.seed, workers, progress).write()
     if not description["splits"]["train"]["documents"]:
@@ -171,12 +173,21 @@ def promises_much(locations: dict[str, Location]) -> bool:
     return size > FAST_BYTES or any(location.dataset for location in locations.values())
 
 
-def count_tokens(settings: EncodeSettings, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
+def count_tokens(settings: EncodeSettings, workers: Workers, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
-    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], numbers)
+    cuts = range(COUNTED_RECORDS, len(entries), COUNTED_RECORDS)
+    tasks = (
+        EncodeTask(str(gathered.spool), part["offset"], part["length"], own)
+        for part, own in zip(np.split(entries, cuts), np.split(numbers, cuts), strict=True)
+    )
+    return np.concatenate([counts for _, counts in workers.map_in_order(partial(count_task, settings), tasks)])
+
+
+def count_task(settings: EncodeSettings, task: EncodeTask) -> np.ndarray:
+    """int64 (records,): tokens of a task's records."""
     batch = encode_task(settings, task)
-    return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
+    return np.bincount(batch.records, weights=batch.lengths, minlength=len(task.offsets)).astype(np.int64)
 
 
 def summarize_losses(chosen: list[Chosen]) -> str:

@@ -122,6 +122,7 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
         "sources": sources,
         "order": list(sources),
         "sample_evenly": config.data.sample_evenly,
+        "replay": config.data.replay,
         "held_out": [config.data.val_fraction, config.data.test_fraction],
         "clean": to_plain(asdict(config.data.clean)),
     }

@@ -14,6 +14,7 @@ from cqlora.data.duplicates import candidate_pairs, find_near_duplicates, write_
 from cqlora.data.keys import assign_splits, fractions, mix_keys
 from cqlora.data.records import SPLITS
 from cqlora.data.workers import Workers
+from cqlora.errors import DataError
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 
@@ -200,6 +201,40 @@ def apply_weight(each: Chosen, weight: float, seed: int) -> None:
     each.leave_out(each.repeats == 0, "weighted out")
 
 
+def take_replay(chosen: list[Chosen], share: float, seed: int, count_tokens: CountTokens) -> None:
+    """Let the replayed sources give `share` of all training tokens, each in proportion to what it has.
+
+    Records are taken in the order of their sampling hash; where all of them are too few, all stand in the mix as often
+    as they fit whole, and the first of them once more. The share is met to half a record of each source.
+
+    Raises:
+        DataError: a replayed source has nothing to train on.
+    """
+    replayed = [each for each in chosen if each.gathered.source.replay]
+    others = sum(count_training(each, count_tokens)[1].sum() for each in chosen if not each.gathered.source.replay)
+    counted = [count_training(each, count_tokens) for each in replayed]
+    available = [int(tokens.sum()) for _, tokens in counted]
+    for each, (numbers, tokens), has in zip(replayed, counted, available, strict=True):
+        if not has:
+            raise DataError(
+                f"source {each.gathered.name} has nothing to replay; give it documents, or leave out data.replay."
+            )
+        in_order = np.argsort(mix_keys(each.gathered.index["key"][numbers], "sample", seed), kind="stable")
+        numbers, tokens = numbers[in_order], tokens[in_order]
+        whole, rest = divmod(share / (1 - share) * float(others) * has / sum(available), has)
+        # Up to where the sum is nearest to what is left.
+        taken = int(np.searchsorted(np.cumsum(tokens) - tokens / 2, rest))
+        each.repeats[numbers] = int(whole)
+        each.repeats[numbers[:taken]] += 1
+        each.leave_out(each.repeats == 0, "not replayed")
+
+
+def count_training(each: Chosen, count_tokens: CountTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of a source's training records, and the tokens of each in the mix, as often as it stands there."""
+    numbers = np.flatnonzero(each.kept & (each.splits == TRAIN))
+    return numbers, count_tokens(each.gathered, numbers) * each.repeats[numbers]
+
+
 def choose_records(
     sources: list[Gathered],
     data: DataConfig,
@@ -228,4 +263,6 @@ def choose_records(
             take_tokens(each, source.sample_tokens, seed, count_tokens)
         if source.weight != 1.0:
             apply_weight(each, source.weight, seed)
+    if data.replay:
+        take_replay(chosen, data.replay, seed, count_tokens)
     return chosen

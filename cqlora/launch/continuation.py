@@ -28,7 +28,7 @@ class Fixed:
     rank: int
     alpha: float
     method: AdapterMethod
-    """Never PiSSA, whose adapters end as plain LoRA on the untouched base."""
+    """none of an adapter of embeddings alone; never PiSSA, whose adapters end as plain LoRA on the untouched base."""
     target_modules: frozenset[str]
     """Names of the blocks' layers that carry low-rank matrices."""
     embeddings: Embeddings
@@ -59,16 +59,18 @@ def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> No
 def list_differences(config: RunConfig, fixed: Fixed) -> list[tuple[str, str, str]]:
     """Keys whose composed value is not the adapter's: key, the adapter's value and the composed one, as typed."""
     lora = config.lora
-    asked = frozenset(adapted_matrices(config.model, lora.target_modules))
+    # Low-rank matrices may come beside embeddings that trained alone.
+    adds = fixed.method is AdapterMethod.none
+    asked = frozenset(adapted_matrices(config.model, lora))
     return [
         (key, theirs, ours)
         for key, same, theirs, ours in (
-            ("lora.rank", lora.rank == fixed.rank, str(fixed.rank), str(lora.rank)),
-            ("lora.alpha", lora.alpha == fixed.alpha, f"{fixed.alpha:g}", f"{lora.alpha:g}"),
-            ("lora.method", lora.method is fixed.method, fixed.method.name, lora.method.name),
+            ("lora.rank", adds or lora.rank == fixed.rank, str(fixed.rank), str(lora.rank)),
+            ("lora.alpha", adds or lora.alpha == fixed.alpha, f"{fixed.alpha:g}", f"{lora.alpha:g}"),
+            ("lora.method", adds or lora.method is fixed.method, fixed.method.name, lora.method.name),
             (
                 "lora.target_modules",
-                asked == fixed.target_modules,
+                adds or asked == fixed.target_modules,
                 _as_typed(config, fixed.target_modules),
                 _as_typed(config, asked),
             ),
@@ -101,7 +103,7 @@ def read_fixed(folder: Path) -> Fixed:
         return Fixed(
             rank=int(written["r"]),
             alpha=float(written["lora_alpha"]),
-            method=_method_of(written),
+            method=_method_of(written) if any(".lora_" in name for name in names) else AdapterMethod.none,
             target_modules=frozenset(low_rank - _EMBEDDING_MODULES),
             embeddings=_embeddings_of(names),
             rows=frozenset(row for each in of_matrices for row in each),

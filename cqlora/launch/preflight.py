@@ -104,9 +104,14 @@ def check_device_support(config: RunConfig) -> None:
 
 
 def check_embeddings(config: RunConfig, given: Given) -> None:
-    """Raise ConfigError for new rows on a base that has none."""
+    """Raise ConfigError for new rows on a base that has none, and where nothing would train."""
     if config.stage.embeddings is Embeddings.new_rows and not (given.base and given.base.added_rows):
         raise ConfigError(
             f"stage.embeddings=new_rows, but {config.model.path} has no added rows; extend it with `cqlora extend "
             "base=… output_dir=… vocab=…` first, or use stage.embeddings=frozen."
+        )
+    if config.stage.embeddings is Embeddings.frozen and config.lora.method is AdapterMethod.none:
+        raise ConfigError(
+            "lora.method=none with frozen embeddings trains nothing; use a base with added rows, "
+            "stage.embeddings=full, or lora.method=lora."
         )

@@ -52,7 +52,8 @@ def launch(config: RunConfig, run_folder: Path, own_process: bool, run_folder_gi
             run_workers(stage_config(config, run_folder), config.hardware)
         else:
             run_folder = train_here(config, run_folder)
-    conclude(run_folder)
+    if not config.stage.find_learning_rate:
+        conclude(run_folder)
     return run_folder
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -41,15 +43,28 @@ def attach_adapter(
 ) -> PeftModel:
     """Put a new adapter on a frozen base, or the one in `init_adapter`, ready to train.
 
+    Where that one holds embeddings alone and `lora` has a method, new low-rank matrices come beside them.
+
     Raises:
         ConfigError: target modules that the model does not have.
         ModelError: an adapter of another base or tokenizer.
     """
-    if init_adapter:
+    if keeps_shape(lora, init_adapter):
         return continue_adapter(model, base, lora, Path(init_adapter))
     adapted: PeftModel = get_peft_model(model, peft_config(model, base, lora, embeddings))
     keep_masters(adapted)
+    if init_adapter:
+        check_fingerprints(Path(init_adapter), fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+        set_peft_model_state_dict(adapted, load_file(Path(init_adapter, ADAPTER_WEIGHTS)))
     return adapted
+
+
+def keeps_shape(lora: LoraConfig, init_adapter: str) -> bool:
+    """Whether a run trains the matrices of the adapter that it continues; one of embeddings alone gets others too."""
+    if not init_adapter or lora.method is AdapterMethod.none:
+        return bool(init_adapter)
+    with safe_open(Path(init_adapter, ADAPTER_WEIGHTS), framework="pt") as weights:
+        return any(".lora_" in name for name in weights.keys())  # noqa: SIM118 - not a mapping
 
 
 def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folder: Path) -> PeftModel:
@@ -66,7 +81,7 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
 
 def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embeddings) -> PeftLoraConfig:
     """PEFT's configuration of a new adapter."""
-    targets = list(resolve_targets(model, lora.target_modules))
+    targets = [] if lora.method is AdapterMethod.none else list(resolve_targets(model, lora.target_modules))
     matrices = EMBEDDING_MODULES[:1] if base.tied else EMBEDDING_MODULES
     options: dict[str, Any] = {}
     if embeddings is Embeddings.lora:
@@ -82,7 +97,8 @@ def peft_config(model: nn.Module, base: Base, lora: LoraConfig, embeddings: Embe
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        # PEFT takes no empty list.
+        target_modules=targets or DUMMY_TARGET_MODULES,
         use_rslora=lora.method is AdapterMethod.rslora,
         use_dora=lora.method is AdapterMethod.dora,
         base_model_name_or_path=str(base.path),

@@ -169,6 +169,11 @@ def find_decoder(model: torch.nn.Module) -> torch.nn.Module:
     return cast(torch.nn.Module, _core(model).model)
 
 
+def find_embedding(model: torch.nn.Module) -> torch.nn.Module:
+    """The input embedding, wrapped by PEFT or not."""
+    return cast(torch.nn.Module, find_decoder(model).embed_tokens)
+
+
 def _core(model: Any) -> torch.nn.Module:
     core: torch.nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return core

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from cqlora.model.batch import Batch
-from cqlora.model.load import find_decoder, find_head
+from cqlora.model.load import find_decoder, find_embedding, find_head
 from cqlora.model.loss import OutputHead, label_cross_entropy
+from cqlora.model.noise import EmbeddingNoise
 
 
 class Objective(nn.Module):
@@ -19,12 +20,15 @@ class Objective(nn.Module):
         self.dtype = dtype
         self.autocast = autocast and dtype is not torch.float32
 
-    def forward(self, batch: Batch, divisor: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: Batch, divisor: float, noise: EmbeddingNoise | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss of one micro batch.
 
         Args:
             batch: tokens of T positions.
             divisor: label tokens of the whole global batch, so that gradients add up to its mean.
+            noise: what is added to the embeddings of the tokens, in training alone.
 
         Returns:
             The sum of the token losses over `divisor`; the token losses (L,) in float32, detached; and the
@@ -32,8 +36,12 @@ class Objective(nn.Module):
         """
         decoder = find_decoder(self.model)
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.autocast):
+            inputs = {"input_ids": batch.input_ids}
+            if noise is not None:
+                embeddings = find_embedding(self.model)(batch.input_ids)
+                inputs = {"inputs_embeds": noise.add_to(embeddings, batch.document_lengths)}
             hidden = decoder(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **batch.attention
+                **inputs, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state
         # A head that trains whole is held in float32 and computes as the rest does.
         head = replace(OutputHead.from_module(find_head(self.model)), dtype=self.dtype)

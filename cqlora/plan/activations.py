@@ -49,7 +49,7 @@ def _kept_input(
     already_kept: bool = False,
 ) -> int:
     """Bytes of the input that `layers` share, kept for the gradients of those that carry an adapter."""
-    adapted = len(set(layers) & set(adapted_matrices(model, lora.target_modules)))
+    adapted = len(set(layers) & set(adapted_matrices(model, lora)))
     size = program.compute_bytes
     shared = 0 if already_kept else size * width
     frozen_copy = shared if program.keeps_quantized_inputs else 0
@@ -64,7 +64,7 @@ def _kept_input(
 
 def _kept_by_adapters(model: ModelConfig, lora: LoraConfig, program: Program) -> int:
     """The products x·A of each adapted layer; DoRA keeps the layer's output too, to scale it."""
-    adapted = adapted_matrices(model, lora.target_modules).values()
+    adapted = adapted_matrices(model, lora).values()
     numbers = lora.rank * len(adapted)
     if lora.method is AdapterMethod.dora:
         numbers += sum(matrix.outputs for matrix in adapted)

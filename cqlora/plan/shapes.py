@@ -79,13 +79,15 @@ def base_parameters(model: ModelConfig) -> int:
     return linear_parameters(model) + embedding_parameters(model) + norm_parameters(model)
 
 
-def adapted_matrices(model: ModelConfig, targets: list[str]) -> dict[str, Matrix]:
-    """The linear layers of one block that carry an adapter.
+def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> dict[str, Matrix]:
+    """The linear layers of one block that carry low-rank matrices.
 
     Raises:
         ConfigError: a name that no linear layer of a block has.
     """
-    matrices = block_matrices(model)
+    matrices, targets = block_matrices(model), lora.target_modules
+    if lora.method is AdapterMethod.none:
+        return {}
     if targets == ["all"]:
         return matrices
     for name in targets:
@@ -98,7 +100,7 @@ def adapted_matrices(model: ModelConfig, targets: list[str]) -> dict[str, Matrix
 
 def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
     """Numbers in the low-rank matrices of all blocks, with DoRA's magnitudes."""
-    adapted = adapted_matrices(model, lora.target_modules).values()
+    adapted = adapted_matrices(model, lora).values()
     magnitudes = lora.method is AdapterMethod.dora
     of_block = sum(lora.rank * (matrix.inputs + matrix.outputs) + magnitudes * matrix.outputs for matrix in adapted)
     return model.num_hidden_layers * of_block

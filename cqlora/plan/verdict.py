@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cqlora.config.choices import Checkpointing, Device, Optimizer, Precision, Quantization
+from cqlora.config.choices import AdapterMethod, Checkpointing, Device, Optimizer, Precision, Quantization
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.estimate import GIB
@@ -92,7 +92,7 @@ def _other_settings(config: RunConfig, rows: Rows | None) -> Iterator[Option]:
         if length >= 256:
             shorter = replace(stage, sequence_length=length)
             edits.append(({"stage.sequence_length": str(length)}, {"stage": shorter}))
-    if lora.rank >= 16:
+    if lora.rank >= 16 and lora.method is not AdapterMethod.none:
         edits.append(({"lora.rank": str(lora.rank // 4)}, {"lora": replace(lora, rank=lora.rank // 4)}))
     for typed, changes in edits:
         fitting = suggest_layouts(replace(config, **changes), rows)

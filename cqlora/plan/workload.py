@@ -114,7 +114,7 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         embedding_bytes=size,
         optimizer_bytes=_STATE_BYTES[stage.optimizer],
         dropout=lora.dropout > 0,
-        lean_mlp=fused and {"gate_proj", "up_proj", "down_proj"} <= set(adapted_matrices(model, lora.target_modules)),
+        lean_mlp=fused and {"gate_proj", "up_proj", "down_proj"} <= set(adapted_matrices(model, lora)),
         mask_bytes=1 if on_gpu else 4,
         # PEFT asks for CUDA's autocast only, and so casts each layer's input anew under the CPU's.
         adapter_copies_input=autocast and (not on_gpu or lora.method is AdapterMethod.dora),

@@ -17,7 +17,7 @@ from cqlora.config.run_yaml import RUN_FILE, describe_config, load_run_yaml
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError
 from cqlora.lineage import describe_lineage
-from cqlora.model.adapters import adapter_state, peft_config, save_adapter
+from cqlora.model.adapters import adapter_state, keeps_shape, peft_config, save_adapter
 from cqlora.model.load import COMPUTE_DTYPES, quantization_config
 from cqlora.model.pissa import convert_to_lora
 from cqlora.train.checkpoint import CheckpointStore, find_damage, read_manifest
@@ -83,7 +83,7 @@ def build_skeleton(config: RunConfig, base: Base) -> PeftModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         model.config.quantization_config = quantization_config(config.model, config.hardware, dtype)
-        if stage.init_adapter:
+        if keeps_shape(config.lora, stage.init_adapter):
             adapter = PeftLoraConfig.from_pretrained(stage.init_adapter, inference_mode=False)
         else:
             adapter = peft_config(model, base, config.lora, stage.embeddings)

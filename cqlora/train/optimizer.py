@@ -14,22 +14,20 @@ from cqlora.model.adapters import EMBEDDING_MODULES
 from cqlora.model.placement import local_leaf, local_part
 
 
-def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over what this worker holds of the trainable parameters, embedding rows in a group of their own."""
-    rows: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+def build_optimizer(model: nn.Module, stage: StageConfig, b_ratio: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW over what this worker holds of the trainable parameters, in a group for each learning rate that they have.
+
+    `b_ratio` is how many times the learning rate the blocks' B matrices have (LoRA+, 2402.12354).
+    """
+    by_rate: dict[float, list[nn.Parameter]] = {}
     shards: list[tuple[nn.Parameter, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and local_part(parameter).numel():
             own = local_leaf(parameter)
             if own is not parameter:
                 shards.append((parameter, own))
-            (rows if set(name.split(".")) & set(EMBEDDING_MODULES) else rest).append(own)
-    rate = stage.learning_rate
-    groups = [{"params": rest, "peak_lr": rate, "lr": rate}]
-    if rows:
-        rate = stage.embeddings_learning_rate or rate
-        groups.append({"params": rows, "peak_lr": rate, "lr": rate})
+            by_rate.setdefault(peak_rate(name, stage, b_ratio), []).append(own)
+    groups = [{"params": own, "peak_lr": rate, "lr": rate} for rate, own in by_rate.items()]
     options: dict[str, Any] = {
         "betas": (stage.adam_beta1, stage.adam_beta2),
         "eps": stage.adam_epsilon,
@@ -39,6 +37,14 @@ def build_optimizer(model: nn.Module, stage: StageConfig, device: torch.device) 
     if shards:
         lend_gradients(optimizer, shards)
     return optimizer
+
+
+def peak_rate(name: str, stage: StageConfig, b_ratio: float) -> float:
+    """The peak learning rate of the parameter with this name in PEFT."""
+    parts = set(name.split("."))
+    if parts & set(EMBEDDING_MODULES):
+        return stage.embeddings_learning_rate or stage.learning_rate
+    return stage.learning_rate * (b_ratio if "lora_B" in parts else 1.0)
 
 
 def choose_optimizer(choice: Optimizer) -> Callable[..., torch.optim.Optimizer]:
@@ -98,13 +104,25 @@ def learning_rate_share(stage: StageConfig, step: int, total_steps: int) -> floa
     """Learning rate of a step as a share of the peak: linear warm-up in optimizer steps, then the schedule.
 
     The first step trains at 1/warmup_steps of the peak, step `warmup_steps` (from 1) at the peak, the last
-    one of a decaying schedule at min_learning_rate_ratio.
+    one of a decaying schedule at min_learning_rate_ratio. Under wsd (MiniCPM, 2404.06395) the rate
+    stays at the peak until the last steps, in which it falls by one less the root of what is done of them
+    (2405.18392).
     """
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     if stage.schedule is Schedule.constant:
         return 1.0
-    decay_steps = max(1, total_steps - 1 - stage.warmup_steps)
-    progress = min(1.0, (step - stage.warmup_steps) / decay_steps)
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if stage.schedule is Schedule.cosine else 1 - progress
-    return stage.min_learning_rate_ratio + (1 - stage.min_learning_rate_ratio) * shape
+    start, decay_steps = stage.warmup_steps, max(1, total_steps - 1 - stage.warmup_steps)
+    if stage.schedule is Schedule.wsd:
+        decay_steps = min(decay_steps, max(1, round(stage.decay_fraction * total_steps)))
+        start = total_steps - 1 - decay_steps
+    progress = min(1.0, max(0, step - start) / decay_steps)
+    return stage.min_learning_rate_ratio + (1 - stage.min_learning_rate_ratio) * _SHAPES[stage.schedule](progress)
+
+
+_SHAPES: dict[Schedule, Callable[[float], float]] = {
+    Schedule.cosine: lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    Schedule.linear: lambda progress: 1 - progress,
+    Schedule.wsd: lambda progress: 1 - math.sqrt(progress),
+}
+"""What is left of the way down, by the share of the decay that is done."""

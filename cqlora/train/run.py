@@ -26,6 +26,7 @@ from cqlora.system.signals import finish_first, preempt_on_signals
 from cqlora.train.distributed import Worker, seed_everything, start_worker
 from cqlora.train.export import describe_card
 from cqlora.train.forgetting import encode_probe
+from cqlora.train.learning_rate import find_learning_rate
 from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
@@ -80,12 +81,15 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
         fused = fuse_blocks(model)
         with show_part("placing the model", worker.is_main):
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
-        optimizer = build_optimizer(module, config.stage, worker.device)
+        optimizer = build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
         probe = encode_probe(base, config.seed) if config.stage.eval_probe else []
         trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder, probe)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
+        if config.stage.find_learning_rate:
+            find_learning_rate(trainer)
+            return
         trainer.fit()
         with finish_first():
             save_final(config, trainer, base, card, run_folder)

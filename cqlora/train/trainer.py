@@ -22,6 +22,7 @@ from cqlora.data.order import StepOrder, share_among_ranks
 from cqlora.errors import Preempted, TrainingError
 from cqlora.model.batch import build_batch, count_labels
 from cqlora.model.evaluation import Evaluation, sum_losses
+from cqlora.model.noise import EmbeddingNoise
 from cqlora.model.placement import accumulate_without_sync, unwrap
 from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
 from cqlora.system.progress import StepDisplay
@@ -160,7 +161,7 @@ class Trainer:
             batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
             last = number == len(shares) - 1
             with nullcontext() if last else accumulate_without_sync(self.module):
-                loss, token_losses, positions = self.module(batch, divisor)
+                loss, token_losses, positions = self.module(batch, divisor, self._noise(number))
                 # Replication and sharding average over workers; the divisor is global already.
                 self.scaler.scale(loss * self.worker.world_size).backward()
             sources = batch.source_ids[positions].cpu()
@@ -178,6 +179,10 @@ class Trainer:
             grad_norm=float(norm),
             stop_asked=bool(sums[0, -1] > 0),
         )
+
+    def _noise(self, micro_batch: int) -> EmbeddingNoise | None:
+        alpha, place = self.config.stage.neftune_alpha, (self.worker.rank, micro_batch)
+        return EmbeddingNoise(alpha, (self.config.seed, self.counters.step, *place)) if alpha else None
 
     def evaluate(self, display: StepDisplay) -> None:
         """Evaluate every source's held-out text and log it."""

@@ -49,6 +49,7 @@ WHOLE = {
     "merge": ["base=a", "output_dir=b", "adapter=[c]"],
     "chat": ["base=a"],
     "serve": ["base=a"],
+    "generate": ["base=a", "output=b.jsonl"],
     "report": ["folder=a"],
 }
 

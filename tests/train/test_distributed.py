@@ -180,6 +180,7 @@ def test_two_workers_are_one_process_with_the_same_global_batch(layout, workspac
         # Its moments have eight bits: one that is rounded the other way is a sixteenth of itself off.
         (("stage.optimizer=adamw_8bit",), (GRADIENT_BOUND, 1e-2)),
         (("stage.embeddings=full",), (GRADIENT_BOUND, UPDATE_BOUND)),
+        (("lora.b_learning_rate_ratio=4", "stage.learning_rate=1e-3"), (GRADIENT_BOUND, UPDATE_BOUND)),
         # Products have eight bits, of the same packs one by one in both.
         (("hardware.precision=bfloat16",), (1e-4, 1e-2)),
         (("hardware.precision=bfloat16", "stage.embeddings=full"), (1e-4, 1e-2)),
@@ -241,9 +242,12 @@ def die_in_step_6_on_rank_1() -> None:
 
 
 @pytest.mark.parametrize("layout", [DDP, FSDP], ids=["ddp", "fsdp"])
-def test_killed_and_resumed_with_dropout_two_workers_give_the_same_bits(layout, workspace, tmp_path):
+def test_killed_and_resumed_with_dropout_noise_and_two_rates_two_workers_give_the_same_bits(
+    layout, workspace, tmp_path
+):
     overrides = ("lora.dropout=0.1", "stage.max_steps=9", "stage.checkpoint_every_steps=3")
-    config = typed_run(workspace, *RUN, *overrides, *layout)
+    levers = ("stage.neftune_alpha=5", "lora.b_learning_rate_ratio=4", "stage.learning_rate=1e-3")
+    config = typed_run(workspace, *RUN, *overrides, *levers, *layout)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert finish_workers(config, whole, tell_memory) == [0, 0]
     # Nobody watches these two: the connection's end alone must end the other.
