@@ -19,7 +19,7 @@ from cqlora.config.run_yaml import describe_config
 from cqlora.config.schema import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
-from cqlora.system.metrics import append_metrics, mean_loss, rewind_metrics
+from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, rewind_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Record:
         if self._folder is None:
             return
         append_metrics(self._folder, row)
-        numbers = tracker_values(row)
+        numbers = name_values(row)
         for tracker in self._trackers:
             if numbers:
                 tracker.log(numbers, step=row["step"])
@@ -48,7 +48,7 @@ class Record:
         loss = mean_loss(evaluations)
         for tracker in self._trackers:
             if loss is not None and math.isfinite(loss):
-                tracker.log({"eval/loss": loss}, step=evaluations[0]["step"])
+                tracker.log({MEAN_LOSS: loss}, step=evaluations[0]["step"])
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Say that something happened, in the record and in the log."""
@@ -157,18 +157,6 @@ def run_id(output_dir: Path) -> str:
 def sweep_group(output_dir: Path) -> str | None:
     """Jobs of one sweep, whose folders are numbered inside the sweep's, share its folder as a group."""
     return f"{output_dir.parent.parent.name}-{output_dir.parent.name}" if output_dir.name.isdigit() else None
-
-
-def tracker_values(row: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers under the names that a dashboard groups by: `train/loss`, `eval/wiki_zh/zh/loss`."""
-    if row["kind"] == "event":
-        return {}
-    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
-    return {
-        f"{prefix}/{key}": value
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
-    }
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

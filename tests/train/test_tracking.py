@@ -12,13 +12,12 @@ from cqlora.config.choices import Tracker, TrackingMode
 from cqlora.config.run_yaml import load_frozen
 from cqlora.config.schema import TrackingConfig
 from cqlora.launch.start import read_final_loss
-from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
+from cqlora.system.metrics import append_metrics, name_values, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
     Record,
     describe_wandb,
     flatten,
     sweep_group,
-    tracker_values,
     wandb_mode,
     wandb_options,
 )
@@ -187,7 +186,7 @@ def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "skipped_step", "loss": math.nan})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
-    assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
+    assert name_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
     assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": "[1]"}
 
 
