@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig, SweepConfig
@@ -99,7 +99,9 @@ class Sweep:
         """Run jobs, each in the folder of its number, and keep the errors of those that ran elsewhere."""
         if not jobs:
             return
-        overrides = [[*own, f"hydra.sweep.subdir={number}"] for number, own in jobs]
+        # A job's own configuration may name another folder: after its stage, say.
+        folder = f"hydra.sweep.dir='{self.folder}'"
+        overrides = [[*own, folder, f"hydra.sweep.subdir={number}"] for number, own in jobs]
         for result in self.launcher.launch(overrides, initial_job_idx=jobs[0][0]):
             error = result._return_value
             if isinstance(error, BaseException) and not isinstance(error, Pruned):
@@ -133,19 +135,22 @@ def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
     sweep.settings.require_search(False)
     points = list(enumerate(combine(parse(sweep, arguments))))
     check_same_sweep(sweep.folder, points)
-    for _, point in points:
-        sweep.compose(point)
+    for number, point in points:
+        try:
+            sweep.compose(point)
+        except ConfigError as error:
+            raise ConfigError(f"job {number} ({' '.join(point)}): {error}") from error
     sweep.begin()
     ended = {trial.number for trial in read_trials(sweep.folder) if trial.state in (State.finished, State.pruned)}
     left = [(number, point) for number, point in points if number not in ended]
     with sweep.told_at_end():
         fitting = []
         for number, point in left:
-            error = sweep.find_misfit(point) if len(points) > 1 else None
-            if error is None:
+            misfit = sweep.find_misfit(point) if len(points) > 1 else None
+            if misfit is None:
                 fitting.append((number, point))
             else:
-                sweep.refuse(number, point, error)
+                sweep.refuse(number, point, misfit)
         sweep.launch(fitting)
 
 
@@ -286,8 +291,9 @@ def to_values(overrides: list[str]) -> dict[str, Any]:
 
 def read_run(composed: DictConfig) -> RunConfig:
     """The typed configuration of a job that was composed with what is Hydra's own."""
-    plain = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-    config: RunConfig = to_schema(plain, RunConfig)
+    with open_dict(composed):
+        del composed["hydra"]
+    config: RunConfig = to_schema(composed, RunConfig)
     return config
 
 
@@ -343,7 +349,8 @@ def expand_resume(arguments: list[str]) -> list[str]:
     if not file.is_file():
         raise ConfigError(f"sweep.resume={folder} has no {SWEEP_FILE}; give the folder of a sweep.")
     recorded = OmegaConf.load(file).hydra.overrides
-    own = [each for each in [*recorded.task, *recorded.hydra] if each.partition("=")[0] not in _KEPT_OUT]
+    own = [str(each) for each in [*recorded.task, *recorded.hydra]]
+    own = [each for each in own if each.partition("=")[0] not in _KEPT_OUT]
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in ("--multirun", "-m")]
     typed = [each for each in arguments if not each.startswith("-") and each.partition("=")[0] not in _KEPT_OUT]
     for override in typed:

@@ -74,6 +74,8 @@ def to_distribution(override: Override) -> "BaseDistribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     key, sweep = override.get_key_element(), override.value()
+    low: Any
+    high: Any
     if key == "seed":
         raise ConfigError("seed is no value to search for; give one, and compare seeds without hydra/sweeper=optuna.")
     if isinstance(sweep, ChoiceSweep):
@@ -128,7 +130,7 @@ class Search:
             study = optuna.create_study(
                 storage=open_storage(self._file),
                 study_name=STUDY_NAME,
-                directions=[goal.name for goal in self.settings.goals.values()],
+                directions=[optuna.study.StudyDirection[goal.name.upper()] for goal in self.settings.goals.values()],
                 load_if_exists=True,
             )
             known = study.user_attrs.get("search")
@@ -184,8 +186,8 @@ class Search:
     def _tell(self, study: "Study", trial: Trial) -> None:
         from optuna.trial import TrialState
 
-        values = [trial.values.get(metric) for metric in self.settings.goals]
-        if trial.state is State.finished and None not in values:
+        values = [trial.values[metric] for metric in self.settings.goals if metric in trial.values]
+        if trial.state is State.finished and len(values) == len(self.settings.goals):
             study.tell(trial.number, values)
         elif trial.state is State.pruned:
             study.tell(trial.number, state=TrialState.PRUNED)

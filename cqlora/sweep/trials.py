@@ -55,7 +55,7 @@ def read_trials(sweep: Path) -> list[Trial]:
     file, last = sweep / TRIALS_FILE, dict[int, Trial]()
     for number, row in read_objects(file):
         try:
-            trial = Trial(**{**(row or {}), "state": State((row or {}).get("state"))})
+            trial = Trial(**{**(row or {}), "state": State(str((row or {}).get("state")))})
         except (TypeError, ValueError):
             tell_damage(file, number)
         else:
