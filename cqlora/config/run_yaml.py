@@ -1,9 +1,11 @@
 """run.yaml: the frozen configuration of a run, which workers and later commands read instead of composing again."""
 
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -79,3 +81,17 @@ def describe_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain nested values, for trackers and comparisons."""
     container: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     return dict(container)
+
+
+def list_changes(config: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose value is not the default of their schema; those without a default are not among them."""
+    changed: list[str] = []
+    for declared in fields(config):
+        value, key = getattr(config, declared.name), f"{prefix}{declared.name}"
+        if is_dataclass(value):
+            changed += list_changes(value, f"{key}.")
+            continue
+        default = declared.default_factory() if declared.default_factory is not MISSING_DEFAULT else declared.default
+        if default not in (MISSING_DEFAULT, MISSING) and value != default:
+            changed.append(key)
+    return changed

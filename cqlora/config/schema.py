@@ -445,10 +445,12 @@ class TrackingConfig:
     """null is the stage's name."""
     tags: list[str] = field(default_factory=list)
     """W&B only: tags beside model, data and hardware."""
+    log_adapter: bool = False
+    """W&B only: keep the finished adapter as an artifact of the run, with its fingerprints."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for key in ("mode", "project", "entity", "group", "job_type", "tags"):
+        for key in ("mode", "project", "entity", "group", "job_type", "tags", "log_adapter"):
             require_used(self, key, self.tracker is Tracker.wandb, "tracking=wandb")
         if self.tracker is Tracker.wandb and not self.project:
             raise ConfigError("tracking.project is empty; give W&B a project's name, such as tracking.project=cqlora.")

@@ -86,6 +86,8 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
         trainer.fit()
         with finish_first():
             save_final(config, trainer, base, lineage, output_dir)
+            if config.tracking.log_adapter and worker.is_main:
+                record.log_adapter(output_dir / "adapter")
 
 
 def describe_adapter(config: RunConfig) -> dict[str, Any]:

@@ -14,16 +14,19 @@ from urllib.parse import urlparse
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available
 
-from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import describe_config
+from cqlora.base import read_card
+from cqlora.config.choices import Goal, Tracker, TrackingMode
+from cqlora.config.run_yaml import describe_config, list_changes
 from cqlora.config.schema import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
-from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, rewind_metrics
+from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, read_metrics, rewind_metrics
 
 logger = logging.getLogger(__name__)
 
 _RUN_ID_FILE = "wandb_run_id"
+TOKENS = "train/tokens"
+"""What curves are drawn over: tokens trained on so far."""
 
 
 class Record:
@@ -32,6 +35,8 @@ class Record:
     def __init__(self, folder: Path | None, trackers: list[GeneralTracker]) -> None:
         self._folder = folder
         self._trackers = trackers
+        trained = [row["tokens"] for row in read_metrics(folder) if row["kind"] == "train"] if folder else []
+        self._tokens = trained[-1] if trained else 0
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one line of metrics; `row` has `kind` and `step`."""
@@ -39,22 +44,35 @@ class Record:
             return
         append_metrics(self._folder, row)
         numbers = name_values(row)
+        if row["kind"] == "train":
+            self._tokens = row["tokens"]
         for tracker in self._trackers:
             if numbers:
-                tracker.log(numbers, step=row["step"])
+                tracker.log({**numbers, TOKENS: self._tokens}, step=row["step"])
 
     def log_mean(self, evaluations: list[dict[str, Any]]) -> None:
         """Give the trackers one held-out loss over all sources, to compare runs by: the mean over all tokens."""
         loss = mean_loss(evaluations)
         for tracker in self._trackers:
             if loss is not None and math.isfinite(loss):
-                tracker.log({MEAN_LOSS: loss}, step=evaluations[0]["step"])
+                tracker.log({MEAN_LOSS: loss, TOKENS: self._tokens}, step=evaluations[0]["step"])
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Say that something happened, in the record and in the log."""
         self.log({"kind": "event", "step": step, "event": event, **details})
         if self._folder is not None:
             logger.info("step %d: %s %s", step, event, " ".join(f"{k}={v}" for k, v in details.items()))
+
+    def log_adapter(self, folder: Path) -> None:
+        """Give W&B the finished adapter, with what its card says of tokenizer and base."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandBTracker):
+                import wandb
+
+                card = read_card(folder)
+                artifact = wandb.Artifact(f"adapter-{tracker.tracker.id}", type="adapter", metadata=card)
+                artifact.add_dir(str(folder))
+                tracker.tracker.log_artifact(artifact)
 
     def rewind(self, step: int) -> None:
         """Forget what was measured after `step`, which will be measured again."""
@@ -86,14 +104,15 @@ def start_trackers(config: RunConfig, output_dir: Path) -> list[GeneralTracker]:
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
         tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=output_dir)
         tracker.start()
-        tracker.store_init_configuration(flatten(describe_config(config)))
+        tracker.store_init_configuration(as_scalars(flatten(describe_config(config))))
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
     os.environ["WANDB_DIR"] = str(output_dir)
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = WandBTracker(config.tracking.project, **wandb_options(config, output_dir))
     tracker.start()
-    tracker.store_init_configuration(describe_config(config))
+    tracker.store_init_configuration({**flatten(describe_config(config)), "changed": list_changes(config)})
+    define_metrics(tracker.tracker, config)
     for line in describe_wandb(tracker.tracker, output_dir):
         logger.info(line)
     return [tracker]
@@ -159,12 +178,24 @@ def sweep_group(output_dir: Path) -> str | None:
     return f"{output_dir.parent.parent.name}-{output_dir.parent.name}" if output_dir.name.isdigit() else None
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested values under dotted keys, which is all that TensorBoard takes."""
-    flat: dict[str, str | int | float | bool] = {}
+def define_metrics(run: Any, config: RunConfig) -> None:
+    """Let W&B draw everything over trained tokens, and summarise what the sweep compares by its goal."""
+    run.define_metric(TOKENS)
+    run.define_metric("train/*", step_metric=TOKENS)
+    run.define_metric("eval/*", step_metric=TOKENS)
+    for metric, goal in config.sweep.goals.items():
+        best = "min" if goal is Goal.minimize else "max"
+        run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last", goal=goal.name)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys, as they are typed."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def as_scalars(flat: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Values as TensorBoard takes them."""
+    return {key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in flat.items()}
