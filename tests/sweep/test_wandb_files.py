@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from wandb.wandb_agent import Agent
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from cqlora.launch.sweeps import claim_agent_folder
 from tests.conftest import ROOT, run_verb
@@ -31,7 +31,7 @@ def points(sweep: dict[str, Any]) -> list[dict[str, Any]]:
 
 def called(sweep: dict[str, Any], point: dict[str, Any]) -> list[str]:
     """The overrides that the agent puts behind the command's module."""
-    given = Agent._create_sweep_command_args({"args": {key: {"value": value} for key, value in point.items()}})
+    given = create_sweep_command_args({"args": {key: {"value": value} for key, value in point.items()}})
     command: list[str] = []
     for word in sweep["command"]:
         command += given["args_no_hyphens"] if word == "${args_no_hyphens}" else [word]
