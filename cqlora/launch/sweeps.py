@@ -82,10 +82,10 @@ class Sweep:
         composed: DictConfig = self.context.config_loader.load_sweep_config(self.config, overrides)
         return composed
 
-    def find_misfit(self, overrides: list[str]) -> DoesNotFit | None:
+    def find_misfit(self, composed: DictConfig) -> DoesNotFit | None:
         """Why the plan says that a job's machine cannot hold it; None for a job that may start, or fail otherwise."""
         try:
-            config = read_run(self.compose(overrides))
+            config = read_run(composed)
             given = look_ahead(config)
             check_memory(settle(config, given), given)
         except DoesNotFit as error:
@@ -135,23 +135,33 @@ def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
     sweep.settings.require_search(False)
     points = list(enumerate(combine(parse(sweep, arguments))))
     check_same_sweep(sweep.folder, points)
-    for number, point in points:
-        try:
-            sweep.compose(point)
-        except ConfigError as error:
-            raise ConfigError(f"job {number} ({' '.join(point)}): {error}") from error
+    composed = {number: compose_job(sweep, number, point) for number, point in points}
     sweep.begin()
     ended = {trial.number for trial in read_trials(sweep.folder) if trial.state in (State.finished, State.pruned)}
-    left = [(number, point) for number, point in points if number not in ended]
     with sweep.told_at_end():
         fitting = []
-        for number, point in left:
-            misfit = sweep.find_misfit(point) if len(points) > 1 else None
+        for number, point in points:
+            if number in ended:
+                continue
+            # A single job tells by itself, as a run does.
+            misfit = sweep.find_misfit(composed[number]) if len(points) > 1 else None
             if misfit is None:
                 fitting.append((number, point))
             else:
                 sweep.refuse(number, point, misfit)
         sweep.launch(fitting)
+
+
+def compose_job(sweep: Sweep, number: int, point: list[str]) -> DictConfig:
+    """A job's configuration.
+
+    Raises:
+        ConfigError: it is none; the sentence names the job.
+    """
+    try:
+        return sweep.compose(point)
+    except ConfigError as error:
+        raise ConfigError(f"job {number} ({' '.join(point)}): {error}") from error
 
 
 def sweep_search(sweep: Sweep, arguments: list[str]) -> None:
@@ -215,7 +225,7 @@ def plan_space(sweep: Sweep, fixed: list[str], space: dict[str, Any]) -> dict[tu
     misfits = {}
     for combination in combinations:
         chosen = tuple(f"{key}={value}" for key, value in zip(choices, combination, strict=True))
-        misfits[chosen] = error = sweep.find_misfit([*fixed, *chosen, *numbers])
+        misfits[chosen] = error = sweep.find_misfit(sweep.compose([*fixed, *chosen, *numbers]))
         if error is not None:
             print(f"left out: {' '.join(chosen)}: {error}", flush=True)
     if all(misfits.values()):
@@ -233,7 +243,7 @@ def misfit_of(
     """Why a proposal is not started: its choices were left out, or its numbers make it too large."""
     choices = {key for key, each in search.space.items() if hasattr(each, "choices")}
     chosen = tuple(each for each in proposal.overrides if each.partition("=")[0] in choices)
-    return misfits.get(chosen) or sweep.find_misfit([*fixed, *proposal.overrides])
+    return misfits.get(chosen) or sweep.find_misfit(sweep.compose([*fixed, *proposal.overrides]))
 
 
 def parse(sweep: Sweep, arguments: list[str]) -> list[Any]:
@@ -354,8 +364,10 @@ def expand_resume(arguments: list[str]) -> list[str]:
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in ("--multirun", "-m")]
     typed = [each for each in arguments if not each.startswith("-") and each.partition("=")[0] not in _KEPT_OUT]
     for override in typed:
-        if override not in own and not override.startswith(_FREE_TO_CHANGE):
-            raise ConfigError(f"sweep.resume={folder} goes on with the sweep's own overrides; leave out {override}.")
+        # Its value may be a secret, which is looked for only later.
+        key = override.partition("=")[0]
+        if override not in own and not key.startswith(_FREE_TO_CHANGE):
+            raise ConfigError(f"sweep.resume={folder} goes on with the sweep's own overrides; leave out {key}=.")
     changed = {override.partition("=")[0] for override in typed}
     kept = [override for override in own if override.partition("=")[0] not in changed]
     return [*kept, *typed, f"hydra.sweep.dir='{folder}'", "--multirun", *flags]
