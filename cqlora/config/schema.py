@@ -532,9 +532,7 @@ class RunConfig:
         self._check_sources()
         self._check_adapter()
         if self.sweep.pruner is not Pruner.none and self.stage.eval_every_steps is None:
-            raise ConfigError(
-                "sweep.pruner=median goes by evaluations while training; add stage.eval_every_steps=STEPS."
-            )
+            raise ConfigError("sweep.pruner=median goes by evaluations in training; add stage.eval_every_steps=STEPS.")
 
     def notes(self) -> list[str]:
         """What a user may not have meant and is no mistake, a sentence each."""

@@ -215,13 +215,16 @@ def plan_space(sweep: Sweep, fixed: list[str], space: dict[str, Any]) -> dict[tu
     """What of a search does not fit, before its first trial: each combination of its choices is planned.
 
     Raises:
+        ConfigError: with the first of the values there is no run.
         DoesNotFit: all of them.
     """
     choices = {key: each.choices for key, each in space.items() if hasattr(each, "choices")}
     combinations = list(itertools.islice(itertools.product(*choices.values()), _MAX_PLANNED + 1))
+    numbers = [f"{key}={each.low}" for key, each in space.items() if key not in choices]
+    first = [f"{key}={value}" for key, value in zip(choices, combinations[0], strict=True)]
+    read_run(sweep.compose([*fixed, *first, *numbers]))
     if len(combinations) > _MAX_PLANNED:
         return {}
-    numbers = [f"{key}={each.low}" for key, each in space.items() if key not in choices]
     misfits = {}
     for combination in combinations:
         chosen = tuple(f"{key}={value}" for key, value in zip(choices, combination, strict=True))
