@@ -61,9 +61,8 @@ def test_a_job_that_fails_is_recorded_with_its_reason_and_the_others_complete(wo
     assert [trial.state for trial in trials] == ["finished", "failed", "finished"]
     assert trials[1].error is not None and "lora.rank=-1 must be above 0" in trials[1].error
     assert "error: job 1 (" in told.stderr and "lora.rank=-1 must be above 0" in told.stderr
-    assert not [
-        file for file in (tmp_path / "swept").rglob("*") if file.is_file() and b"planted-in" in file.read_bytes()
-    ]
+    files = [file for file in (tmp_path / "swept").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if b"planted-in" in file.read_bytes()]
 
 
 def test_a_search_trains_what_is_proposed_and_leaves_out_what_does_not_fit(workspace, tmp_path):
@@ -84,9 +83,8 @@ def test_what_a_swept_group_has_below_it_is_left_to_each_job():
 
 def test_a_key_that_one_jobs_group_lacks_names_the_job(tmp_path):
     told = run_verb(tmp_path, "run", "stage=pretrain,sft", "stage.system_prompt=x", "--multirun", expect=2).stderr
-    assert told.startswith(
-        "error: job 0 (stage=pretrain stage.system_prompt=x): stage.system_prompt is not a key of this"
-    )
+    job = "job 0 (stage=pretrain stage.system_prompt=x)"
+    assert told.startswith(f"error: {job}: stage.system_prompt is not a key of this choice of stage")
     assert not (tmp_path / "multirun").exists()
 
 
@@ -98,15 +96,10 @@ def test_going_on_takes_the_sweeps_own_overrides_and_few_others(tmp_path):
     own = ["stage=sft", "lora.rank=2,4", "hydra/sweeper=optuna"]
     ends = [f"hydra.sweep.dir='{tmp_path}'", "--multirun"]
     assert expand_resume([resume]) == [*own[:2], "sweep.trials=8", own[2], *ends]
-    assert expand_resume([resume, "sweep.trials=9", "stage=sft"]) == [
-        "lora.rank=2,4",
-        own[2],
-        "sweep.trials=9",
-        *own[:1],
-        *ends,
-    ]
+    more = expand_resume([resume, "sweep.trials=9", "stage=sft"])
+    assert more == ["lora.rank=2,4", own[2], "sweep.trials=9", "stage=sft", *ends]
     assert expand_resume(["stage=sft"]) == ["stage=sft"]
-    with pytest.raises(ConfigError, match="leave out lora.rank="):
+    with pytest.raises(ConfigError, match=r"leave out lora\.rank="):
         expand_resume([resume, "lora.rank=64"])
     with pytest.raises(ConfigError, match="give the folder of a sweep"):
         expand_resume([f"sweep.resume={tmp_path}/nowhere"])
