@@ -35,7 +35,7 @@ ARROWS = {
     "serve.__main__": {"cli", "errors", "serve"},
     "sweep": {"config", "errors", "system"},
     "system": {"errors"},
-    "train": {"base", "config", "data", "errors", "lineage", "model", "random_base", "system"},
+    "train": {"base", "config", "data", "errors", "lineage", "model", "plan", "random_base", "system"},
     "vocab": {"base", "config", "data", "errors", "system"},
     "weights": {"architectures", "base", "config", "data", "errors", "lineage", "model", "system", "vocab"},
 }

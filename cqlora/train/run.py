@@ -20,6 +20,9 @@ from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
+from cqlora.plan.estimate import GIB
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.workload import Rows
 from cqlora.random_base import open_base
 from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
@@ -70,6 +73,8 @@ def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
         frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
     with accept(config, output_dir, worker) as record:
+        planned = plan_memory(config, Rows(base.vocab_size, base.added_rows))
+        record.note("plan/peak_memory_gib", planned.peak / GIB)
         if config.lora.method is AdapterMethod.pissa:
             iterations = config.lora.pissa_iterations
             with show_part("decomposing the base's matrices for PiSSA", worker.is_main):

@@ -63,6 +63,12 @@ class Record:
         if self._folder is not None:
             logger.info("step %d: %s %s", step, event, " ".join(f"{k}={v}" for k, v in details.items()))
 
+    def note(self, name: str, value: float) -> None:
+        """Give W&B a number that holds for the whole run, to stand beside what is measured."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandBTracker):
+                tracker.tracker.summary[name] = value
+
     def log_adapter(self, folder: Path) -> None:
         """Give W&B the finished adapter, with what its card says of tokenizer and base."""
         for tracker in self._trackers:
