@@ -22,6 +22,7 @@ from cqlora.launch.settle import look_ahead, settle
 from cqlora.sweep.search import Proposal, Search, check_objectives, follow_trial, read_space
 from cqlora.sweep.summary import render_summary
 from cqlora.sweep.trials import State, read_trials, record_trial, refuse_trial
+from cqlora.system.durable import replace_file
 from cqlora.system.signals import Stopped
 
 AGENT_SWEEP = "WANDB_SWEEP_ID"
@@ -71,7 +72,7 @@ class Sweep:
         if any(override.startswith("hydra.sweep.subdir=") for override in typed):
             raise ConfigError("hydra.sweep.subdir has no use here: the jobs' folders are their numbers; leave it out.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / SWEEP_FILE)
+        replace_file(self.folder / SWEEP_FILE, OmegaConf.to_yaml(self.config).encode())
 
     def compose(self, overrides: list[str]) -> DictConfig:
         """A job's configuration.
