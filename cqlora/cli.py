@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cqlora.config.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import INTERRUPTED, Stopped
 
 VERBS = {
@@ -26,6 +26,7 @@ VERBS = {
     "prepare": "build a run's token cache and say what is in it",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
+    "report": "one HTML page of a run, a sweep or several runs",
 }
 
 _FLAGS_WITH_VALUE = {
@@ -64,7 +65,7 @@ def run_program(
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = [*help_overrides, store_help(config_name, schema)]
-        with told_as_sentence():
+        with described_as_sentence():
             outcomes = _compose_and_call(config_name, Jobs(schema, action, around))
     except CqloraError as error:
         stop(error)
@@ -88,9 +89,9 @@ def store_help(config_name: str, schema: type) -> str:
     flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
     folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
     # Hydra fills in what stands behind dollar signs.
-    told = render_help(config_name, schema, folders).replace("$", "$$")
+    text = render_help(config_name, schema, folders).replace("$", "$$")
     head = "${hydra.help.app_name} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]"
-    template = f"{head}\n\n{told}\n\nHydra's own flags: --hydra-help"
+    template = f"{head}\n\n{text}\n\nHydra's own flags: --hydra-help"
     node = {"app_name": sys.argv[0], "header": "", "footer": "", "template": template}
     ConfigStore.instance().store(group="hydra/help", name="cqlora", node=node)
     return "hydra/help=cqlora"
@@ -154,7 +155,7 @@ def check_words(arguments: list[str]) -> None:
 
 
 def quote_words(argument: str) -> str:
-    """Put what Hydra's grammar reads only in quotes into them: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
+    """Quote what Hydra's grammar reads only in quotes: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
     key, equals, value = argument.partition("=")
     if key.startswith("hydra.") and value.startswith("~/"):
         # Other paths are expanded beside their fields; Hydra's folders have none of ours.
@@ -230,7 +231,7 @@ class Jobs:
 
         # Again, now that what Hydra sets for each job can be resolved.
         refuse_secret_values(composed)
-        with told_as_sentence():
+        with described_as_sentence():
             return self.action(to_schema(composed, self.schema))
 
 
@@ -270,7 +271,7 @@ def _compose_and_call(config_name: str, jobs: Jobs) -> list[Any]:
 
 
 def stop_early(stopped: Stopped) -> Preempted:
-    """What is told of a signal that came when no run had begun here, or none any more."""
+    """The sentence for a signal that came before a run began in this process or after it had ended."""
     return Preempted(f"stopped by {stopped.name} before a run had begun; the same command starts it.")
 
 

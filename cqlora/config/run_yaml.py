@@ -1,7 +1,8 @@
-"""run.yaml: the frozen configuration of a run, which workers and later commands read instead of composing again."""
+"""run.yaml: the settled configuration of a run, which workers and later commands read instead of composing again."""
 
-from dataclasses import MISSING as MISSING_DEFAULT
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from yaml import YAMLError
 
 from cqlora.config.schema import DataConfig, PretrainConfig, RunConfig, SftConfig
 from cqlora.errors import ConfigError
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 
 RUN_FILE = "run.yaml"
 STAGED_FILE = ".run.yaml.staging"
 """What workers read of a run that nobody has accepted yet."""
+LOCK_FILE = ".lock"
+"""Locked for as long as a run is going on in its folder."""
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
@@ -23,23 +26,23 @@ _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError,
 """What reading a file that something has changed may raise."""
 
 
-def freeze_config(config: RunConfig, folder: Path) -> Path:
+def write_run_yaml(config: RunConfig, folder: Path) -> Path:
     """Write `folder`/run.yaml with every value resolved, whole or not at all; return its path."""
     file = folder / RUN_FILE
-    with told_as_sentence(file):
+    with described_as_sentence(file):
         return stage_config(config, folder).replace(file)
 
 
 def stage_config(config: RunConfig, folder: Path) -> Path:
     """Write the configuration beside run.yaml, which stays as it is until the run is accepted; return its path."""
     file = folder / STAGED_FILE
-    with told_as_sentence(file):
+    with described_as_sentence(file):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), file)
     return file
 
 
-def load_frozen(file: Path) -> RunConfig:
+def load_run_yaml(file: Path) -> RunConfig:
     """Read a run.yaml back into the typed configuration.
 
     Raises:
@@ -79,8 +82,16 @@ def describe_reason(error: Exception) -> str:
 
 def describe_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain nested values, for trackers and comparisons."""
-    container: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return dict(container)
+    return {key: to_plain(value) for key, value in asdict(config).items()}
+
+
+def to_plain(value: Any) -> Any:
+    """A value with the names of choices in their place, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: to_plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [to_plain(each) for each in value]
+    return value.name if isinstance(value, Enum) else value
 
 
 def list_changes(config: Any, prefix: str = "") -> list[str]:
@@ -91,7 +102,7 @@ def list_changes(config: Any, prefix: str = "") -> list[str]:
         if is_dataclass(value):
             changed += list_changes(value, f"{key}.")
             continue
-        default = declared.default_factory() if declared.default_factory is not MISSING_DEFAULT else declared.default
-        if default not in (MISSING_DEFAULT, MISSING) and value != default:
+        default = declared.default_factory() if declared.default_factory is not NO_DEFAULT else declared.default
+        if default not in (NO_DEFAULT, MISSING) and value != default:
             changed.append(key)
     return changed

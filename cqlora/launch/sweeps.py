@@ -19,6 +19,7 @@ from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Prune
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
 from cqlora.launch.settle import look_ahead, settle
+from cqlora.report.page import conclude
 from cqlora.sweep.search import Proposal, Search, check_objectives, follow_trial, read_space
 from cqlora.sweep.summary import render_summary
 from cqlora.sweep.trials import State, read_trials, record_trial, refuse_trial
@@ -118,13 +119,13 @@ class Sweep:
 
     @contextmanager
     def told_at_end(self) -> Iterator[None]:
-        """Print the summary when the sweep ends, however it ends."""
+        """Print the summary and write the page when the sweep ends, however it ends."""
         try:
             yield
         finally:
             if trials := read_trials(self.folder):
                 print(f"\n{render_summary(trials, self.settings.goals)}\n\nsweep {self.folder}", flush=True)
-            # The report of a sweep is written here.
+                conclude(self.folder)
 
 
 def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cqlora.system.refusals import NoRoom, told_as_sentence
+from cqlora.system.refusals import NoRoom, described_as_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ def append_object(file: Path, row: dict[str, Any]) -> None:
     Raises:
         DiskError: the disk refused; the file ends as it did before.
     """
-    with told_as_sentence(file), file.open("ab+", buffering=0) as stream:
+    with described_as_sentence(file), file.open("ab+", buffering=0) as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         end = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, end - 1))

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run that pages, sweeps and checks read: one flat object a line."""
+"""metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
 import math
 from pathlib import Path
@@ -12,9 +12,9 @@ MEAN_LOSS = "eval/loss"
 """The held-out loss over all sources, to compare runs by."""
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's record; a last one that a kill cut short is not one, a damaged one is told."""
-    file = folder / METRICS_FILE
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Every whole line of a run; a last one that a kill cut short is left out, a damaged one too, with a warning."""
+    file = run_folder / METRICS_FILE
     rows: list[dict[str, Any]] = []
     for number, row in read_objects(file):
         if row is None or not is_row(row):
@@ -30,17 +30,17 @@ def is_row(row: dict[str, Any]) -> bool:
     return known and (row["kind"] == "event" or "loss" in row)
 
 
-def rewind_metrics(folder: Path, step: int) -> None:
+def rewind_metrics(run_folder: Path, step: int) -> None:
     """Drop what a resumed run will write again: training and evaluation lines after `step`.
 
-    Events stay, since they happened. The record is replaced whole, so a kill here loses nothing.
+    Events stay, since they happened. The file is replaced whole, so a kill here loses nothing.
     """
-    rows = [row for row in read_metrics(folder) if row["kind"] == "event" or row["step"] <= step]
-    replace_file(folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
+    rows = [row for row in read_metrics(run_folder) if row["kind"] == "event" or row["step"] <= step]
+    replace_file(run_folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
 
 
 def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
-    """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were scored of it."""
+    """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were evaluated of it."""
     tokens = sum(row["tokens"] for row in evaluations)
     return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
 
@@ -57,13 +57,13 @@ def name_values(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def evaluated_values(folder: Path) -> dict[int, dict[str, float]]:
+def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
     """What each complete evaluation of a run measured, by step, under the names that runs are compared by.
 
     One is complete when it has as many lines as the first, at step 0.
     """
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(folder):
+    for row in read_metrics(run_folder):
         if row["kind"] == "eval":
             by_step.setdefault(row["step"], []).append(row)
     lines = len(by_step.get(0, []))
@@ -76,10 +76,10 @@ def _values_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return mean | {name: value for row in rows for name, value in name_values(row).items()}
 
 
-def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+def append_metrics(run_folder: Path, row: dict[str, Any]) -> None:
     """Add one line, at once readable by others.
 
     Raises:
-        DiskError: the disk refused; the record ends as it did before.
+        DiskError: the disk refused; the file ends as it did before.
     """
-    append_object(folder / METRICS_FILE, row)
+    append_object(run_folder / METRICS_FILE, row)

@@ -13,7 +13,7 @@ from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Q
 from cqlora.data.chat import chat_template
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import copy_inside, take, write_json
+from cqlora.system.documents import carry_over, take, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.shards import ShardReader, write_shards
@@ -25,8 +25,7 @@ from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-_REWRITTEN = (CARD, INDEX, "config.json")
+_REWRITTEN = {CARD, INDEX, "config.json"}
 
 
 class OutputOptions(Protocol):
@@ -90,7 +89,7 @@ def plan_merge(
 
 
 def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
-    """A sentence for each file that goes along and is not what it was when an adapter was trained.
+    """A sentence for each file beside the weights that was changed since an adapter was trained.
 
     Raises:
         ModelError: one of them is damaged.
@@ -145,7 +144,7 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
             write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type, merge.template())
         else:
             config, digests = write_folder(merge, staging, options)
-            carry_over(merge.base.path, staging)
+            carry_over(merge.base.path, staging, _REWRITTEN)
             if merge.template():
                 write_template(staging, merge.template())
             write_json(staging / "config.json", config)
@@ -161,10 +160,10 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[d
             specs = source.specs.values()
             return merge.config(), write_shards(staging, specs, lambda spec: source.blocks(spec.name), max_shard_size)
     from cqlora.model.load import COMPUTE_DTYPES
-    from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
+    from cqlora.weights.nf4_folder import nf4_folder_config, write_nf4_folder
 
     form = Nf4Format(options.double_quantization, COMPUTE_DTYPES[options.precision])
-    return snapshot_config(merge.config(), form), write_snapshot(staging, source, form, max_shard_size)
+    return nf4_folder_config(merge.config(), form), write_nf4_folder(staging, source, form, max_shard_size)
 
 
 @contextmanager
@@ -187,10 +186,3 @@ def write_template(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
     write_json(file, read_json(file) | {"chat_template": template})
-
-
-def carry_over(base: Path, staging: Path) -> None:
-    """Copy what the base has beside its weights: tokenizer, chat template, generation settings, licence."""
-    for file in sorted(base.iterdir()):
-        if file.is_file() and file.name not in _REWRITTEN and file.suffix not in _WEIGHT_SUFFIXES:
-            copy_inside(file, staging / file.name)
