@@ -125,7 +125,8 @@ class Sweep:
         finally:
             if trials := read_trials(self.folder):
                 print(f"\n{render_summary(trials, self.settings.goals)}\n\nsweep {self.folder}", flush=True)
-                conclude(self.folder)
+                if any((self.folder / trial.folder).is_dir() for trial in trials):
+                    conclude(self.folder)
 
 
 def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
