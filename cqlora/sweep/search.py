@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,7 +137,8 @@ class Search:
             known = study.user_attrs.get("search")
             if known is None:
                 study.set_user_attr("search", described)
-                study.set_metric_names(list(self.settings.goals))
+                with without_experimental_warnings():
+                    study.set_metric_names(list(self.settings.goals))
             elif known != described:
                 raise ConfigError(f"{self.folder} holds another search; give another with hydra.sweep.dir=FOLDER.")
 
@@ -198,14 +200,10 @@ class Search:
         return load_study(self._file)
 
     def _sampler(self, number: int) -> Any:
-        import warnings
-
-        from optuna.exceptions import ExperimentalWarning
         from optuna.samplers import TPESampler
 
         seed = int.from_bytes(hashlib.sha256(f"{self.settings.seed}-{number}".encode()).digest()[:4])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with without_experimental_warnings():
             # Trials that others run count as bad ones, so that nobody tries the same again.
             return TPESampler(seed=seed, n_startup_trials=self.settings.startup_trials, constant_liar=True)
 
@@ -236,6 +234,16 @@ class Search:
 def is_ended(trial: Trial | None) -> bool:
     """Whether a trial has come to an end from which it does not go on."""
     return trial is not None and trial.state in (State.finished, State.failed, State.pruned, State.refused)
+
+
+@contextmanager
+def without_experimental_warnings() -> Iterator[None]:
+    """Optuna 4 warns of what Optuna 5 has kept."""
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
 
 
 def open_storage(file: Path) -> Any:
