@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -40,13 +40,13 @@ class Trial:
     """The run's, as it is found from the sweep's."""
     overrides: dict[str, Any]
     state: State
-    values: dict[str, float]
+    values: dict[str, float] = field(default_factory=dict)
     """What its last evaluation measured: `eval/loss`, `eval/wiki_zh/zh/bits_per_character`, …"""
-    error: str | None
+    error: str | None = None
     """Why it did not finish, in one sentence."""
-    seconds: float
+    seconds: float = 0.0
     """Since it was last started."""
-    time: str
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """When the line was written (ISO 8601, UTC)."""
 
 
@@ -85,16 +85,8 @@ def record_trial(sweep: Path, folder: Path, overrides: dict[str, Any]) -> Iterat
     """
     started = time.monotonic()
     number = int(folder.name)
-    begun = Trial(
-        number=number,
-        folder=os.path.relpath(folder, sweep),
-        overrides=overrides,
-        state=State.running,
-        values={},
-        error=None,
-        seconds=0.0,
-        time=now(),
-    )
+    place = os.path.relpath(folder, sweep)
+    begun = Trial(number=number, folder=place, overrides=overrides, state=State.running)
     with hold_trial(sweep, number):
         append_trial(sweep, begun)
         state, error = State.failed, "ended without a word."
@@ -107,25 +99,22 @@ def record_trial(sweep: Path, folder: Path, overrides: dict[str, Any]) -> Iterat
         finally:
             values = next(reversed(evaluated_values(folder).values()), {})
             seconds = round(time.monotonic() - started, 1)
-            ended = replace(begun, state=state, values=values, error=error or None, seconds=seconds, time=now())
+            ended = Trial(
+                number=number,
+                folder=place,
+                overrides=overrides,
+                state=state,
+                values=values,
+                error=error or None,
+                seconds=seconds,
+            )
             append_trial(sweep, ended)
 
 
 def refuse_trial(sweep: Path, number: int, overrides: dict[str, Any], reason: str) -> None:
     """Write down a job that is not started, and why."""
-    append_trial(
-        sweep,
-        Trial(
-            number=number,
-            folder=str(number),
-            overrides=overrides,
-            state=State.refused,
-            values={},
-            error=reason,
-            seconds=0.0,
-            time=now(),
-        ),
-    )
+    refused = Trial(number=number, folder=str(number), overrides=overrides, state=State.refused, error=reason)
+    append_trial(sweep, refused)
 
 
 @contextmanager
@@ -175,8 +164,3 @@ def describe(raised: BaseException) -> str:
     if isinstance(raised, Stopped):
         return f"stopped by {raised.name}."
     return told or f"{type(raised).__name__}."
-
-
-def now() -> str:
-    """This moment in ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
