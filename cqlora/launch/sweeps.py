@@ -293,7 +293,10 @@ def check_same_sweep(folder: Path, points: list[tuple[int, list[str]]]) -> None:
 
 
 def to_values(overrides: list[str]) -> dict[str, Any]:
-    """Overrides as trials.jsonl has them: numbers, true, false and null as such, all else as text."""
+    """Overrides as trials.jsonl has them: numbers, true, false and null as such, all else as text.
+
+    Those below `sweep` say how runs are compared and nothing of the run.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     values = {}
@@ -301,7 +304,8 @@ def to_values(overrides: list[str]) -> dict[str, Any]:
         value = override.value()
         plain = value is None or type(value) in (bool, int, float)
         text = re.sub(r"^'(.*)'$|^\"(.*)\"$", r"\1\2", override.get_value_element_as_str())
-        values[override.key_or_group] = value if plain else text
+        if not override.key_or_group.startswith("sweep."):
+            values[override.key_or_group] = value if plain else text
     return values
 
 
