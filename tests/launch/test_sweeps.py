@@ -120,6 +120,7 @@ def test_overrides_are_recorded_as_numbers_where_they_are_some():
         "hardware.allow_misfit=true",
         "x=null",
         "t=[a,b]",
+        "sweep.trials=8",
     ]
     assert to_values(typed) == {
         "lora.rank": 4, "stage.learning_rate": 1e-4, "data.root": "a b", "hardware.allow_misfit": True, "x": None,
