@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,14 +47,19 @@ _INFO_CHOICES = {"all", "config", "defaults", "defaults-tree", "plugins", "searc
 
 
 def run_program(
-    config_name: str, schema: type, action: Callable[[Any], Any], help_overrides: tuple[str, ...] = ()
+    config_name: str,
+    schema: type,
+    action: Callable[[Any], Any],
+    help_overrides: tuple[str, ...] = (),
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Compose `configs/<config_name>.yaml` with the command line, build `schema`, call `action` with it.
 
     A CqloraError, whether of the composition or of the action, is printed as one sentence and becomes the
     exit code, and so is what the operating system refuses; other exceptions keep their traceback. An int that
     `action` returns is the exit code too. The jobs of a sweep all run, whatever becomes of one of them.
-    `help_overrides` stand in for groups without a default when `--help` is asked for.
+    `help_overrides` stand in for groups without a default when `--help` is asked for; `around` each job is a context
+    that sees how it ends.
     """
     try:
         refuse_secrets(sys.argv[1:])
@@ -62,7 +68,7 @@ def run_program(
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = [*help_overrides, store_help(config_name, schema)]
         with described_as_sentence():
-            outcomes = _compose_and_call(config_name, schema, action)
+            outcomes = _compose_and_call(config_name, Jobs(schema, action, around))
     except CqloraError as error:
         stop(error)
     except KeyboardInterrupt:
@@ -104,7 +110,7 @@ def report_sweep(outcomes: list[Any]) -> int:
         kind = "skipped" if isinstance(error, DoesNotFit) else "error"
         print(f"{kind}: {' '.join(getattr(error, '__notes__', []))}: {error}", file=sys.stderr)
     if failed:
-        return failed[-1].exit_code
+        return Preempted.exit_code if isinstance(failed[-1], Preempted) else CqloraError.exit_code
     return DoesNotFit.exit_code if len(errors) == len(outcomes) else 0
 
 
@@ -184,65 +190,86 @@ def order_flags(arguments: list[str]) -> list[str]:
     return overrides + flags
 
 
-def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], Any]) -> list[Any]:
-    """What `action` returned or which CqloraError it raised, one entry a job."""
+class Jobs:
+    """The jobs of a command: Hydra calls it once for each, here or in a process elsewhere; it keeps their outcomes."""
+
+    def __init__(
+        self, schema: type, action: Callable[[Any], Any], around: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.schema, self.action, self.around = schema, action, around
+        self.outcomes: list[Any] = []
+        """What the action returned or which CqloraError it raised, one entry a job."""
+        self.started: list[Path] = []
+        self.home = os.getpid()
+
+    def __call__(self, composed: Any) -> Any:
+        """One job; what its action returned."""
+        from hydra.core.hydra_config import HydraConfig
+
+        from cqlora.launch.run_folder import drop_unused
+
+        self.started.append(Path(HydraConfig.get().runtime.output_dir))
+        outcome = None
+        try:
+            with self.around():
+                outcome = self.call(composed)
+            self.outcomes.append(outcome)
+        except CqloraError as error:
+            error.add_note(describe_job())
+            if os.getpid() != self.home:
+                # A launcher runs the job elsewhere, and what it raises is what comes back.
+                raise
+            self.outcomes.append(error)
+            if isinstance(error, Preempted):
+                # Hydra would start the next job of a sweep.
+                raise _SweepStopped from error
+        finally:
+            drop_unused(self.started[-1])
+        return outcome
+
+    def call(self, composed: Any) -> Any:
+        """The action, with the typed configuration."""
+        from cqlora.config.diagnosis import to_schema
+
+        # Again, now that what Hydra sets for each job can be resolved.
+        refuse_secret_values(composed)
+        with described_as_sentence():
+            return self.action(to_schema(composed, self.schema))
+
+
+def _compose_and_call(config_name: str, jobs: Jobs) -> list[Any]:
+    """What the jobs came to."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
     from cqlora.config.composition import compose_checked
-    from cqlora.config.diagnosis import explain_composition, to_schema
+    from cqlora.config.diagnosis import explain_composition
     from cqlora.config.schema import CONFIG_DIR, register_schemas
-    from cqlora.launch.run_folder import describe_refusal, drop_unused, drop_unused_sweeps
+    from cqlora.launch.run_folder import describe_refusal, drop_unused_sweeps
 
     # Hydra otherwise prints errors itself, over several lines, and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     guard_environment()
-    outcomes: list[Any] = []
-    started: list[Path] = []
-    home = os.getpid()
-
-    def task(composed: DictConfig) -> Any:
-        started.append(Path(HydraConfig.get().runtime.output_dir))
-        try:
-            # Again, now that what Hydra sets for each job can be resolved.
-            refuse_secret_values(composed)
-            with described_as_sentence():
-                outcomes.append(action(to_schema(composed, schema)))
-        except CqloraError as error:
-            error.add_note(describe_job())
-            if os.getpid() != home:
-                # A launcher runs the job elsewhere, and what it raises is what comes back.
-                raise
-            outcomes.append(error)
-            if isinstance(error, Preempted):
-                # Hydra would start the next job of a sweep.
-                raise _SweepStopped from error
-            return None
-        finally:
-            drop_unused(started[-1])
-        return outcomes[-1]
-
     program = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR.resolve()), config_name=config_name)
     try:
-        with compose_checked(schema):
-            program(task)()
+        with compose_checked(jobs.schema):
+            program(jobs)()
     except _SweepStopped:
         pass
     except Stopped as stopped:
-        outcomes.append(stop_early(stopped))
+        jobs.outcomes.append(stop_early(stopped))
     except (HydraException, OmegaConfBaseException) as error:
         raise_refusal(error)
-        raise ConfigError(explain_composition(error, schema, sys.argv[1:])) from error
+        raise ConfigError(explain_composition(error, jobs.schema, sys.argv[1:])) from error
     except OSError as error:
-        if started or error.filename is None:
+        if jobs.started or error.filename is None:
             raise
         raise ConfigError(describe_refusal(error, Path(error.filename))) from error
-    drop_unused_sweeps()
-    return outcomes
+    finally:
+        drop_unused_sweeps()
+    return jobs.outcomes
 
 
 def stop_early(stopped: Stopped) -> Preempted:
@@ -260,7 +287,7 @@ def describe_job() -> str:
     from omegaconf import OmegaConf
 
     job = HydraConfig.get().job
-    number = "" if OmegaConf.is_missing(job, "num") else f"job {job.num} "
+    number = "" if OmegaConf.is_missing(job, "num") else f"job {Path(HydraConfig.get().runtime.output_dir).name} "
     return f"{number}({job.override_dirname.replace(',', ' ')})"
 
 

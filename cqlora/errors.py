@@ -45,6 +45,12 @@ class Preempted(CqloraError):
     exit_code = 75
 
 
+class Pruned(CqloraError):
+    """A trial of a search that was ended early, since others were better by then: no failure."""
+
+    exit_code = 0
+
+
 def error_of_code(code: int, sentence: str) -> CqloraError:
     """The error that another process reported by its exit code and a sentence."""
     kinds = {kind.exit_code: kind for kind in (TrainingError, ConfigError, DoesNotFit, Preempted)}

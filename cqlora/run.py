@@ -25,10 +25,12 @@ def run(config: "RunConfig") -> float | None:
 
     from cqlora.launch.slurm import is_submitted, leave_job
     from cqlora.launch.start import launch, read_final_loss
+    from cqlora.launch.sweeps import prunable
 
     hydra = HydraConfig.get()
     swept = hydra.mode == RunMode.MULTIRUN
     refuse_unsubmitted(config.hardware.name, str(hydra.launcher._target_), swept)
+    config.sweep.require_search("Search" in str(hydra.sweeper._target_) and swept)
     tell_notes(config)
     given = any(override.lstrip("+").startswith(("hydra.run.", "hydra.sweep.")) for override in hydra.overrides.hydra)
     submitted = is_submitted()
@@ -37,7 +39,8 @@ def run(config: "RunConfig") -> float | None:
     try:
         # A submitted job is in a process of its own already.
         own_process = swept and not submitted
-        run_folder = launch(config, Path(hydra.runtime.output_dir), own_process, run_folder_given=given or submitted)
+        with prunable(Path(hydra.runtime.output_dir), config.sweep):
+            run_folder = launch(config, Path(hydra.runtime.output_dir), own_process, given or submitted)
         return read_final_loss(run_folder)
     except Preempted as error:
         if submitted:
@@ -45,8 +48,8 @@ def run(config: "RunConfig") -> float | None:
         if swept:
             done = str(error).partition(";")[0]
             raise Preempted(
-                f"{done}; the same command with hydra.sweep.dir={hydra.sweep.dir} goes on with this job and those that "
-                "are left."
+                f"{done}; python -m cqlora.run sweep.resume={hydra.sweep.dir} goes on with this job and those that are "
+                "left."
             ) from None
         raise
 
@@ -148,13 +151,28 @@ def refuse_unsubmitted(hardware: str, launcher: str, swept: bool) -> None:
         )
 
 
+def arrange_sweep() -> None:
+    """Put onto the command line what `sweep.resume=FOLDER` stands for, and where a run of W&B's agent belongs."""
+    from cqlora.launch.sweeps import AGENT_SWEEP, claim_agent_folder, expand_resume
+
+    try:
+        sys.argv[1:] = expand_resume(sys.argv[1:])
+    except ConfigError as error:
+        stop(error)
+    words = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if AGENT_SWEEP in os.environ and not words & {"hydra.run.dir", "--multirun", "-m", "--help", "--cfg", "-c"}:
+        sys.argv[1:1] = [f"hydra.run.dir={claim_agent_folder(os.environ[AGENT_SWEEP])}"]
+
+
 def main() -> None:
     """The verb `run`, which signals end from here on."""
     try:
         with stop_on_signals():
             from cqlora.config.schema import RunConfig
+            from cqlora.launch.sweeps import record_job
 
-            run_program("config", RunConfig, run, help_overrides=("stage=pretrain",))
+            arrange_sweep()
+            run_program("config", RunConfig, run, help_overrides=("stage=pretrain",), around=record_job)
     except Stopped as stopped:
         stop(stop_early(stopped))
 

@@ -57,6 +57,8 @@ SLOW_MODULES = (
     "test_launch",
     "test_run",
     "test_python_page",
+    "test_sweeps",
+    "test_wandb_files",
 )
 """What starts programs or trains; `make test-fast` leaves it out."""
 

@@ -28,6 +28,8 @@ NOT_RUN = {
     "ssh ": "shell",
     "git clone": "needs a network",
     "wandb ": "another program",
+    "python -m cqlora.run sweep.resume=": "needs a sweep to go on with; tests/sweep has some",
+    "optuna-dashboard ": "another program",
 }
 """Beginnings of commands that no test composes, and why."""
 LEFT_OUT = ("--multirun", "--cfg", "job", "--help", "…")
@@ -83,8 +85,10 @@ def composable(command: str) -> tuple[str, list[str]] | None:
 
 
 def first_of_sweep(argument: str) -> str:
-    """`seed=1,2` as one job has it."""
+    """`seed=1,2` as one job has it, and of what a search draws from the first number."""
     key, equals, value = argument.partition("=")
+    if drawn := re.match(r"(?:tag|choice|interval|range|int)\(\D*([\d.e+-]+)", value):
+        return f"{key}={drawn[1]}"
     return argument if not equals or value[:1] in "[{'\"" else f"{key}={value.split(',')[0]}"
 
 

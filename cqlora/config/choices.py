@@ -123,6 +123,20 @@ class Checkpointing(Enum):
     full = "full"
 
 
+class Goal(Enum):
+    """Whether less of a metric is better, or more."""
+
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+class Pruner(Enum):
+    """What ends trials of a search early: nothing, or an evaluation worse than the median of earlier trials."""
+
+    none = "none"
+    median = "median"
+
+
 class Tracker(Enum):
     """Where metrics go beside metrics.jsonl."""
 

@@ -106,14 +106,15 @@ class Composer(ConfigLoaderImpl):
         refuse_secrets(overrides)
         self.merging = None
         try:
-            composed = super().load_configuration(
-                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-            )
+            for_all = leave_to_jobs(overrides) if run_mode is RunMode.MULTIRUN else overrides
+            composed = super().load_configuration(config_name, for_all, run_mode, from_shell, validate_sweep_overrides)
         except _COMPOSING_ERRORS as error:
             raise_refusal(error)
             sentence = self.explain(error, overrides)
             raise (refusal("") if holds_secret(sentence) else ConfigError(sentence)) from error
         refuse_secret_values(composed)
+        if for_all != overrides:
+            composed.hydra.overrides.task = [each for each in overrides if not each.startswith("hydra")]
         return composed
 
     def explain(self, error: Exception, overrides: list[str]) -> str:
@@ -145,6 +146,23 @@ class Composer(ConfigLoaderImpl):
         chosen = [override.lstrip("+").replace("=", "/", 1) for override in self.overrides]
         files = [file for path in (*chosen, config_path) if (file := self.repository.find_file(path))]
         return next((f"{place}: " for file in files if (place := locate_words(file, key))), "")
+
+
+def leave_to_jobs(overrides: list[str]) -> list[str]:
+    """The overrides that hold for all jobs of a sweep: of `stage=pretrain,sft stage.KEY=1`, the first stage alone.
+
+    What a swept group has below it is each job's own, and is composed with it.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    groups = {each.key_or_group for each in parsed if each.is_sweep_override() and each.is_choice_sweep()}
+    groups = {group for group in groups if "." not in group and group != "seed"}
+    kept = []
+    for override in parsed:
+        if override.key_or_group in groups:
+            kept.append(f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}")
+        elif override.key_or_group.partition(".")[0] not in groups:
+            kept.append(str(override.input_line))
+    return kept
 
 
 @contextmanager

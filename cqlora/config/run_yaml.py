@@ -1,11 +1,12 @@
 """run.yaml: the settled configuration of a run, which workers and later commands read instead of composing again."""
 
-from dataclasses import asdict
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -99,3 +100,17 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
+
+
+def list_changes(config: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose value is not the default of their schema; those without a default are not among them."""
+    changed: list[str] = []
+    for declared in fields(config):
+        value, key = getattr(config, declared.name), f"{prefix}{declared.name}"
+        if is_dataclass(value):
+            changed += list_changes(value, f"{key}.")
+            continue
+        default = declared.default_factory() if declared.default_factory is not NO_DEFAULT else declared.default
+        if default not in (NO_DEFAULT, MISSING) and value != default:
+            changed.append(key)
+    return changed

@@ -18,9 +18,11 @@ from cqlora.config.choices import (
     Deduplication,
     Device,
     Embeddings,
+    Goal,
     OasstPaths,
     Optimizer,
     Precision,
+    Pruner,
     Quantization,
     Schedule,
     SourceKind,
@@ -484,13 +486,67 @@ class TrackingConfig:
     """null is the stage's name."""
     tags: list[str] = field(default_factory=list)
     """W&B only: tags beside model, data and hardware."""
+    log_adapter: bool = False
+    """W&B only: keep the finished adapter as an artifact of the run, with its fingerprints."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for key in ("mode", "project", "entity", "group", "job_type", "tags"):
+        for key in ("mode", "project", "entity", "group", "job_type", "tags", "log_adapter"):
             require_used(self, key, self.tracker is Tracker.wandb, "tracking=wandb")
         if self.tracker is Tracker.wandb and not self.project:
             raise ConfigError("tracking.project is empty; give W&B a project's name, such as tracking.project=cqlora.")
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """How the runs of a sweep are compared, and how a search goes on."""
+
+    resume: str = ""
+    """Folder of a sweep to go on with, by its own overrides: what is missing, has failed or was interrupted runs."""
+    objectives: list[str] = field(default_factory=lambda: ["eval/loss"])
+    """Metrics to compare runs by, the first one first, such as `[eval/wiki_zh/zh/bits_per_character]`; less is better
+    unless it is written METRIC:maximize."""
+    trials: int = 20
+    """Search only: trials in all, those of every process that shares the folder."""
+    startup_trials: int = 10
+    """Search only: trials at random before TPE proposes."""
+    at_once: int = 1
+    """Search only: trials that are submitted together, for launchers that run jobs elsewhere."""
+    pruner: Pruner = Pruner.none
+    """Search only: median ends a trial whose evaluation is worse than the median of earlier trials at that step."""
+    prune_after_trials: int = 4
+    """Search only: trials that run to their end before any is pruned."""
+    seed: int = 1
+    """Search only: of what is proposed."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, paths=("resume",))
+        if self.resume:
+            raise ConfigError(
+                "sweep.resume stands for a sweep's overrides on the command line of cqlora.run; leave it out here."
+            )
+        require_positive(self, "trials", "at_once", "prune_after_trials")
+        goals = [goal for _, colon, goal in (each.partition(":") for each in self.objectives) if colon]
+        if unknown := set(goals) - set(Goal.__members__):
+            raise ConfigError(f"sweep.objectives has the goal {min(unknown)}; use minimize or maximize.")
+        if not self.objectives or not all(each.partition(":")[0] for each in self.objectives):
+            raise ConfigError("sweep.objectives names no metric; use [eval/loss], or leave it out.")
+        require_range("sweep.startup_trials", self.startup_trials, 0, 1_000_000)
+        require_range("sweep.seed", self.seed, 0, 2**31 - 1)
+        require_used(self, "prune_after_trials", self.pruner is not Pruner.none, "sweep.pruner=median")
+        if self.pruner is not Pruner.none and len(self.objectives) > 1:
+            raise ConfigError("sweep.pruner=median goes by one number and sweep.objectives has several; leave one out.")
+
+    @property
+    def goals(self) -> dict[str, Goal]:
+        """Metric → goal, in the order of the objectives."""
+        parts = [each.partition(":") for each in self.objectives]
+        return {metric: Goal[goal or "minimize"] for metric, _, goal in parts}
+
+    def require_search(self, searched: bool) -> None:
+        """Raise ConfigError for a key that would have no effect outside a search."""
+        for key in ("trials", "startup_trials", "at_once", "pruner", "seed"):
+            require_used(self, key, searched, "hydra/sweeper=optuna and --multirun")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -503,6 +559,7 @@ class RunConfig:
     hardware: HardwareConfig = MISSING
     lora: LoraConfig = field(default_factory=LoraConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 1
     """Of sampling, order, initial matrices and dropout."""
 
@@ -515,6 +572,8 @@ class RunConfig:
         self._check_global_batch()
         self._check_sources()
         self._check_adapter()
+        if self.sweep.pruner is not Pruner.none and self.stage.eval_every_steps is None:
+            raise ConfigError("sweep.pruner=median goes by evaluations in training; add stage.eval_every_steps=STEPS.")
 
     def notes(self) -> list[str]:
         """What a user may not have meant and is no mistake, a sentence each."""
@@ -627,3 +686,6 @@ def register_schemas() -> None:
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema/stage", name="pretrain", node=PretrainConfig)
     store.store(group="schema/stage", name="sft", node=SftConfig)
+    for name, kind in (("grid", "GridSweeper"), ("optuna", "SearchSweeper")):
+        sweeper = {"_target_": f"hydra_plugins.cqlora_sweepers.{kind}", "params": None}
+        store.store(group="hydra/sweeper", name=name, node=sweeper)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, STAGED_FILE
 from cqlora.errors import ConfigError
 from cqlora.launch.processes import WORKERS_FOLDER
+from cqlora.sweep.trials import TRIALS_FILE
 
 SWEEP_FILE = "multirun.yaml"
 
@@ -57,10 +58,12 @@ def drop_unused(folder: Path) -> None:
 
 
 def drop_unused_sweeps() -> None:
-    """Remove the folders of sweeps of which no job was accepted: Hydra's own list of overrides is all they hold."""
+    """Remove the folders of sweeps of which no job was accepted: lists of overrides and refusals are all they hold."""
     for folder, before in _sweeps.items():
-        if os.path.isdir(folder) and set(os.listdir(folder)) - before == {SWEEP_FILE}:
-            (folder / SWEEP_FILE).unlink()
+        made = set(os.listdir(folder)) - before if os.path.isdir(folder) else set()
+        if SWEEP_FILE in made and made <= {SWEEP_FILE, TRIALS_FILE}:
+            for name in made:
+                (folder / name).unlink()
             drop_unused(folder)
 
 

@@ -1,43 +1,33 @@
 """metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
-import json
-import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from cqlora.system.durable import replace_file
-from cqlora.system.refusals import NoRoom, described_as_sentence
-
-logger = logging.getLogger(__name__)
+from cqlora.system.journal import append_object, read_objects, tell_damage, to_line
 
 METRICS_FILE = "metrics.jsonl"
+MEAN_LOSS = "eval/loss"
+"""The held-out loss over all sources, to compare runs by."""
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     """Every whole line of a run; a last one that a kill cut short is left out, a damaged one too, with a warning."""
     file = run_folder / METRICS_FILE
-    if not file.is_file():
-        return []
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        row = read_line(line)
-        if row is None:
-            logger.warning("%s, line %d is damaged and left out", file, number)
+    for number, row in read_objects(file):
+        if row is None or not is_row(row):
+            tell_damage(file, number)
         else:
             rows.append(row)
     return rows
 
 
-def read_line(line: bytes) -> dict[str, Any] | None:
-    """The line's object; None where it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    known = isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row
-    return row if known and (row["kind"] == "event" or "loss" in row) else None
+def is_row(row: dict[str, Any]) -> bool:
+    """Whether an object is a line of a record."""
+    known = isinstance(row.get("step"), int) and "kind" in row
+    return known and (row["kind"] == "event" or "loss" in row)
 
 
 def rewind_metrics(run_folder: Path, step: int) -> None:
@@ -55,28 +45,41 @@ def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
     return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
 
 
+def name_values(row: dict[str, Any]) -> dict[str, float]:
+    """A line's finite numbers under the names that runs are compared by: `train/loss`, `eval/wiki_zh/zh/loss`."""
+    if row["kind"] == "event":
+        return {}
+    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
+    return {
+        f"{prefix}/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
+    """What each complete evaluation of a run measured, by step, under the names that runs are compared by.
+
+    One is complete when it has as many lines as the first, at step 0.
+    """
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for row in read_metrics(run_folder):
+        if row["kind"] == "eval":
+            by_step.setdefault(row["step"], []).append(row)
+    lines = len(by_step.get(0, []))
+    return {step: _values_of(rows) for step, rows in by_step.items() if len(rows) >= lines}
+
+
+def _values_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    loss = mean_loss(rows)
+    mean = {MEAN_LOSS: loss} if loss is not None and math.isfinite(loss) else {}
+    return mean | {name: value for row in rows for name, value in name_values(row).items()}
+
+
 def append_metrics(run_folder: Path, row: dict[str, Any]) -> None:
     """Add one line, at once readable by others.
 
     Raises:
         DiskError: the disk refused; the file ends as it did before.
     """
-    file = run_folder / METRICS_FILE
-    with described_as_sentence(file), file.open("ab+", buffering=0) as stream:
-        end = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, end - 1))
-        # A line that a kill cut short stays a line of its own.
-        begun = end > 0 and stream.read(1) != b"\n"
-        line = b"\n" * begun + to_line(row).encode()
-        if (written := stream.write(line)) < len(line):
-            stream.truncate(end)
-            raise NoRoom(len(line) - written)
-
-
-def to_line(row: dict[str, Any]) -> str:
-    """One JSON line; a non-finite number becomes its name, since JSON has none."""
-    finite = {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    append_object(run_folder / METRICS_FILE, row)

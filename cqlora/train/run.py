@@ -19,6 +19,9 @@ from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
+from cqlora.plan.estimate import GIB
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.workload import Rows
 from cqlora.random_base import open_base
 from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
@@ -73,6 +76,8 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
         frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
     with accept(config, run_folder, worker) as metrics:
+        planned = plan_memory(config, Rows(base.vocab_size, base.added_rows))
+        metrics.note("plan/peak_memory_gib", planned.peak / GIB)
         if config.lora.method is AdapterMethod.pissa:
             iterations = config.lora.pissa_iterations
             with show_part("decomposing the base's matrices for PiSSA", worker.is_main):
@@ -93,6 +98,8 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
         trainer.fit()
         with finish_first():
             save_final(config, trainer, base, card, run_folder)
+            if config.tracking.log_adapter and worker.is_main:
+                metrics.log_adapter(run_folder / "adapter")
 
 
 @contextmanager

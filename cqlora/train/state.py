@@ -23,6 +23,7 @@ _STATE_FILE = "state.json"
 
 _FREE_TO_CHANGE = {
     "tracking",
+    "sweep",
     "hardware.name",
     "hardware.gpu_memory_gib",
     "hardware.host_memory_gib",

@@ -14,16 +14,19 @@ from urllib.parse import urlparse
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available
 
-from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import describe_config, flatten
+from cqlora.base import read_card
+from cqlora.config.choices import Goal, Tracker, TrackingMode
+from cqlora.config.run_yaml import describe_config, flatten, list_changes
 from cqlora.config.schema import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
-from cqlora.system.metrics import append_metrics, mean_loss, rewind_metrics
+from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, read_metrics, rewind_metrics
 
 logger = logging.getLogger(__name__)
 
 _RUN_ID_FILE = "wandb_run_id"
+TOKENS = "train/tokens"
+"""What curves are drawn over: tokens trained on so far."""
 
 
 class MetricsLog:
@@ -32,29 +35,51 @@ class MetricsLog:
     def __init__(self, run_folder: Path | None, trackers: list[GeneralTracker]) -> None:
         self._run_folder = run_folder
         self._trackers = trackers
+        rows = read_metrics(run_folder) if run_folder else []
+        trained = [row["tokens"] for row in rows if row["kind"] == "train"]
+        self._tokens = trained[-1] if trained else 0
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one line of metrics; `row` has `kind` and `step`."""
         if self._run_folder is None:
             return
         append_metrics(self._run_folder, row)
-        numbers = tracker_values(row)
+        numbers = name_values(row)
+        if row["kind"] == "train":
+            self._tokens = row["tokens"]
         for tracker in self._trackers:
             if numbers:
-                tracker.log(numbers, step=row["step"])
+                tracker.log({**numbers, TOKENS: self._tokens}, step=row["step"])
 
     def log_mean(self, evaluations: list[dict[str, Any]]) -> None:
         """Give the trackers one held-out loss over all sources, to compare runs by: the mean over all tokens."""
         loss = mean_loss(evaluations)
         for tracker in self._trackers:
             if loss is not None and math.isfinite(loss):
-                tracker.log({"eval/loss": loss}, step=evaluations[0]["step"])
+                tracker.log({MEAN_LOSS: loss, TOKENS: self._tokens}, step=evaluations[0]["step"])
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Say that something happened, in metrics.jsonl and in the log."""
         self.log({"kind": "event", "step": step, "event": event, **details})
         if self._run_folder is not None:
             logger.info("step %d: %s %s", step, event, " ".join(f"{k}={v}" for k, v in details.items()))
+
+    def note(self, name: str, value: float) -> None:
+        """Give W&B a number that holds for the whole run, to stand beside what is measured."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandBTracker):
+                tracker.tracker.summary[name] = value
+
+    def log_adapter(self, folder: Path) -> None:
+        """Give W&B the finished adapter, with what its card says of tokenizer and base."""
+        for tracker in self._trackers:
+            if isinstance(tracker, WandBTracker):
+                import wandb
+
+                card = read_card(folder)
+                artifact = wandb.Artifact(f"adapter-{tracker.tracker.id}", type="adapter", metadata=card)
+                artifact.add_dir(str(folder))
+                tracker.tracker.log_artifact(artifact)
 
     def rewind(self, step: int) -> None:
         """Forget what was measured after `step`, which will be measured again."""
@@ -86,16 +111,15 @@ def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
         tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
         tracker.start()
-        # TensorBoard takes no nested values and no lists.
-        values = flatten(describe_config(config)).items()
-        tracker.store_init_configuration({k: v if isinstance(v, str | int | float) else str(v) for k, v in values})
+        tracker.store_init_configuration(as_scalars(flatten(describe_config(config))))
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = WandBTracker(config.tracking.project, **wandb_options(config, run_folder))
     tracker.start()
-    tracker.store_init_configuration(describe_config(config))
+    tracker.store_init_configuration({**flatten(describe_config(config)), "changed": list_changes(config)})
+    define_metrics(tracker.tracker, config)
     for line in describe_wandb(tracker.tracker, run_folder):
         logger.info(line)
     return [tracker]
@@ -161,13 +185,16 @@ def sweep_group(run_folder: Path) -> str | None:
     return f"{run_folder.parent.parent.name}-{run_folder.parent.name}" if run_folder.name.isdigit() else None
 
 
-def tracker_values(row: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers under the names that a dashboard groups by: `train/loss`, `eval/wiki_zh/zh/loss`."""
-    if row["kind"] == "event":
-        return {}
-    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
-    return {
-        f"{prefix}/{key}": value
-        for key, value in row.items()
-        if key != "step" and isinstance(value, int | float) and math.isfinite(value)
-    }
+def define_metrics(run: Any, config: RunConfig) -> None:
+    """Let W&B draw everything over trained tokens, and summarise what the sweep compares by its goal."""
+    run.define_metric(TOKENS)
+    run.define_metric("train/*", step_metric=TOKENS)
+    run.define_metric("eval/*", step_metric=TOKENS)
+    for metric, goal in config.sweep.goals.items():
+        best = "min" if goal is Goal.minimize else "max"
+        run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last", goal=goal.name)
+
+
+def as_scalars(flat: dict[str, Any]) -> dict[str, str | int | float | bool]:
+    """Values as TensorBoard takes them."""
+    return {key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in flat.items()}

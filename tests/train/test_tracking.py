@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import flatten, load_run_yaml
+from cqlora.config.run_yaml import flatten, list_changes, load_run_yaml
 from cqlora.config.schema import TrackingConfig
 from cqlora.launch.start import read_final_loss
-from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
+from cqlora.system.metrics import append_metrics, name_values, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
     MetricsLog,
+    as_scalars,
+    define_metrics,
     describe_wandb,
     sweep_group,
-    tracker_values,
     wandb_mode,
     wandb_options,
 )
@@ -114,6 +115,34 @@ def test_an_offline_run_that_is_resumed_adds_a_segment_of_the_same_run_and_overw
     assert all(b"train/loss" in file.read_bytes() for file in segments)
 
 
+def test_wandb_has_flat_keys_what_was_changed_the_plan_and_the_adapter(workspace, tmp_path):
+    small_run(workspace, tmp_path / "run", "tracking=wandb", "tracking.log_adapter=true", WANDB_MODE="offline")
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    stored = file.read_bytes()
+    for word in (b"lora.rank", b"changed", b"plan/peak_memory_gib", b"adapter_model.safetensors"):
+        assert word in stored
+
+
+def test_curves_are_over_tokens_and_the_objectives_have_their_goals(workspace):
+    defined: dict[str, dict[str, str]] = {}
+
+    class Run:
+        def define_metric(self, name: str, **given: str) -> None:
+            defined[name] = given
+
+    config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/zh/accuracy:maximize]")
+    define_metrics(Run(), config)
+    assert all(given["step_metric"] == "train/tokens" for name, given in defined.items() if name != "train/tokens")
+    assert defined["eval/loss"]["goal"] == "minimize" and defined["eval/loss"]["summary"] == "min,last"
+    assert defined["eval/zh/accuracy"]["goal"] == "maximize"
+
+
+def test_what_differs_from_the_defaults_is_named(workspace):
+    changed = list_changes(typed_run(workspace, "stage=pretrain", "lora.alpha=7"))
+    assert {"lora.rank", "lora.alpha"} <= set(changed)
+    assert not {"lora.method", "seed", "model.name"} & set(changed)
+
+
 def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
     small_run(workspace, tmp_path / "run", "tracking=tensorboard")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
@@ -191,8 +220,9 @@ def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "skipped_step", "loss": math.nan})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
-    assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
+    assert name_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
     assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": [1]}
+    assert as_scalars({"a.b": 1, "c": [1]}) == {"a.b": 1, "c": "[1]"}
 
 
 def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweepers(tmp_path):

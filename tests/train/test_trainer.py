@@ -19,9 +19,8 @@ from cqlora.config.schema import PretrainConfig
 from cqlora.data.cache import prepare_cache
 from cqlora.data.order import StepOrder, share_among_ranks
 from cqlora.launch.start import read_final_loss
-from cqlora.system.metrics import append_metrics, read_metrics
+from cqlora.system.metrics import append_metrics, name_values, read_metrics
 from cqlora.train.optimizer import learning_rate_share
-from cqlora.train.tracking import tracker_values
 from cqlora.train.trainer import Trainer
 from tests.runs import adapter_sha256, evaluations, events, extend_tiny, finish_run, losses, typed_run
 
@@ -231,7 +230,7 @@ def test_losses_of_a_source_in_two_languages_are_reported_apart(workspace, tmp_p
         summed_loss, labels = stock_losses(config.model.path, cache.splits["train"].packs_of(group_id, 0))
         assert step[f"loss/text/{group.language}"] == pytest.approx(summed_loss / labels, rel=1e-4)
     first = [row for row in evaluations(tmp_path / "run") if row["step"] == 0]
-    named = [tracker_values(row) for row in first]
+    named = [name_values(row) for row in first]
     assert {row["language"] for row in first} == {"zh", "en"}
     assert not named[0].keys() & named[1].keys()
     assert {name for values in named for name in values} >= {"eval/text/zh/loss", "eval/text/en/loss"}

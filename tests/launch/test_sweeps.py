@@ -1,0 +1,145 @@
+"""Sweeps as a user starts them: run, failed, killed, gone on with; each job trains in processes of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cqlora.config.composition import leave_to_jobs
+from cqlora.errors import ConfigError
+from cqlora.launch.sweeps import check_same_sweep, expand_resume, to_values
+from cqlora.sweep.trials import read_trials, refuse_trial
+from tests.conftest import ROOT, run_verb
+from tests.runs import SMALL, losses
+
+RUN = (*SMALL, "stage=sft", "stage.max_steps=3", "stage.checkpoint_every_steps=1")
+GRID = ("lora.rank=2,4", "seed=1,2", "--multirun")
+
+
+def command(workspace: Path, *overrides: str) -> list[str]:
+    paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
+    varied = {each.partition("=")[0] for each in overrides}
+    return [*(each for each in RUN if each.partition("=")[0] not in varied), *paths, *overrides]
+
+
+def table(told: str) -> list[str]:
+    """What a sweep prints at its end, without its folder's name."""
+    return [line for line in told.splitlines() if line and not line.startswith("sweep ")]
+
+
+def start_and_kill(folder: Path, job: str, *arguments: str) -> None:
+    """kill -9 a sweep when its numbered job has trained a step."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    sweep = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments], cwd=folder, env=environment)
+    while sweep.poll() is None and not losses(folder / "killed" / job):
+        time.sleep(0.02)
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+
+
+def test_killed_in_the_middle_a_sweep_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
+    whole = run_verb(tmp_path, "run", *command(workspace, *GRID, "hydra.sweep.dir=whole")).stdout
+    start_and_kill(tmp_path, "1", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
+    assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished", "running"]
+    gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
+    assert table(gone_on) == table(whole) and len(table(whole)) == 3
+    started = [json.loads(line)["number"] for line in (tmp_path / "killed" / "trials.jsonl").read_text().splitlines()]
+    assert started == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert table(run_verb(tmp_path, "run", "sweep.resume=killed").stdout) == table(whole)
+
+
+def test_a_job_that_fails_is_recorded_with_its_reason_and_the_others_complete(workspace, tmp_path):
+    arguments = command(workspace, "lora.rank=2,-1,4", "hydra.sweep.dir=swept", "--multirun")
+    told = run_verb(tmp_path, "run", *arguments, expect=1, DB_PASS="planted-in-the-environment")
+    trials = read_trials(tmp_path / "swept")
+    assert [trial.state for trial in trials] == ["finished", "failed", "finished"]
+    assert trials[1].error is not None and "lora.rank=-1 must be above 0" in trials[1].error
+    assert "error: job 1 (" in told.stderr and "lora.rank=-1 must be above 0" in told.stderr
+    files = [file for file in (tmp_path / "swept").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if b"planted-in" in file.read_bytes()]
+
+
+def test_a_search_trains_what_is_proposed_and_leaves_out_what_does_not_fit(workspace, tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra `search`")
+    search = ("hydra/sweeper=optuna", "sweep.trials=2", "hardware.host_memory_gib=16,0.01", "hydra.sweep.dir=found")
+    told = run_verb(tmp_path, "run", *command(workspace, *search, "--multirun"), expect=0).stdout
+    assert "left out: hardware.host_memory_gib=0.01: the run needs" in told
+    trials = read_trials(tmp_path / "found")
+    assert sum(trial.state == "finished" for trial in trials) == 2
+    assert {trial.overrides["hardware.host_memory_gib"] for trial in trials if trial.state == "finished"} == {16}
+
+
+def test_what_a_swept_group_has_below_it_is_left_to_each_job():
+    assert leave_to_jobs(["stage=pretrain,sft", "stage.system_prompt=x", "lora.rank=4,8", "seed=1,2"]) == [
+        "stage=pretrain", "lora.rank=4,8", "seed=1,2",
+    ]  # fmt: skip
+
+
+def test_a_key_that_one_jobs_group_lacks_names_the_job(tmp_path):
+    told = run_verb(tmp_path, "run", "stage=pretrain,sft", "stage.system_prompt=x", "--multirun", expect=2).stderr
+    job = "job 0 (stage=pretrain stage.system_prompt=x)"
+    assert told.startswith(f"error: {job}: stage.system_prompt is not a key of this choice of stage")
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_going_on_takes_the_sweeps_own_overrides_and_few_others(tmp_path):
+    recorded = {"hydra": {"overrides": {"task": ["stage=sft", "lora.rank=2,4", "sweep.trials=8"],
+                                        "hydra": ["hydra.mode=MULTIRUN", "hydra/sweeper=optuna"]}}}  # fmt: skip
+    OmegaConf.save(OmegaConf.create(recorded), tmp_path / "multirun.yaml")
+    resume = f"sweep.resume={tmp_path}"
+    own = ["stage=sft", "lora.rank=2,4", "hydra/sweeper=optuna"]
+    ends = [f"hydra.sweep.dir='{tmp_path}'", "--multirun"]
+    assert expand_resume([resume]) == [*own[:2], "sweep.trials=8", own[2], *ends]
+    more = expand_resume([resume, "sweep.trials=9", "stage=sft"])
+    assert more == ["lora.rank=2,4", own[2], "sweep.trials=9", "stage=sft", *ends]
+    assert expand_resume(["stage=sft"]) == ["stage=sft"]
+    with pytest.raises(ConfigError, match=r"leave out lora\.rank="):
+        expand_resume([resume, "lora.rank=64"])
+    with pytest.raises(ConfigError, match="give the folder of a sweep"):
+        expand_resume([f"sweep.resume={tmp_path}/nowhere"])
+
+
+def test_another_sweep_in_the_folder_is_refused(tmp_path):
+    refuse_trial(tmp_path, 0, to_values(["lora.rank=2"]), "too large.")
+    check_same_sweep(tmp_path, [(0, ["lora.rank=2"])])
+    with pytest.raises(ConfigError, match=r"holds another sweep, whose job 0 is lora\.rank=2"):
+        check_same_sweep(tmp_path, [(0, ["lora.rank=4"])])
+
+
+def test_overrides_are_recorded_as_numbers_where_they_are_some():
+    typed = [
+        "lora.rank=4",
+        "stage.learning_rate=1e-4",
+        "data.root='a b'",
+        "hardware.allow_misfit=true",
+        "x=null",
+        "t=[a,b]",
+        "sweep.trials=8",
+    ]
+    assert to_values(typed) == {
+        "lora.rank": 4, "stage.learning_rate": 1e-4, "data.root": "a b", "hardware.allow_misfit": True, "x": None,
+        "t": "[a,b]",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (("lora.rank=interval(2,4)",), "is a range to search; add hydra/sweeper=optuna"),
+        (("sweep.trials=3", "seed=1,2"), "has no effect without hydra/sweeper=optuna"),
+        (("hydra/sweeper=optuna",), "nothing is searched"),
+        (("hydra/sweeper=optuna", "lora.rank=2,4", "sweep.at_once=2"), "where jobs run one after another"),
+        (("hydra/sweeper=optuna", "lora.rank=2,4", "sweep.pruner=median"), "add stage.eval_every_steps"),
+        (("hydra.sweep.subdir=x", "seed=1,2"), "hydra.sweep.subdir has no use here"),
+        (("sweep.objectives=[eval/loss:least]",), "has the goal least; use minimize or maximize"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(overrides, told, tmp_path):
+    assert told in run_verb(tmp_path, "run", "stage=sft", *overrides, "--multirun", expect=2).stderr
+    assert not any(tmp_path.iterdir())
