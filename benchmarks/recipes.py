@@ -5,9 +5,9 @@
         [--trl-python TRL_VENV/bin/python] [--write docs] [--smoke]
 
 A budget is a time (60s, 15min) or a number of characters (300000ch). Time is that of the steps alone, by a first run
-of a few steps: loading, extending and evaluating are every recipe's own. A tenth of each file is held out, by a hash of the
-document; held_out.txt lists the hashes. Every result is a line of results.jsonl and is not computed again; the table
-and the plot are of all lines. TRL's environment is that of benchmarks/train_step.py.
+of a few steps; loading, extending and evaluating are not counted. A tenth of each file is held out, by a hash of the
+document, and held_out.txt lists the hashes. Every result is a line of results.jsonl and is not computed again; the
+table and the plot are of all lines. TRL's environment is that of benchmarks/train_step.py.
 """
 
 import argparse

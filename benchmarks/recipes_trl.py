@@ -30,10 +30,18 @@ def main() -> None:
     rows = load_dataset("json", data_files=[str(file) for file in sorted(Path(texts).glob("*.jsonl"))], split="train")
     rows = rows.shuffle(seed=int(seed))
     settings = SFTConfig(
-        output_dir=f"{folder}/trainer", max_steps=int(steps), seed=int(seed), learning_rate=2e-4, max_length=int(length),
-        per_device_train_batch_size=SEQUENCES, use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        output_dir=f"{folder}/trainer",
+        max_steps=int(steps),
+        seed=int(seed),
+        learning_rate=2e-4,
+        max_length=int(length),
+        per_device_train_batch_size=SEQUENCES,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=settings,
