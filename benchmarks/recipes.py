@@ -31,7 +31,7 @@ HELD_OUT = 0.1
 LANGUAGES = ("zh", "en")
 COMMON = (
     "stage=pretrain", "data=wiki_zh_en", "data.sources.wiki_zh.sample=null", "data.sources.wiki_en.sample=null",
-    "data.val_fraction=0", "hardware=cpu", "tracking=none", "stage.sequence_length=512", "stage.global_batch_size=4",
+    "data.val_fraction=0", "hardware=cpu", "tracking=none", "stage.sequence_length=512",
     "stage.checkpoint_every_steps=100000",
 )  # fmt: skip
 CALIBRATION_STEPS = 3
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--folder", type=Path, default=Path("outputs/recipes"))
     parser.add_argument("--characters", type=int, default=20_000, help="held-out characters of each language to score")
+    parser.add_argument("--sequences", type=int, default=4, help="in a step, of 512 tokens")
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--write", type=Path, help="folder with recipes.md and recipes.zh-CN.md to put the table into")
     parser.add_argument("--smoke", action="store_true", help="small sequences, for a model and a budget of seconds")
@@ -166,7 +167,7 @@ def train_with_cqlora(
     spent = call(
         "run", *COMMON, *recipe["run"], *small, f"model.path={base}", f"data.root={options.folder / 'text' / 'train'}",
         f"data.cache_dir={options.folder / 'cache'}", f"stage.max_steps={steps}", f"seed={seed}",
-        f"hydra.run.dir={folder}",
+        f"stage.global_batch_size={options.sequences}", f"hydra.run.dir={folder}",
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
@@ -193,7 +194,7 @@ def train_with_trl(
     """TRL in a process of its own, on the same documents in the same order of magnitude of a step."""
     length = "64" if options.smoke else "512"
     texts = options.folder / "text" / "train"
-    worker = [ROOT / "benchmarks" / "recipes_trl.py", base, texts, folder, str(steps), str(seed), length]
+    worker = [ROOT / "benchmarks" / "recipes_trl.py", base, texts, folder, steps, seed, length, options.sequences]
     spent = start([options.trl_python, *map(str, worker)])
     told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
     seconds = {"wall": told["seconds"], "processor": spent["processor"] * told["seconds"] / spent["wall"]}

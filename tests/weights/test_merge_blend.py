@@ -165,7 +165,7 @@ def test_options_that_contradict_are_refused(changed, words):
 def test_a_sweep_over_the_weight_writes_a_folder_for_each(base, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter")
     run_verb(
-        tmp_path, "merge", f"base={base}", f"adapter={adapter}", "adapter_weight=0.5,1",
+        tmp_path, "merge", f"base={base}", f"adapter={adapter}", "adapter_weight=0.5,0.75",
         "output_dir=out/weight_${adapter_weight}", "--multirun",
     )  # fmt: skip
-    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["weight_0.5", "weight_1"]
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["weight_0.5", "weight_0.75"]

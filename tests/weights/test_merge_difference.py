@@ -175,7 +175,7 @@ def break_chat(folder: Path, how: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    first = next(iter(tokenizer["model"]["vocab"]))
+    first = next(token for token in tokenizer["model"]["vocab"] if not token.startswith("<"))
 
     def swap_token() -> None:
         tokenizer["model"]["vocab"]["unheard"] = tokenizer["model"]["vocab"].pop(first)
