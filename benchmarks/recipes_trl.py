@@ -1,4 +1,6 @@
-"""TRL's own recipe on the documents of benchmarks/recipes.py, which starts this: BASE TEXTS FOLDER STEPS SEED LENGTH SEQUENCES.
+"""TRL's own recipe on the documents of benchmarks/recipes.py, which starts this.
+
+    python benchmarks/recipes_trl.py BASE TEXTS FOLDER STEPS SEED LENGTH SEQUENCES
 
 SFTTrainer with its defaults, and with LoRA as TRL's command line gives it (rank 16, alpha 32, dropout 0.05) at the
 ten times higher rate that TRL's documentation advises for LoRA. A step has as many sequences as the other recipes'.
