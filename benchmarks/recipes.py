@@ -26,6 +26,8 @@ from typing import Any
 
 import yaml
 
+from cqlora.system.pages import write_between_markers
+
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 0.1
 LANGUAGES = ("zh", "en")
@@ -35,7 +37,6 @@ COMMON = (
     "stage.checkpoint_every_steps=100000",
 )  # fmt: skip
 CALIBRATION_STEPS = 3
-MARKERS = ("<!-- recipes: begin -->", "<!-- recipes: end -->")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def main() -> None:
     print(table)
     plot(read_lines(options.folder), options.folder / "recipes.svg")
     for page in ("recipes.md", "recipes.zh-CN.md") if options.write else ():
-        write_between_markers(options.write / page, table)
+        write_between_markers(options.write / page, "recipes", table)
 
 
 def read_recipes(names: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -327,16 +328,6 @@ def plot(lines: list[dict[str, Any]], file: Path) -> None:
     axes.legend(fontsize="small")
     figure.savefig(file)
     pyplot.close(figure)
-
-
-def write_between_markers(page: Path, table: str) -> None:
-    """Put the table where the page keeps it."""
-    begin, end = MARKERS
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        sys.exit(f"{page} has no {begin} … {end} to put the table between.")
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def merge(config: MergeConfig) -> None:
     for note in planned.notes:
         print(f"note: {note}")
     if config.measure:
+        if planned.adapters[0].of_checkpoint:
+            raise ConfigError(f"measure reads plain PEFT, and adapter={config.adapter[0]} is a run's checkpoint.")
         trained_on = read_training(planned.adapters[0], config.double_quantization, config.precision)
     write_merge(planned, Path(config.output_dir), settle_form(config))
     print(f"{config.output_dir}: {planned.summary()}")

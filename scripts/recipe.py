@@ -19,9 +19,9 @@ from typing import Any
 from cqlora.base import read_card
 from cqlora.config.run_yaml import load_frozen
 from cqlora.system.metrics import read_metrics
+from cqlora.system.pages import write_between_markers
 
 ROOT = Path(__file__).parent.parent
-MARKERS = ("<!-- recipe: begin -->", "<!-- recipe: end -->")
 COMMON = ("hardware=cpu", "tracking=none", "stage.sequence_length=512", "stage.global_batch_size=4", "lora.rank=64",
           "lora.alpha=64", "data.val_fraction=0.1", "stage.eval_tokens=2048")  # fmt: skip
 STAGES = {
@@ -55,7 +55,7 @@ def main() -> None:
     (merged / "README.md").write_text(write_card(merged, tuned, table), encoding="utf-8")
     print(table)
     for page in ("README.md", "README.zh-CN.md") if options.write else ():
-        write_between_markers(ROOT / page, table)
+        write_between_markers(ROOT / page, "recipe", table)
     print(f"model   {merged}\nrecord  {options.folder / 'evaluation.json'}\ntalk    cqlora chat base={merged}")
 
 
@@ -139,16 +139,6 @@ def write_card(merged: Path, adapter: Path, table: str) -> str:
             "done about harmful, biased or false replies.", "",
         ]
     )  # fmt: skip
-
-
-def write_between_markers(page: Path, table: str) -> None:
-    """Put the table where the page keeps it."""
-    begin, end = MARKERS
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        sys.exit(f"{page} has no {begin} … {end} to put the table between.")
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

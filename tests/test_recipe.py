@@ -34,12 +34,6 @@ def test_the_table_has_a_column_for_the_base_and_for_each_stage():
     ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_the_readmes_hold_the_place_for_the_table(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert all(text.count(marker) == 1 for marker in load_script("recipe").MARKERS)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
 def test_both_stages_are_trained_evaluated_and_merged_with_a_card(tmp_path):
     make = [sys.executable, "-m", "cqlora.prepare", "stage=pretrain", "model=tiny", f"data.cache_dir={tmp_path}/cache"]

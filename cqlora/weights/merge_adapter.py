@@ -49,9 +49,14 @@ class Adapter:
     """cqlora.json, or nothing beside an adapter that another program wrote."""
     reader: ShardReader
 
+    @property
+    def of_checkpoint(self) -> bool:
+        """Whether it lies in a run's checkpoint, and not in a folder of its own."""
+        return self.folder != self.described
+
     def fingerprint(self) -> str:
         """sha256 that tells the adapter's weights from others."""
-        return hash_whole(self.folder / (TRAINED if self.folder != self.described else WEIGHTS))
+        return hash_whole(self.folder / (TRAINED if self.of_checkpoint else WEIGHTS))
 
 
 def open_adapter(folder: Path) -> Adapter:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -87,16 +86,6 @@ def test_a_line_that_was_cut_off_is_computed_again_and_a_whole_one_found(tmp_pat
     assert [each["recipe"] for each in recipes.read_lines(tmp_path)] == ["a", "b"]
 
 
-def test_a_page_without_a_place_for_the_table_is_told_and_one_with_it_keeps_the_rest(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{recipes.MARKERS[0]}\nold\n{recipes.MARKERS[1]}\nafter\n")
-    recipes.write_between_markers(page, "new")
-    assert page.read_text() == f"before\n{recipes.MARKERS[0]}\nnew\n{recipes.MARKERS[1]}\nafter\n"
-    page.write_text("nothing")
-    with pytest.raises(SystemExit, match="to put the table between"):
-        recipes.write_between_markers(page, "new")
-
-
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
     recipe = KNOWN[name]
@@ -131,9 +120,3 @@ def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(
     assert all(each["processor_seconds"] > 0 and 2000 < each["characters"] < 8000 for each in lines[1:])
     assert "no_vocabulary, seed 1, 4000ch" in told[0] and "seed" not in told[1].partition("|")[0]
     assert (tmp_path / "out" / "recipes.svg").read_text().startswith("<?xml")
-
-
-def test_pages_hold_the_place_for_the_table():
-    for page in ("recipes.md", "recipes.zh-CN.md"):
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        assert Path(page).suffix and all(marker in text for marker in recipes.MARKERS)
