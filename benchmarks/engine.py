@@ -71,8 +71,8 @@ def measure(options: argparse.Namespace, side: str) -> dict[str, float]:
         command.append("--no-bfloat16")
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    told = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED "))
-    figures: dict[str, float] = json.loads(told.removeprefix("MEASURED "))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("MEASURED "))
+    figures: dict[str, float] = json.loads(line.removeprefix("MEASURED "))
     figures["process"] = time.perf_counter() - started
     print(f"{side:12}", "  ".join(f"{name} {value:.2f}" for name, value in figures.items()), flush=True)
     return figures
@@ -84,11 +84,11 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> None:
         for name in ("first_token", "with_imports", "one", "eight"):
             print(f"{side:12} {name:12} {spread([sides[side][name] for sides in rounds])}")
         print(f"{side:12} eight / one  {spread([sides[side]['eight'] / sides[side]['one'] for sides in rounds])}")
-    for side, told in SIDES.items():
+    for side, meaning in SIDES.items():
         for name, theirs_first in (("first_token", True), ("with_imports", True), ("one", False), ("eight", False)):
             ratios = [sides["cqlora"][name] / sides[side][name] for sides in rounds]
             ratios = [1 / ratio if theirs_first else ratio for ratio in ratios]
-            print(f"{name:12} {spread(ratios)} times {told}")
+            print(f"{name:12} {spread(ratios)} times {meaning}")
 
 
 def spread(figures: list[float]) -> str:

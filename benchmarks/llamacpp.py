@@ -131,10 +131,10 @@ def ask_llama(python: str, file: Path, job: dict[str, Any], job_file: Path) -> d
     """What llama.cpp makes of the job, in a process of its own Python."""
     job_file.write_text(json.dumps(job), encoding="utf-8")
     subprocess.run([python, __file__, str(file), "--job", str(job_file)], check=True)
-    told: dict[str, Any] = json.loads(job_file.with_suffix(".told").read_text(encoding="utf-8"))
+    answer: dict[str, Any] = json.loads(job_file.with_suffix(".answer").read_text(encoding="utf-8"))
     with np.load(job_file.with_suffix(".npz")) as arrays:
-        told["logits"] = [arrays[str(place)] for place in range(len(job["prompts"]))]
-    return told
+        answer["logits"] = [arrays[str(place)] for place in range(len(job["prompts"]))]
+    return answer
 
 
 def answer_job(file: Path, job_file: Path) -> None:
@@ -151,12 +151,12 @@ def answer_job(file: Path, job_file: Path) -> None:
         llama.metadata["tokenizer.chat_template"], eos_token=spell["eos"], bos_token=spell["bos"]
     )
     rendered = [template(messages=chat).prompt for chat in job["chats"]]
-    told = {
+    answer = {
         "texts": [llama.tokenize(text.encode(), add_bos=False, special=False) for text in TEXTS],
         "prompts": [llama.tokenize(text.encode(), add_bos=False, special=True) for text in rendered],
         "replies": [continue_greedily(llama, prompt, job) for prompt in job["prompts"]],
     }
-    job_file.with_suffix(".told").write_text(json.dumps(told), encoding="utf-8")
+    job_file.with_suffix(".answer").write_text(json.dumps(answer), encoding="utf-8")
     logits = {}
     for place, (prompt, reply) in enumerate(zip(job["prompts"], job["replies"], strict=True)):
         llama.reset()

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def cut_messages(engine: LlamaEngine, turns: int, history: int) -> list[str]:
-    """What the user says: pieces of the bundled text, so long that all turns but the last make up the history."""
+    """What the user says: parts of the bundled text, so long that all turns but the last make up the history."""
     lines = (SAMPLE_DIR / "sample_en" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(line)["text"] for line in lines).split(" ")
     messages = []

@@ -164,7 +164,7 @@ def train_with_cqlora(
     options: argparse.Namespace, recipe: dict[str, Any], base: Path, seed: int, steps: int, folder: Path
 ) -> Trained:
     """A run of so many steps."""
-    small = ["model=tiny", "stage.sequence_length=64", "lora.rank=4"] if options.smoke else ["model=smollm2_135m"]
+    small = ["model=tiny", "stage.sequence_length=64"] if options.smoke else ["model=smollm2_135m"]
     spent = call(
         "run", *COMMON, *recipe["run"], *small, f"model.path={base}", f"data.root={options.folder / 'text' / 'train'}",
         f"data.cache_dir={options.folder / 'cache'}", f"stage.max_steps={steps}", f"seed={seed}",

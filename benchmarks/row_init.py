@@ -52,8 +52,8 @@ def measure(arguments: argparse.Namespace, init: str, scratch: Path) -> tuple[fl
         f"stage.max_steps={arguments.steps}", f"data.cache_dir={scratch / 'cache'}", f"hydra.run.dir={run}",
     )  # fmt: skip
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [row["bits_per_character"] for row in rows if row["kind"] == "eval"]
-    return scores[0], scores[-1]
+    values = [row["bits_per_character"] for row in rows if row["kind"] == "eval"]
+    return values[0], values[-1]
 
 
 def call(verb: str, *overrides: str) -> None:

@@ -73,11 +73,11 @@ async def ask_again(client: httpx.AsyncClient, load: Load, dice: random.Random, 
 
 
 async def stream(client: httpx.AsyncClient, load: Load, asked: dict, leaves: bool, dice: random.Random) -> None:
-    """Read a stream to [DONE], or leave after a few pieces of it."""
+    """Read a stream to [DONE], or leave after a few parts of it."""
     stay = dice.randint(0, asked["max_tokens"] // 2) if leaves else asked["max_tokens"]
     asked = asked | {"stream_options": {"include_usage": True}}
     began = time.monotonic()
-    pieces, usage = 0, None
+    parts, usage = 0, None
     async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
         response.raise_for_status()
         async for line in response.aiter_lines():
@@ -86,7 +86,7 @@ async def stream(client: httpx.AsyncClient, load: Load, asked: dict, leaves: boo
                 load.answered += 1
                 load.tokens += usage["completion_tokens"]
                 return
-            if leaves and pieces >= stay:
+            if leaves and parts >= stay:
                 load.hung_up += 1
                 return
             event = json.loads(data) if data else {}
@@ -94,8 +94,8 @@ async def stream(client: httpx.AsyncClient, load: Load, asked: dict, leaves: boo
                 raise ValueError(event["error"]["message"])
             usage = event.get("usage", usage)
             if event.get("choices") and event["choices"][0]["delta"].get("content"):
-                pieces += 1
-                if pieces == 1:
+                parts += 1
+                if parts == 1:
                     load.first_text.append(time.monotonic() - began)
     raise ValueError("the stream ended without [DONE]")
 

@@ -51,11 +51,11 @@ def alternate(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict
         for name, worker in workers.items():
             worker.stdin.write("step\n")
             worker.stdin.flush()
-            told = next(line for line in worker.stdout if line.startswith("STEP ")).split()
-            memory[name] = float(told[2])
+            figures = next(line for line in worker.stdout if line.startswith("STEP ")).split()
+            memory[name] = float(figures[2])
             if number:  # the first step warms up
-                seconds[name].append(float(told[1]))
-                share = float(told[3]) if name == "cqlora" else share
+                seconds[name].append(float(figures[1]))
+                share = float(figures[3]) if name == "cqlora" else share
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()

@@ -1,7 +1,7 @@
-"""Which kinds of model each part of cqlora knows, in one list that is checked at the door.
+"""Which kinds of model each part of cqlora knows, in one list that is checked before anything is loaded.
 
 A kind is on the list where a test has it equal to stock transformers: training in its loss and every gradient.
-What is not would often run all the same and be wrong: a factor left out, a window that nothing keeps to.
+Any other kind would often run and be wrong without a word: a factor left out, a sliding window ignored.
 """
 
 from enum import Enum
@@ -12,7 +12,7 @@ from cqlora.errors import ModelError
 
 
 class Part(Enum):
-    """What is to be done with a model, as the sentence that refuses it says it."""
+    """What is to be done with a model; the value is how the error that refuses a model names it."""
 
     train = "cqlora trains"
     plan = "cqlora plans runs of"

@@ -91,7 +91,7 @@ def read_added_rows(folder: Path, rows: int) -> tuple[int | None, int]:
 
 
 def check_token_ids(tokenizer_file: Path, rows: int) -> None:
-    """Refuse a tokenizer with an id beyond the embedding's rows, which would end whatever meets it.
+    """Refuse a tokenizer with an id that no row of the embedding stands for; a text with it would end the process.
 
     Raises:
         ModelError: such an id, or a file that is no tokenizer.
@@ -154,7 +154,7 @@ def seal_card(folder: Path, card: dict[str, Any]) -> None:
 
 
 def hash_companions(folder: Path) -> dict[str, str]:
-    """sha256 of each file beside a base's weights that decides how it is asked and what ends its replies.
+    """sha256 of each small file beside the weights that decides how a prompt is written and where a reply ends.
 
     Raises:
         ModelError: one that is to be JSON is not.

@@ -64,7 +64,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def leave() -> None:
-    """End the process with 0 and wait for no thread: one that Python's own end stops within torch aborts it all."""
+    """End the process with code 0 without waiting: a thread inside torch when Python shuts down would abort it."""
     sys.stdout.flush()
     os._exit(0)
 

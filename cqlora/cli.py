@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from cqlora.config.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import INTERRUPTED, Stopped
 
 VERBS = {
@@ -58,7 +58,7 @@ def run_program(
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
             sys.argv[1:1] = [*help_overrides, store_help(config_name, schema)]
-        with told_as_sentence():
+        with described_as_sentence():
             outcomes = _compose_and_call(config_name, schema, action)
     except CqloraError as error:
         stop(error)
@@ -82,9 +82,9 @@ def store_help(config_name: str, schema: type) -> str:
     flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
     folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
     # Hydra fills in what stands behind dollar signs.
-    told = render_help(config_name, schema, folders).replace("$", "$$")
+    text = render_help(config_name, schema, folders).replace("$", "$$")
     head = "${hydra.help.app_name} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]"
-    template = f"{head}\n\n{told}\n\nHydra's own flags: --hydra-help"
+    template = f"{head}\n\n{text}\n\nHydra's own flags: --hydra-help"
     node = {"app_name": sys.argv[0], "header": "", "footer": "", "template": template}
     ConfigStore.instance().store(group="hydra/help", name="cqlora", node=node)
     return "hydra/help=cqlora"
@@ -148,7 +148,7 @@ def check_words(arguments: list[str]) -> None:
 
 
 def quote_words(argument: str) -> str:
-    """Put what Hydra's grammar reads only in quotes into them: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
+    """Quote what Hydra's grammar reads only in quotes: `base=模型/底座`, `model.path=~/llama`, `path=a=b`."""
     key, equals, value = argument.partition("=")
     if key.startswith("hydra.") and value.startswith("~/"):
         # Other paths are expanded beside their fields; Hydra's folders have none of ours.
@@ -207,7 +207,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
         try:
             # Again, now that what Hydra sets for each job can be resolved.
             refuse_secret_values(composed)
-            with told_as_sentence():
+            with described_as_sentence():
                 outcomes.append(action(to_schema(composed, schema)))
         except CqloraError as error:
             error.add_note(describe_job())
@@ -243,7 +243,7 @@ def _compose_and_call(config_name: str, schema: type, action: Callable[[Any], An
 
 
 def stop_early(stopped: Stopped) -> Preempted:
-    """What is told of a signal that came when no run had begun here, or none any more."""
+    """The sentence for a signal that came before a run began in this process or after it had ended."""
     return Preempted(f"stopped by {stopped.name} before a run had begun; the same command starts it.")
 
 

@@ -12,7 +12,7 @@ from cqlora.data.records import Turn
 from cqlora.data.tokenizer import PlainTokenizer, read_json
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
-from cqlora.inference.damage import told_of_damage
+from cqlora.inference.damage import described_as_damage
 from cqlora.inference.decoder import Segment
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
@@ -52,13 +52,13 @@ class LlamaEngine:
         prompts that begin with the same tokens.
         """
         request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
-        with told_of_damage(request.model_dir, request.base_dir):
+        with described_as_damage(request.model_dir, request.base_dir):
             self._open(request)
         self._prefixes = PrefixCache(self._decoder, int(prefix_cache_gib * 2**30))
 
     def _open(self, request: Request) -> None:
         self._decoder, form = open_decoder(request)
-        # Sizes that do not fit each other break the first pass through the layers: here, and not at a user's request.
+        # Matrices whose sizes do not match fail in the first pass: here, and not at a user's first request.
         self._decoder.next_logits([Segment(self._decoder.new_cache(), [0])])
         self.name = request.model_dir.resolve().name
         self.form = str(form)
@@ -68,7 +68,6 @@ class LlamaEngine:
         self._tokenizer = PlainTokenizer(request.folder)
         self._token_bytes = TokenBytes(request.folder)
         self._end_ids = find_end_ids(request.folder, self._tokenizer)
-        check_token_ids(request.folder, self._token_bytes.largest_id, self._decoder.architecture.vocab_size)
         self.system_prompt = read_system_prompt(request.model_dir)
         """What a conversation without a system's message begins with, as it did in training; empty for nothing."""
 
@@ -126,7 +125,7 @@ class LlamaEngine:
 def find_request(
     model_dir: str | Path, base_dir: str | Path, use_lora: bool, quantization: str, dtype: str, device: str, cache: bool
 ) -> Request:
-    """The folders to open, told apart by what lies in them.
+    """The folders to open, recognised by the files in them.
 
     Raises:
         ConfigError: a form that there is not, or a device that this machine has not.
@@ -145,15 +144,6 @@ def find_request(
     if not use_lora and str(base_dir):
         raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
     return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, find_device(device))
-
-
-def check_token_ids(folder: Path, largest: int, rows: int) -> None:
-    """Raise ModelError where a text may get a token that the model has no row for."""
-    if largest >= rows:
-        raise ModelError(
-            f"the tokenizer in {folder} has token id {largest} and the model's embedding {rows} rows; give the "
-            "tokenizer that belongs to the weights."
-        )
 
 
 def read_system_prompt(folder: Path) -> str:

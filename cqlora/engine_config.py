@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
 from cqlora.config.checks import check_fields
 from cqlora.errors import ConfigError
-from cqlora.inference.damage import told_of_damage
+from cqlora.inference.damage import described_as_damage
 from cqlora.inference.requests import check_held
 from cqlora.lineage import check_fingerprints
 
@@ -46,7 +46,7 @@ class EngineConfig:
 
     def check_folders(self) -> None:
         """Raise for what can be known to be wrong without torch: missing folders, another base's adapter."""
-        with told_of_damage(Path(self.base), Path(self.adapter) if self.adapter else None):
+        with described_as_damage(Path(self.base), Path(self.adapter) if self.adapter else None):
             self._check_folders()
 
     def _check_folders(self) -> None:

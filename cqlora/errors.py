@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each told in one sentence: what, the value received, what to type instead."""
+"""The errors that a user can cause, each one sentence: what, the value received, what to type instead."""
 
 
 class CqloraError(Exception):
@@ -46,6 +46,6 @@ class Preempted(CqloraError):
 
 
 def error_of_code(code: int, sentence: str) -> CqloraError:
-    """The error that another process told by its exit code and a sentence."""
+    """The error that another process reported by its exit code and a sentence."""
     kinds = {kind.exit_code: kind for kind in (TrainingError, ConfigError, DoesNotFit, Preempted)}
     return kinds.get(code, TrainingError)(sentence)

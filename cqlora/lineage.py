@@ -1,4 +1,4 @@
-"""Where an adapter comes from, as its card tells it: its base, and the adapters it was continued from, oldest first.
+"""Where an adapter comes from, as its card says: its base, and the adapters it was continued from, oldest first.
 
 A continued adapter holds its predecessors' weights already, so whoever merges it must not add them again.
 """

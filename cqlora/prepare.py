@@ -76,7 +76,7 @@ def count_lines(found: dict[str, Any]) -> list[tuple[str, float]]:
     lines += [(key.replace("_", " "), found[key]) for key in ("characters", "tokens", "label_tokens", "longest")]
     if found["tokens_per_chinese_character"] is not None:
         lines.append(("tokens per Chinese character", found["tokens_per_chinese_character"]))
-    lines += [*found["changed"].items(), ("pieces", found["pieces"]), *found["cut"].items()]
+    lines += [*found["changed"].items(), ("chunks", found["chunks"]), *found["cut"].items()]
     return lines
 
 
@@ -85,10 +85,10 @@ def show_splits(console: Any, splits: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("split", "pieces", "tokens", "label tokens", "packs", "fill"):
+    for column in ("split", "chunks", "tokens", "label tokens", "packs", "fill"):
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, found in splits.items():
-        numbers = [f"{found[key]:,}" for key in ("pieces", "tokens", "label_tokens", "packs")]
+        numbers = [f"{found[key]:,}" for key in ("chunks", "tokens", "label_tokens", "packs")]
         table.add_row(split, *numbers, f"{found['fill']:.2%}")
     console.print(table)
     console.print()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cqlora.cli import quote_words, run_program, stop, stop_early
 from cqlora.errors import ConfigError, Preempted
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import Stopped, stop_on_signals
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def run(config: "RunConfig") -> float | None:
     try:
         # A submitted job is in a process of its own already.
         own_process = swept and not submitted
-        folder = launch(config, Path(hydra.runtime.output_dir), own_process, folder_given=given or submitted)
-        return read_final_loss(folder)
+        run_folder = launch(config, Path(hydra.runtime.output_dir), own_process, run_folder_given=given or submitted)
+        return read_final_loss(run_folder)
     except Preempted as error:
         if submitted:
             leave_job()
@@ -72,7 +72,7 @@ def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir
     from cqlora.launch.start import launch
 
     arguments, given = arrange_overrides(overrides, folder, config_dir)
-    with told_as_sentence():
+    with described_as_sentence():
         with compose_alone("config", RunConfig, arguments) as composed:
             default_folder, launcher = str(composed.hydra.run.dir), str(composed.hydra.launcher._target_)
             with open_dict(composed):
@@ -80,7 +80,7 @@ def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir
             config: RunConfig = to_schema(composed, RunConfig)
         refuse_unsubmitted(config.hardware.name, launcher, swept=False)
         tell_notes(config)
-        return launch(config, Path(folder or default_folder).expanduser().absolute(), True, folder_given=given)
+        return launch(config, Path(folder or default_folder).expanduser().absolute(), True, run_folder_given=given)
 
 
 def arrange_overrides(
@@ -91,9 +91,9 @@ def arrange_overrides(
     Raises:
         ConfigError: what `train` does not take, or a process that is one of several workers.
     """
-    from cqlora.launch.cluster import find_place
+    from cqlora.launch.cluster import find_rank_environment
 
-    if find_place(os.environ) is not None:
+    if find_rank_environment(os.environ) is not None:
         raise ConfigError(
             "train() starts its workers itself, and torchrun or srun has started several of this program; start "
             "`python -m cqlora.run` with them instead."

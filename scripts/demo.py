@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from cqlora.base import read_base
-from cqlora.config.run_yaml import load_frozen
+from cqlora.config.run_yaml import load_run_yaml
 from cqlora.data.cache import prepare_cache
 from cqlora.data.sources import SAMPLE_DIR
 from cqlora.system.metrics import read_metrics
@@ -63,9 +63,9 @@ def show(before: Path, after: Path, minutes: float) -> None:
     for name in ("", "base", "extended, untrained", "extended, trained"):
         table.add_column(name, justify="right" if name else "left")
     base, start, end = held_out(before, first=True), held_out(after, first=True), held_out(after, first=False)
-    for language, told in (("zh", "Chinese"), ("en", "English")):
-        cells = [f"{scores[language]:.3f}" for scores in (base, start, end)]
-        table.add_row(f"{told} bits per character", *cells)
+    for language, language_name in (("zh", "Chinese"), ("en", "English")):
+        cells = [f"{values[language]:.3f}" for values in (base, start, end)]
+        table.add_row(f"{language_name} bits per character", *cells)
     tokens = [f"{tokens_per_character(folder):.3f}" for folder in (before, after, after)]
     table.add_row("tokens per Chinese character", *tokens)
     steps = [row for row in read_metrics(after) if row["kind"] == "train"]
@@ -88,7 +88,7 @@ def held_out(folder: Path, first: bool) -> dict[str, float]:
 
 def tokens_per_character(run: Path) -> float:
     """Tokens per Chinese character of the run's text."""
-    config = load_frozen(run / "run.yaml")
+    config = load_run_yaml(run / "run.yaml")
     summary = prepare_cache(config, read_base(config.model.path)).summary
     return float(summary["sources"]["sample_zh"]["tokens_per_chinese_character"])
 

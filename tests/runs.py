@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from cqlora.config.diagnosis import to_schema
-from cqlora.config.run_yaml import freeze_config, load_frozen
+from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import CqloraError
 from cqlora.launch.preflight import check_run
@@ -61,7 +61,7 @@ def typed_run(workspace: Path, *overrides: str, folder: Path = Path("/nowhere"))
 
 def start_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> ForkServerProcess:
     """Start a run in a child; `plant`, a function of a test module, sets a trap in it first."""
-    child = _context.Process(target=_train, args=(freeze_config(config, folder), plant))
+    child = _context.Process(target=_train, args=(write_run_yaml(config, folder), plant))
     child.start()
     return child
 
@@ -76,7 +76,7 @@ def finish_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None
 
 def start_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> list[ForkServerProcess]:
     """Start a run of several workers as torchrun would, a child each; `plant` is run in every one."""
-    run_file, port = freeze_config(config, folder), free_port()
+    run_file, port = write_run_yaml(config, folder), free_port()
     children = []
     for rank in range(config.hardware.world_size):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.hardware.world_size}
@@ -161,7 +161,7 @@ def _train(run_file: Path, plant: Callable[[], None] | None, environment: dict[s
     log = (run_file.parent / ("stderr.txt" if rank == "0" else f"stderr-rank{rank}.txt")).open("a")
     os.dup2(log.fileno(), 2)
     try:
-        train(load_frozen(run_file), run_file.parent)
+        train(load_run_yaml(run_file), run_file.parent)
     except CqloraError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -58,8 +58,8 @@ def test_a_checkpoint_that_is_asked_for_by_name_is_verified(workspace, finished,
     (damaged / "optimizer-rank0.pt").write_bytes(content)
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    told = refuse(workspace, folder, f"stage.resume={damaged}")
-    assert "is damaged: optimizer-rank0.pt is not as it was written" in told
+    message = refuse(workspace, folder, f"stage.resume={damaged}")
+    assert "is damaged: optimizer-rank0.pt is not as it was written" in message
 
 
 def test_a_run_of_workers_or_a_sweep_that_is_refused_leaves_no_folder(workspace):
@@ -115,11 +115,11 @@ def test_the_log_says_random_weights_and_where_the_run_is_and_folds_no_path(work
     folder = tmp_path / ("long" * 30)
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache", f"hydra.run.dir={folder}")
     done = run_verb(workspace, "run", *RUN, *SHORT, "tracking=wandb", *paths)
-    told = [line.partition(" ")[2] for line in done.stderr.splitlines()]
-    assert any(line.startswith(f"base {workspace}/models/tiny: random weights") for line in told)
-    assert f"run {folder}: importing torch" in told and f"adapter written to {folder}/adapter" in told
-    assert f"upload it with: wandb sync {folder}/wandb/offline-run-*" in told
-    assert any(line.startswith("step 1 of 2  loss ") for line in told)
-    assert any(line.startswith("step 2 of 2  loss ") for line in told)
-    assert sum(line.startswith("step 0  sample_") for line in told) == 2
+    message = [line.partition(" ")[2] for line in done.stderr.splitlines()]
+    assert any(line.startswith(f"base {workspace}/models/tiny: random weights") for line in message)
+    assert f"run {folder}: importing torch" in message and f"adapter written to {folder}/adapter" in message
+    assert f"upload it with: wandb sync {folder}/wandb/offline-run-*" in message
+    assert any(line.startswith("step 1 of 2  loss ") for line in message)
+    assert any(line.startswith("step 2 of 2  loss ") for line in message)
+    assert sum(line.startswith("step 0  sample_") for line in message) == 2
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["kind"] == "eval"

@@ -136,10 +136,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("config, told", REFUSED, ids=lambda each: str(each)[:40])
-def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, told):
+@pytest.mark.parametrize("config, message", REFUSED, ids=lambda each: str(each)[:40])
+def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, message):
     for part in (Part.train, Part.plan):
-        with pytest.raises(ModelError, match=told.replace("cqlora trains", part.value)):
+        with pytest.raises(ModelError, match=message.replace("cqlora trains", part.value)):
             require_known(part, config, Path("models/mine"), 8192)
 
 
@@ -169,7 +169,7 @@ def test_the_window_is_the_one_that_transformers_reads(config, window):
     assert (None if config["model_type"] == "llama" else read.sliding_window) == window
 
 
-def test_a_run_and_its_plan_and_its_preparation_are_refused_at_the_door(workspace, tmp_path):
+def test_a_run_and_its_plan_and_its_preparation_are_refused_before_anything_is_loaded(workspace, tmp_path):
     base = build_base(workspace, tmp_path / "base", tied=False)
     file = base / "config.json"
     config = json.loads(file.read_text())

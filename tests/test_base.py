@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card
 from cqlora.errors import ModelError
 from cqlora.system import fingerprints
+from cqlora.system.documents import carry_over
 from cqlora.system.tensor_files import INDEX
-from cqlora.weights.extend import carry_over as extend_carries
-from cqlora.weights.merge import carry_over as merge_carries
 from tests.weights.adapters import load, write_tiny_base
 
 
@@ -177,21 +176,20 @@ def test_an_index_and_its_files_name_the_same_tensors_once(base):
         read_base(base)
 
 
-@pytest.mark.parametrize("carry_over", [merge_carries, extend_carries], ids=["merge", "extend"])
-def test_a_link_out_of_the_folder_is_not_copied_and_one_of_a_hub_snapshot_is(carry_over, base):
+def test_a_link_out_of_the_folder_is_not_copied_and_one_of_a_hub_snapshot_is(base):
     target = base.parent / "target"
     target.mkdir()
     (base.parent / "secret").write_text("secret")
     (base / "NOTICE").symlink_to(base.parent / "secret")
     with pytest.raises(ModelError, match=r"NOTICE is a link out of its folder"):
-        carry_over(base, target)
+        carry_over(base, target, set())
     (base / "NOTICE").unlink()
     snapshot = base.parent / "hub" / "snapshots" / "rev"
     snapshot.mkdir(parents=True)
     (base.parent / "hub" / "blobs").mkdir()
     (base.parent / "hub" / "blobs" / "abc").write_text("licence")
     (snapshot / "LICENSE").symlink_to("../../blobs/abc")
-    carry_over(snapshot, target)
+    carry_over(snapshot, target, set())
     assert (target / "LICENSE").read_text() == "licence" and not (target / "LICENSE").is_symlink()
 
 

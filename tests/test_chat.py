@@ -47,18 +47,18 @@ class Script:
 
 
 class Parrot:
-    """Repeats the last message in pieces; an exception among the pieces is raised."""
+    """Repeats the last message in parts; an exception among the parts is raised."""
 
-    def __init__(self, *pieces) -> None:
-        self.pieces = pieces
+    def __init__(self, *parts) -> None:
+        self.parts = parts
         self.heard: list[list[dict[str, str]]] = []
 
     def stream(self, messages, **sampling):
         self.heard.append(messages)
-        for piece in self.pieces or messages[-1]["text"]:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece
+        for part in self.parts or messages[-1]["text"]:
+            if isinstance(part, BaseException):
+                raise part
+            yield part
 
 
 def converse(parrot: Parrot, *lines, conversation=None) -> str:
@@ -192,16 +192,16 @@ def test_lines_from_a_pipe_are_answered(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, told, code",
+    "arguments, described, code",
     [(["base=nowhere"], "nowhere does not exist", 1), (["base={base}", "adapter={base}"], "no adapter_config.json", 2),
      (["base={base}", "temperature=-1"], "temperature=-1", 2), (["base={base}", "dtype=int4"], "dtype=int4", 2),
      (["base={base}", "device=gpu"], "device=gpu is unknown", 2),
      (["base={base}", "prefix_cache_gib=-1"], "prefix_cache_gib=-1", 2)],
     ids=["base", "adapter", "temperature", "dtype", "device", "prefix cache"],
 )  # fmt: skip
-def test_mistakes_are_told_before_the_prompt(arguments, told, code, base, tmp_path):
+def test_mistakes_are_told_before_the_prompt(arguments, described, code, base, tmp_path):
     done = run_verb(tmp_path, "chat", *(argument.format(base=base) for argument in arguments), expect=code)
-    assert told in done.stderr and done.stderr.count("\n") == 1 and HELP not in done.stdout
+    assert described in done.stderr and done.stderr.count("\n") == 1 and HELP not in done.stdout
 
 
 def test_a_person_at_a_terminal_writes_chinese_interrupts_a_reply_and_goes_on(base, nf4_adapter, tmp_path):

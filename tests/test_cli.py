@@ -53,9 +53,9 @@ def test_help_and_cfg_load_neither_torch_nor_transformers_nor_wandb(workspace):
 
 
 def test_help_lists_every_group_without_a_stage(workspace):
-    told = run_verb(workspace, "run", "--help").stdout
+    output = run_verb(workspace, "run", "--help").stdout
     for group in ("model:", "data:", "stage:", "hardware:", "tracking:", "experiment:"):
-        assert group in told
+        assert group in output
 
 
 def test_the_console_script_names_the_nearest_verb(workspace):

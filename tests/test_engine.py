@@ -68,9 +68,9 @@ def test_a_merged_model_says_what_base_and_adapter_say(engine, merged):
 def test_text_and_content_are_the_same_and_a_stream_is_the_reply(engine):
     text, content = ([{"role": "user", key: "长江"}] for key in ("text", "content"))
     assert engine.encode_messages(text) == engine.encode_messages(content)
-    pieces = list(engine.stream(text, temperature=0.9, seed=3, max_new_tokens=30, ignore_end=True))
-    assert "".join(pieces) == engine.generate(content, temperature=0.9, seed=3, max_new_tokens=30, ignore_end=True)
-    assert len(pieces) > 1
+    parts = list(engine.stream(text, temperature=0.9, seed=3, max_new_tokens=30, ignore_end=True))
+    assert "".join(parts) == engine.generate(content, temperature=0.9, seed=3, max_new_tokens=30, ignore_end=True)
+    assert len(parts) > 1
 
 
 def test_a_prompt_is_what_training_put_before_the_assistants_words(engine, base):
@@ -112,12 +112,12 @@ def test_both_end_tokens_end_a_reply_and_are_not_in_it(engine, base, end, monkey
 
 
 @pytest.mark.parametrize(
-    "messages, told",
+    "messages, message",
     [([], "no message"), ([{"role": "bot", "text": "a"}], "role='bot'; use one of system, user, assistant"),
      ([{"role": "user"}], "message 1 .user. has no body"), ([{"role": "user", "text": 3}], "a body of type int")],
 )  # fmt: skip
-def test_messages_that_cannot_be_read_are_told(engine, messages, told):
-    with pytest.raises(DataError, match=told):
+def test_messages_that_cannot_be_read_are_told(engine, messages, message):
+    with pytest.raises(DataError, match=message):
         engine.encode_messages(messages)
 
 
@@ -129,18 +129,18 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character_and_whole_ones_st
 
 
 @pytest.mark.parametrize(
-    "form, told",
+    "form, message",
     [({"device": "gpu"}, "device=gpu is unknown; use auto, cpu, cuda."),
      ({"device": "cuda"}, "device=cuda is not on this machine; use device=auto."),
      ({"device": "cuda:9"}, "device=cuda:9 is not on this machine; use device=auto."),
      ({"quantization": "int3"}, "quantization=int3 is unknown; use auto, nf4, none."),
      ({"dtype": "int3"}, "dtype=int3 is unknown; use auto, float32, bfloat16.")],
 )  # fmt: skip
-def test_a_form_that_cannot_be_had_is_told(form, told, base, monkeypatch):
+def test_a_form_that_cannot_be_had_is_told(form, message, base, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
         LlamaEngine(base, "", use_lora=False, **form)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 def other_base(base, adapter, tmp_path):
@@ -214,10 +214,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("make, told", MISTAKES, ids=[told for _, told in MISTAKES])
-def test_what_cannot_be_loaded_is_told_in_one_sentence(make, told, base, adapter, tmp_path):
+@pytest.mark.parametrize("make, message", MISTAKES, ids=[message for _, message in MISTAKES])
+def test_what_cannot_be_loaded_is_told_in_one_sentence(make, message, base, adapter, tmp_path):
     model, base_dir, use_lora = make(base, adapter, tmp_path)
-    with pytest.raises(CqloraError, match=told) as caught:
+    with pytest.raises(CqloraError, match=message) as caught:
         LlamaEngine(model, base_dir, use_lora=use_lora)
     assert isinstance(caught.value, ModelError) and "\n" not in str(caught.value)
 
@@ -274,15 +274,15 @@ def test_damaged_folders_are_told_in_one_sentence_or_harm_nothing(name, base, ad
     (given[1] / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
     (given[1] / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     file = next(folder / name for folder in given if (folder / name).is_file())
-    whole, told = file.read_bytes(), []
+    whole, sentences = file.read_bytes(), []
     for _ in range(16):
         file.write_bytes(damage(whole, dice))
         try:
             EngineConfig(base=str(given[1]), adapter=str(given[0])).check_folders()
             LlamaEngine(*given).generate([{"role": "user", "text": "长江"}], max_new_tokens=2)
         except CqloraError as error:
-            told.append(str(error))
-    assert told and not [sentence for sentence in told if "\n" in sentence or len(sentence) > 600]
+            sentences.append(str(error))
+    assert sentences and not [sentence for sentence in sentences if "\n" in sentence or len(sentence) > 600]
 
 
 PROMPT = "You are careful. 请用中文回答。"

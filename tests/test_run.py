@@ -95,14 +95,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("told", REFUSED)
-def test_what_the_command_line_refuses_is_a_config_error_and_leaves_no_folder(told, tmp_path, monkeypatch):
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_command_line_refuses_is_a_config_error_and_leaves_no_folder(message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = state_of_caller()
-    overrides, given = REFUSED[told]
-    with pytest.raises(Exception, match=told) as caught:
+    overrides, given = REFUSED[message]
+    with pytest.raises(Exception, match=message) as caught:
         train(overrides, **given)
-    assert isinstance(caught.value, ConfigError) or "models/none" in told
+    assert isinstance(caught.value, ConfigError) or "models/none" in message
     assert state_of_caller() == before
     assert list(tmp_path.iterdir()) == []
 

@@ -1,1 +1,1 @@
-"""The typed configuration: its fields and defaults, how it is composed, how mistakes are told. No torch here."""
+"""The typed configuration: its fields and defaults, how it is composed, how mistakes are reported. No torch here."""

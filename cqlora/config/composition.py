@@ -1,4 +1,4 @@
-"""Composing a configuration: Hydra's loader, with mistakes told by file and line, and no secret let through."""
+"""Composing a configuration: Hydra's loader, with mistakes reported by file and line, and secrets refused."""
 
 from codecs import BOM_UTF8
 from collections.abc import Iterator
@@ -111,8 +111,8 @@ class Composer(ConfigLoaderImpl):
             )
         except _COMPOSING_ERRORS as error:
             raise_refusal(error)
-            told = self.explain(error, overrides)
-            raise (refusal("") if holds_secret(told) else ConfigError(told)) from error
+            sentence = self.explain(error, overrides)
+            raise (refusal("") if holds_secret(sentence) else ConfigError(sentence)) from error
         refuse_secret_values(composed)
         return composed
 
@@ -184,7 +184,7 @@ def compose_alone(config_name: str, schema: type, overrides: list[str]) -> Itera
 def refuse_several(overrides: list[str]) -> None:
     """Raise ConfigError for a sweep's override, such as `seed=1,2`."""
     refuse_secrets(overrides)
-    # What is no override at all is told when it is composed.
+    # A word that is no override at all is reported when it is composed.
     with suppress(HydraException):
         for override in OverridesParser.create().parse_overrides(overrides):
             if override.is_sweep_override():

@@ -81,18 +81,18 @@ def explain_composition(error: Exception, schema: type, arguments: list[str], pl
 
 def _name_file_error(error: Exception, cause: BaseException, place_of: Place) -> str:
     """What is wrong with a file's defaults or its form, which Hydra tells in its own words."""
-    told = re.sub(r"\b[Ii]n '[\w/.-]+'[:,]? ?", "", _whole_sentence(error) or _first_line(cause))
+    sentence = re.sub(r"\b[Ii]n '[\w/.-]+'[:,]? ?", "", _whole_sentence(error) or _first_line(cause))
     within = re.search(r"\b[Ii]n '([\w/.-]+)'", str(error))
-    twice = re.match(r"Multiple values for ([\w/]+)\.", told)
+    twice = re.match(r"Multiple values for ([\w/]+)\.", sentence)
     if twice:
         return f"{twice[1]} is chosen twice; write {twice[1]}=NAME once, without a plus sign."
-    stranger = re.search(r"Could not override '([\w/]+)'\. ?No match in the defaults list", told)
+    stranger = re.search(r"Could not override '([\w/]+)'\. ?No match in the defaults list", sentence)
     if stranger:
         groups = sorted(folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir())
         near = get_close_matches(stranger[1], groups, n=1) or [", ".join(groups)]
-        told = f"{stranger[1]} is no group of the defaults; did you mean {near[0]}?"
-        return (place_of(stranger[1], within[1]) if within else "") + told
-    return f"{place_of('defaults', within[1]) if within else place_of('')}{told}."
+        sentence = f"{stranger[1]} is no group of the defaults; did you mean {near[0]}?"
+        return (place_of(stranger[1], within[1]) if within else "") + sentence
+    return f"{place_of('defaults', within[1]) if within else place_of('')}{sentence}."
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -232,8 +232,8 @@ def _name_wrong_type(error: ValidationError, arguments: list[str]) -> str:
 
 
 def find_misfit(values: Any, kind: Any, path: str = "") -> tuple[str, str] | None:
-    """The first key of plain values that has a list, a mapping or one value where its schema has another; what it is
-    not, as a phrase. OmegaConf says of these neither the key nor the place."""
+    """The first key whose value has the wrong shape (a list, a mapping or one value where its schema has another), and
+    a phrase that says so. OmegaConf names neither key nor place of such a mistake."""
     hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
     of_all = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
     for key, value in values.items():
@@ -254,7 +254,7 @@ def find_misfit(values: Any, kind: Any, path: str = "") -> tuple[str, str] | Non
 
 
 def _expected_kind(reason: str) -> str:
-    """What OmegaConf wants of a value that is a list, a mapping or one value where another is meant."""
+    """What shape a value lacks, as a phrase, by OmegaConf's reason; empty where the reason is another."""
     if "is not a subclass of" in reason or "to a structured" in reason.lower() or "DictConfig" in reason:
         return "no group of keys; write its keys below it, one a line"
     if "ListConfig" in reason or "to a list" in reason.lower():

@@ -132,6 +132,10 @@ FOREIGN_CHOICES = {
     },
     "stage": {"pt": "pretrain", "pretraining": "pretrain", "cpt": "pretrain", "finetune": "sft", "instruct": "sft"},
     "hardware": {"gpu": "auto", "cuda": "auto"},
+    "experiment": {
+        "seed_recipe_65b_base": "recipe_2023_65b_base",
+        "seed_recipe_65b_instruct": "recipe_2023_65b_instruct",
+    },
     "tracking": {"tb": "tensorboard", "off": "none", "false": "none", "disabled": "none", "offline": "wandb"},
 }
-"""Another program's choice of a group → ours."""
+"""Another program's choice of a group, or our own of before → ours."""

@@ -151,8 +151,8 @@ def list_groups(config_name: str) -> list[str]:
 
 def describe_entry(entry: Entry) -> str:
     """A key for a terminal."""
-    told = f"  {entry.key}  ({entry.type}; {entry.default})".replace("`", "")
-    return "\n".join([told, *textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")])
+    line = f"  {entry.key}  ({entry.type}; {entry.default})".replace("`", "")
+    return "\n".join([line, *textwrap.wrap(entry.meaning, 112, initial_indent="      ", subsequent_indent="      ")])
 
 
 def render_page(language: str, meanings: dict[str, str]) -> str:
@@ -192,8 +192,9 @@ values of their own, which `cqlora run … --cfg job` shows. `~` in a path is yo
 no effect, such as `lora.pissa_iterations` without `lora.method=pissa`, is refused.
 
 Group files of your own lie in a folder laid out like `configs/`, given with `--config-dir FOLDER`; a mistake in one is
-told with its file and line. Secrets (API keys, tokens, passwords, addresses with a password) are refused in arguments,
-files and `${oc.env:…}`, since runs and trackers write the configuration down: they are read from the environment."""
+reported with its file and line. Secrets (API keys, tokens, passwords, addresses with a password) are refused in
+arguments, files and `${oc.env:…}`, since runs and trackers write the configuration down: they are read from the
+environment."""
 
 _CHINESE_ABOUT = """本页由 `python -m cqlora.config.reference zh` 生成。[English](configuration.md)
 

@@ -1,4 +1,4 @@
-"""run.yaml: the frozen configuration of a run, which workers and later commands read instead of composing again."""
+"""run.yaml: the settled configuration of a run, which workers and later commands read instead of composing again."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from yaml import YAMLError
 
 from cqlora.config.schema import DataConfig, PretrainConfig, RunConfig, SftConfig
 from cqlora.errors import ConfigError
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 
 RUN_FILE = "run.yaml"
 STAGED_FILE = ".run.yaml.staging"
@@ -21,23 +21,23 @@ _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError,
 """What reading a file that something has changed may raise."""
 
 
-def freeze_config(config: RunConfig, folder: Path) -> Path:
+def write_run_yaml(config: RunConfig, folder: Path) -> Path:
     """Write `folder`/run.yaml with every value resolved, whole or not at all; return its path."""
     file = folder / RUN_FILE
-    with told_as_sentence(file):
+    with described_as_sentence(file):
         return stage_config(config, folder).replace(file)
 
 
 def stage_config(config: RunConfig, folder: Path) -> Path:
     """Write the configuration beside run.yaml, which stays as it is until the run is accepted; return its path."""
     file = folder / STAGED_FILE
-    with told_as_sentence(file):
+    with described_as_sentence(file):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.structured(config), file)
     return file
 
 
-def load_frozen(file: Path) -> RunConfig:
+def load_run_yaml(file: Path) -> RunConfig:
     """Read a run.yaml back into the typed configuration.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What counts as a secret, by its name, by its form, or as a value of the environment; where one must not stand.
+"""What counts as a secret, by its name, by its form, or as a value of the environment; and where it is refused.
 
 One list for everything: overrides, YAML files, resolved values, names of environment variables. Secrets belong in
 the environment, which workers and trackers inherit; configurations, logs and trackers are written down.
@@ -50,7 +50,7 @@ _NAMED_INSIDE = re.compile(r"([\w.-]+)['\"]?\s*:\s*(?![\s{\[])")
 _SHORTEST_PLANTED = 8
 """Characters from which a value of the environment is looked for inside others; shorter ones occur by chance."""
 _GENERATED = ("hydra.runtime", "hydra.overrides", "hydra.help", "hydra.hydra_help", "hydra.job.override_dirname")
-"""Parts that Hydra fills in from what is looked at elsewhere, and from the machine."""
+"""Keys that Hydra fills in itself, from what is checked elsewhere and from the machine."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -69,7 +69,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def planted_secrets(environment: Mapping[str, str]) -> set[str]:
-    """Values of the environment that are secrets by name or by form; a path that exists is where one lies, none."""
+    """Values of the environment that are secrets by name or by form; the path of a file that exists is none."""
     return {
         value
         for name, value in environment.items()
@@ -155,7 +155,7 @@ def read_variable(name: str, *default: str | None) -> str | None:
 
 
 def raise_refusal(error: BaseException | None) -> None:
-    """Raise the ConfigError that an exception was made of, if it was made of one."""
+    """Raise the ConfigError among an exception's causes, if there is one."""
     while error is not None:
         if isinstance(error, ConfigError):
             raise error

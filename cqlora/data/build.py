@@ -13,6 +13,7 @@ import numpy as np
 
 from cqlora.config.choices import Deduplication
 from cqlora.config.schema import RunConfig
+from cqlora.data.chunks import EncodedBatch
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
 from cqlora.data.keys import mix_keys
@@ -22,10 +23,9 @@ from cqlora.data.mix import (
     choose_records,
     drop_near_duplicates,
     even_shares,
+    records_to_keep,
     sample_size,
-    spool_capacity,
 )
-from cqlora.data.pieces import EncodedBatch
 from cqlora.data.records import SPLITS
 from cqlora.data.sources import read_rows
 from cqlora.data.sources.fields import UNUSED
@@ -35,14 +35,14 @@ from cqlora.data.store import SplitWriter
 from cqlora.data.workers import Workers, count_workers
 from cqlora.errors import DataError
 
-Progress = Callable[[str, int, int | None], None]
+ReportProgress = Callable[[str, int, int | None], None]
 """(what is being done, how much of it is done, out of how much where that is known)."""
 
 _TASK_BYTES = 1 << 19
 _TASK_RECORDS = 4096
 _SHOWN_FIELDS = 50
 FAST_BYTES = 4 << 20
-"""Bytes of files from which proving the faster tokenizer and other processes are worth their start."""
+"""Bytes of source files from which it pays to prove the faster tokenizer and to start worker processes."""
 MEASURED_RECORDS = 200
 """Records of a source on which tokens per Chinese character are measured."""
 
@@ -56,7 +56,7 @@ class SourceTotals:
     label_tokens: int = 0
     longest: int = 0
     kept: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    pieces: int = 0
+    chunks: int = 0
     han_tokens: int = 0
     han_characters: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -68,7 +68,7 @@ class SourceTotals:
         self.label_tokens += int(batch.label_tokens.sum(dtype=np.int64))
         per_record = np.bincount(batch.records, weights=batch.lengths)
         self.longest = max(self.longest, int(per_record.max(initial=0)))
-        self.pieces += len(batch.lengths)
+        self.chunks += len(batch.lengths)
         self.han_tokens += batch.han_tokens
         self.han_characters += batch.han_characters
         self.counts.update(batch.counts)
@@ -90,7 +90,7 @@ def build_cache(
     base_folder: Path,
     staging: Path,
     kept_rejections: Path,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> dict[str, Any]:
     """Fill `staging` with a whole cache; returns its description.
 
@@ -140,7 +140,7 @@ def gather_sources(
     staging: Path,
     kept_rejections: Path,
     workers: Workers,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> list[Gathered]:
     """Read every source into its spool file."""
     found = []
@@ -154,7 +154,7 @@ def gather_sources(
             source = config.data.sources[name]
             gathered = Gathered(name, source, staging / f"source-{number}.spool", np.zeros(0))
             with gathered.spool.open("wb") as stream:
-                spool = Spool(stream, spool_capacity(sizes[name]), config.seed, unique, held_out)
+                spool = Spool(stream, records_to_keep(sizes[name]), config.seed, unique, held_out)
                 rows = read_rows(location, source)
                 for read in collect_source(gathered, rows, config.data.clean, spool, log, workers):
                     progress(f"reading {name}", read, None)
@@ -163,7 +163,7 @@ def gather_sources(
 
 
 def promises_much(locations: dict[str, Location]) -> bool:
-    """Whether there is text enough for the faster tokenizer and for processes, by the size of the files."""
+    """Whether the files are large enough for the faster tokenizer and worker processes to pay."""
     size = sum(file.path.stat().st_size for location in locations.values() for file in location.files)
     return size > FAST_BYTES or any(location.dataset for location in locations.values())
 
@@ -203,11 +203,11 @@ class CacheWriter:
         staging: Path,
         seed: int,
         workers: Workers,
-        progress: Progress,
+        progress: ReportProgress,
     ) -> None:
         self.chosen = chosen
         self.settings = settings
-        self.capacity = settings.sequence_length
+        self.sequence_length = settings.sequence_length
         self.staging = staging
         self.seed = seed
         self.workers = workers
@@ -221,7 +221,7 @@ class CacheWriter:
         splits = {split: self.write_split(number, split) for number, split in enumerate(SPLITS)}
         return {
             "dtype": self.dtype.name,
-            "sequence_length": self.capacity,
+            "sequence_length": self.sequence_length,
             "sources": [
                 {"name": self.chosen[source].gathered.name, "language": LANGUAGES[language]}
                 for source, language in self.groups
@@ -249,7 +249,7 @@ class CacheWriter:
                 done += len(task.numbers)
                 self.progress(f"encoding {split}", done, total)
         self.progress(f"packing {split}", writer.documents, writer.documents)
-        return writer.finish(self.capacity, self.seed)
+        return writer.finish(self.sequence_length, self.seed)
 
     def tasks(self, split: int) -> Iterator[SourceTask]:
         """The split's records in batches, each of one source; held-out ones in the order of a hash."""
@@ -293,9 +293,9 @@ class CacheWriter:
             },
             "splits": {
                 split: {
-                    "pieces": found["documents"],
+                    "chunks": found["documents"],
                     **{key: found[key] for key in ("tokens", "label_tokens", "packs")},
-                    "fill": fill_of(found, self.capacity),
+                    "fill": fill_of(found, self.sequence_length),
                 }
                 for split, found in splits.items()
             },
@@ -316,13 +316,13 @@ def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:
     return groups
 
 
-def fill_of(split: dict[str, Any], capacity: int) -> float:
+def fill_of(split: dict[str, Any], sequence_length: int) -> float:
     """Share of the packs' room that tokens take."""
-    return round(split["packed_tokens"] / (split["packs"] * capacity), 4) if split["packs"] else 0.0
+    return round(split["packed_tokens"] / (split["packs"] * sequence_length), 4) if split["packs"] else 0.0
 
 
 def rank_unused(counts: Counter[str]) -> dict[str, int]:
-    """Rows in which a field held something that nothing is made of, by field, the most frequent ones first."""
+    """By field that no reader uses, the rows in which it held something; the most frequent first."""
     found = {name.removeprefix(UNUSED): number for name, number in counts.items() if name.startswith(UNUSED)}
     ranked = sorted(found.items(), key=lambda each: (-each[1], each[0]))
     others = sum(number for _, number in ranked[_SHOWN_FIELDS:])
@@ -345,7 +345,7 @@ def summarize_source(each: Chosen, totals: SourceTotals) -> dict[str, Any]:
         "changed": {name: number for name, number in counts.items() if not name.startswith(UNUSED)},
         "unused_fields": rank_unused(counts),
         "kept": totals.kept,
-        "pieces": totals.pieces,
+        "chunks": totals.chunks,
         "cut": dict(totals.counts),
         "characters": totals.characters,
         "tokens": totals.tokens,

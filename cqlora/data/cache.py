@@ -12,7 +12,7 @@ import numpy as np
 
 from cqlora.base import Base, fingerprint_tokenizer
 from cqlora.config.schema import RunConfig
-from cqlora.data.build import Progress, build_cache
+from cqlora.data.build import ReportProgress, build_cache
 from cqlora.data.chat import TEMPLATE_VERSION
 from cqlora.data.digests import digest_files, hash_files
 from cqlora.data.records import SPLITS
@@ -22,14 +22,14 @@ from cqlora.data.tokenizer import read_special_names
 from cqlora.errors import DataError
 from cqlora.system.documents import write_json
 from cqlora.system.durable import hold, make_folder, stage, write_durably
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.sealed import read_sealed, seal_document
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Pack", "SourceInfo", "Split", "TokenCache", "prepare_cache"]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Counts up whenever the same choices would give other bytes."""
 
 MANIFEST = "cache.json"
@@ -37,7 +37,7 @@ MANIFEST = "cache.json"
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """A source and a language in it: what losses are told apart by."""
+    """A source and one of its languages: losses are reported for each such pair."""
 
     name: str
     language: str
@@ -68,13 +68,15 @@ class TokenCache:
         }
 
 
-def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = None, verify: bool = True) -> TokenCache:
+def prepare_cache(
+    config: RunConfig, base: Base, progress: ReportProgress | None = None, verify: bool = True
+) -> TokenCache:
     """Open the cache of these choices, building it first where there is none that is as it was written.
 
     Args:
         config: the run's configuration.
         base: the model whose tokenizer makes the tokens.
-        progress: told of what is being done.
+        progress: called with what is being done.
         verify: read every byte of it and compare, rather than sizes alone.
 
     Raises:
@@ -84,7 +86,7 @@ def prepare_cache(config: RunConfig, base: Base, progress: Progress | None = Non
     """
     cache_dir, progress = Path(config.data.cache_dir), progress or ignore_progress
     locations = find_sources(config.data, config.stage.name)
-    with told_as_sentence(cache_dir):
+    with described_as_sentence(cache_dir):
         make_folder(cache_dir)
         fingerprint = fingerprint_choices(config, base, locations, cache_dir)
         folder = cache_dir / fingerprint[:32]
@@ -140,7 +142,7 @@ def build_folder(
     locations: dict[str, Location],
     folder: Path,
     fingerprint: str,
-    progress: Progress,
+    progress: ReportProgress,
 ) -> None:
     """Build into a staging folder and rename it when every byte is on the disk."""
     kept_rejections = folder.with_name(f"{folder.name}.rejected.jsonl")
@@ -169,7 +171,7 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def find_damage(folder: Path, verify: bool, progress: Progress) -> str:
+def find_damage(folder: Path, verify: bool, progress: ReportProgress) -> str:
     """What is wrong with the cache in `folder`, in a few words; empty where it is as it was written.
 
     Sizes are always compared; with `verify` every byte is read.

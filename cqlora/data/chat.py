@@ -118,7 +118,7 @@ class ChatEncoder:
         return [0, *characters.tolist(), *tail], [0, *utf8_bytes.tolist(), *tail]
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Ids after which the assistant's next words come."""
+        """Ids of a conversation up to where the assistant's next reply begins."""
         ids = list(self.bos)
         for encoded in self.encode_turns(turns):
             ids += encoded.ids

@@ -15,7 +15,7 @@ from cqlora.errors import DataError
 Transform = Callable[[str], str]
 
 REPEATED_LINE_CHARACTERS = 20
-"""Shorter lines, such as a closing brace, may come back in a document."""
+"""Shorter lines, such as a closing brace, may be repeated in a document."""
 
 _SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f"
 _COMPATIBLE = f"{_SPACES}\u2028\u2029\u2f00-\u2fd5\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\ufb00-\ufb06"
@@ -28,7 +28,7 @@ _COMPATIBILITY = re.compile(f"[{_COMPATIBLE}]")
 _CONTROL = re.compile(f"[{_CONTROLS}]")
 _SURROGATE = re.compile(f"[{_SURROGATES}]")
 _MOST_MARKS = 100
-"""Combining characters in a row; ordering more takes time by their square, and no writing has them."""
+"""Most combining characters in a row: sorting them takes quadratic time, and no writing has more."""
 _MARK_RUN = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0591-\u1dff\u20d0-\u20ff\u2c80-\u2dff\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe20-\ufe2f"
     f"\U000101fd-\U0001e94a]{{{_MOST_MARKS + 1},}}"
@@ -166,7 +166,7 @@ class Cleaner:
         of_documents = Rule("repeated lines dropped", drop_repeated_lines)
         self.document_rules = [*rules, of_documents] if config.drop_repeated_lines else rules
         self.characters = re.compile("[" + "".join(rule.characters for rule in rules) + "]")
-        """One look for whatever the rules of single characters are about."""
+        """Finds any character that one of the rules is about."""
 
     def clean(self, record: Record, counts: Counter[str]) -> Record:
         """The record with every transform applied; each that changed it is counted."""
@@ -202,7 +202,7 @@ class Cleaner:
             result = rule.apply(text)
             if result != text:
                 changed.add(rule.name)
-                # Composing may bring forth what the rules of single characters are about.
+                # Composing may produce characters that these rules change.
                 special = True
             text = result
         return text

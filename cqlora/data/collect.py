@@ -47,7 +47,7 @@ records that are held out together have in common: `key`, unless the record name
 
 @dataclass(slots=True)
 class CollectedBatch:
-    """What a batch of rows came to."""
+    """What parsing and cleaning a batch of rows gave."""
 
     spool: bytes
     index: np.ndarray
@@ -56,7 +56,7 @@ class CollectedBatch:
     """File, line, reason."""
     rows: int
     counts: Counter[str]
-    """Mendings and changes by rule."""
+    """Repairs and changes, by rule."""
     dropped: Counter[str]
     """Records and rows that a rule dropped, by rule."""
     further: int = 0
@@ -133,7 +133,7 @@ def parse_row(row: RawRow, source: SourceConfig, counts: Counter[str]) -> list[R
     try:
         records = list(PARSERS[source.kind](decode_body(row.body), source, counts))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # What no reader foresaw in one row must not end the preparation of all others.
+        # An exception that no reader foresaw rejects its row, and does not end the preparation.
         raise RowError(f"cannot be parsed ({type(error).__name__})") from None
     if not records:
         raise RowDropped("nothing in the row")
@@ -187,7 +187,7 @@ def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
 
 
 def weigh(body: Any) -> int:
-    """About how many bytes of plain text a row is as much work as."""
+    """A row's work, as the bytes of plain text that take about as long to parse and clean."""
     if isinstance(body, bytes | str):
         return len(body)
     if isinstance(body, dict):
@@ -200,24 +200,24 @@ def weigh(body: Any) -> int:
 
 
 class Spool:
-    """Takes batches; under a capacity, keeps the records whose sampling hash is smallest.
+    """Takes batches; under a limit, keeps the records whose sampling hash is smallest.
 
-    The index then stays within a few times the capacity, however long the source.
+    The index then stays within a few times the limit, however long the source.
     """
 
     def __init__(
-        self, stream: IO[bytes], capacity: int | None, seed: int, unique: bool, held_out: tuple[float, float] = (0, 0)
+        self, stream: IO[bytes], limit: int | None, seed: int, unique: bool, held_out: tuple[float, float] = (0, 0)
     ) -> None:
         self.stream = stream
-        self.capacity = capacity
+        self.limit = limit
         """Training records to keep."""
         self.seed = seed
         self.unique = unique
         self.held_out = held_out
-        """Shares of validation and test, which the capacity does not count."""
+        """Shares of validation and test, which the limit does not count."""
         self.end = 0
         self.threshold: np.uint64 | None = None
-        self.chunks: list[np.ndarray] = []
+        self.indexes: list[np.ndarray] = []
         self.size = 0
         self.kept = 0
         """Records that the last pruning left."""
@@ -232,14 +232,14 @@ class Spool:
         index["offset"] += np.uint64(self.end)
         self.stream.write(batch.spool)
         self.end += len(batch.spool)
-        self.chunks.append(index)
+        self.indexes.append(index)
         self.size += len(index)
-        if self.capacity is not None and self.size > max(3 * self.capacity, 2 * self.kept):
-            self.prune(self.capacity)
+        if self.limit is not None and self.size > max(3 * self.limit, 2 * self.kept):
+            self.prune(self.limit)
 
-    def prune(self, capacity: int) -> None:
-        """Keep the records of smallest hash until `capacity` of them train, and all that the files hold out."""
-        index = np.concatenate(self.chunks)
+    def prune(self, limit: int) -> None:
+        """Keep the records of smallest hash until `limit` of them train, and all that the files hold out."""
+        index = np.concatenate(self.indexes)
         sampled = self.sampled(index)
         candidates = np.flatnonzero(sampled)
         hashes = self.hashes(index[candidates])
@@ -248,14 +248,14 @@ class Spool:
             candidates = candidates[first]
         order = np.argsort(hashes, kind="stable")
         training = np.cumsum(assign_splits(index["family"][candidates[order]], *self.held_out) == 0)
-        order = order[: int(np.searchsorted(training, capacity)) + 1]
+        order = order[: int(np.searchsorted(training, limit)) + 1]
         if len(order) < len(hashes):
             self.threshold = hashes[order[-1]]
         kept = np.sort(np.concatenate([np.flatnonzero(~sampled), candidates[order]]))
-        self.chunks, self.size, self.kept = [index[kept]], len(kept), len(kept)
+        self.indexes, self.size, self.kept = [index[kept]], len(kept), len(kept)
 
     def sampled(self, index: np.ndarray) -> np.ndarray:
-        """bool: records that sampling is about, which explicit val and test files are not."""
+        """bool: records that are sampled, which those of explicit val and test files are not."""
         mask: np.ndarray = (index["split"] == UNDECIDED) | (index["split"] == 0)
         return mask
 
@@ -266,7 +266,7 @@ class Spool:
 
     def index(self) -> np.ndarray:
         """The index of everything kept."""
-        return np.concatenate(self.chunks) if self.chunks else np.zeros(0, dtype=INDEX_TYPE)
+        return np.concatenate(self.indexes) if self.indexes else np.zeros(0, dtype=INDEX_TYPE)
 
 
 class RejectionLog:

@@ -49,7 +49,7 @@ def digest_files(files: Iterable[Path], tick: Callable[[int], None] = lambda don
     """A digest of each file: sha256 over the sha256 of its blocks of BLOCK_BYTES, computed on all cores.
 
     One core does about 1.5 GB/s (0.4 without the processor's instructions for it), so that a few do what a disk
-    reads. `tick` is told the bytes done so far.
+    reads. `tick` is called with the bytes done so far.
     """
     sizes = {file: file.stat().st_size for file in files}
     blocks = [(file, start) for file, size in sizes.items() for start in range(0, size, BLOCK_BYTES)]

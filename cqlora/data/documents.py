@@ -1,31 +1,31 @@
-"""Raw texts to pieces: start token, words, end token, cut into consecutive pieces where they are too many."""
+"""Raw texts to chunks: start token, words, end token, cut into consecutive chunks where they are too many."""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from cqlora.data.pieces import EncodedBatch, cut_points
+from cqlora.data.chunks import EncodedBatch, cut_points
 from cqlora.data.text_tokens import TextTokens
 from cqlora.data.tokenizer import SpecialTokens
 
 
 def encode_documents(
-    records: Sequence[int], texts: Sequence[str], tokens: TextTokens, special: SpecialTokens, capacity: int
+    records: Sequence[int], texts: Sequence[str], tokens: TextTokens, special: SpecialTokens, sequence_length: int
 ) -> EncodedBatch:
-    """The pieces of `texts`, which are the records of these numbers, and whose tokens are `tokens`.
+    """The chunks of `texts`, which are the records of these numbers, and whose tokens are `tokens`.
 
-    The first token of a piece is context only; its characters count for nobody.
+    The first token of a chunk is context only; its characters count for nobody.
     """
     sizes = np.diff(tokens.offsets) + 2
     columns: list[tuple[int, int, int, int]] = []
     cut = 0
     for number, (record, text, size) in enumerate(zip(records, texts, sizes.tolist(), strict=True)):
-        if size <= capacity:
+        if size <= sequence_length:
             columns.append((record, size, len(text), len(text.encode())))
             continue
         cut += 1
-        cuts = cut_points(size, capacity)
+        cuts = cut_points(size, sequence_length)
         spans = covered_spans(number, text, tokens, cuts)
         columns += [
             (record, end - start, len(covered), len(covered.encode()))
@@ -52,7 +52,7 @@ def surround(tokens: TextTokens, sizes: np.ndarray, special: SpecialTokens) -> n
 
 
 def covered_spans(number: int, text: str, tokens: TextTokens, cuts: list[tuple[int, int]]) -> list[str]:
-    """The text under the labels of each piece: from its first token's end to its last one's.
+    """The text under the labels of each chunk: from its first token's end to its last one's.
 
     `cuts` count the start token, which is none of the text's.
     """

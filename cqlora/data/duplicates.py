@@ -1,7 +1,6 @@
 """Near duplicates: MinHash finds the candidates, the texts themselves decide."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +19,6 @@ RECALL = 0.99
 """Share of pairs at the threshold that the bands must find."""
 
 _TASK_RECORDS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where a record lies in a spool file."""
-
-    spool: str
-    offset: int
-    length: int
 
 
 def choose_bands(threshold: float) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Records to pieces of at most `sequence_length` tokens, with their label masks and the text they cover."""
+"""Records to chunks of at most `sequence_length` tokens, with their label masks and the text they cover."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cqlora.data.chunks import Chunks, EncodedBatch, join_batches
 from cqlora.data.conversations import ConversationEncoder
 from cqlora.data.documents import encode_documents
 from cqlora.data.language import han_characters
-from cqlora.data.pieces import EncodedBatch, Pieces, join_batches
 from cqlora.data.records import Conversation, Document, Record, load_record, text_of
 from cqlora.data.tokenizer import PlainTokenizer
 
@@ -29,7 +29,7 @@ class EncodeSettings:
     system_prompt: str = ""
     """Put first where a conversation brings no system message."""
     fast: bool = False
-    """By a faster library, which has been proven to give this tokenizer's ids: the one field that changes no token."""
+    """Encode by the faster library, proven to give this tokenizer's ids: the one field that changes no token."""
 
 
 class RecordEncoder:
@@ -48,10 +48,10 @@ class RecordEncoder:
         )
 
     def encode(self, records: Sequence[Record], measured: int = 0) -> EncodedBatch:
-        """All pieces of `records` in order; tokens per Han character are measured on the first `measured`."""
+        """All chunks of `records` in order; tokens per Han character are measured on the first `measured`."""
         documents = [number for number, record in enumerate(records) if isinstance(record, Document)]
         talks = {number: record.turns for number, record in enumerate(records) if isinstance(record, Conversation)}
-        batch = Pieces().batch(self.tokenizer.dtype)
+        batch = Chunks().batch(self.tokenizer.dtype)
         if documents:
             texts = [text_of(records[number]) for number in documents]
             tokens = self.tokenizer.encode_texts(texts)

@@ -39,7 +39,7 @@ learned.</p>
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One document, or one piece of a long one."""
+    """One document, or one chunk of a long one."""
 
     source: str
     language: str

@@ -59,7 +59,7 @@ def even_shares(total: int, names: list[str]) -> dict[str, int]:
     return {name: share + (index < remainder) for index, name in enumerate(names)}
 
 
-def spool_capacity(size: int | None) -> int | None:
+def records_to_keep(size: int | None) -> int | None:
     """Training records to keep while reading, so that `size` remain when duplicates and held-out texts are gone."""
     if size is None:
         return None
@@ -67,7 +67,7 @@ def spool_capacity(size: int | None) -> int | None:
 
 
 def begin_choice(gathered: Gathered, data: DataConfig) -> Chosen:
-    """Everything kept, each record on its side."""
+    """The choice to begin with: every record kept, and assigned to its split."""
     declared = gathered.index["split"]
     by_hash = assign_splits(gathered.index["family"], data.val_fraction, data.test_fraction)
     pooled = repeats_itself(gathered)
@@ -192,7 +192,7 @@ def keep_first(each: Chosen, order: np.ndarray, count: int) -> None:
 
 
 def apply_weight(each: Chosen, weight: float, seed: int) -> None:
-    """Stand training records `weight` times in the mix: whole times all of them, a fraction some of them."""
+    """Repeat training records `weight` times in the mix: whole times all of them, a fraction some of them."""
     whole = int(weight)
     draw = fractions(mix_keys(each.gathered.index["key"], "weight", seed))
     each.repeats = (whole + (draw < weight - whole)).astype(np.uint16)
@@ -210,7 +210,7 @@ def choose_records(
 ) -> list[Chosen]:
     """The mix: every source's records with their split, and whether and how often they are taken.
 
-    `drop_near` is drop_near_duplicates with its place to work in.
+    `drop_near` is drop_near_duplicates with its working folder given.
     """
     chosen = [begin_choice(gathered, data) for gathered in sources]
     if data.clean.deduplicate is not Deduplication.none:

@@ -7,7 +7,7 @@ from itertools import takewhile
 from cqlora.data.chat import ChatEncoder, EncodedTurn
 
 _CONTEXT_SHARE = 4
-"""A part of so many that the system message and the question keep, and of these the question, where each is longer."""
+"""One part in so many: what a long context keeps of the room, and a long question of what the context keeps."""
 
 
 def shorten_exchange(

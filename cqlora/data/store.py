@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from cqlora.data.chunks import EncodedBatch
 from cqlora.data.keys import mix_keys
 from cqlora.data.pack import pack_documents
-from cqlora.data.pieces import EncodedBatch
 
 SHARD_TOKENS = 1 << 28
 """A new shard begins after this many tokens; no document spans two."""
@@ -42,7 +42,7 @@ class Pack:
 
 
 class SplitWriter:
-    """Appends encoded pieces; `finish` packs them."""
+    """Appends encoded chunks; `finish` packs them."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
         folder.mkdir(parents=True)
@@ -64,7 +64,7 @@ class SplitWriter:
         self.shards.append(0)
 
     def append(self, batch: EncodedBatch, source_ids: np.ndarray, repeats: np.ndarray) -> None:
-        """Write a batch's pieces; `source_ids` and `repeats` are (pieces,)."""
+        """Write a batch's chunks; `source_ids` and `repeats` are (chunks,)."""
         if self.shards[-1] and self.shards[-1] + len(batch.tokens) > SHARD_TOKENS:
             self.start_shard()
         columns = {
@@ -84,7 +84,7 @@ class SplitWriter:
         self.documents += len(batch.lengths)
         self.repeats.append(repeats.astype(np.uint16))
 
-    def finish(self, capacity: int, seed: int) -> dict[str, Any]:
+    def finish(self, sequence_length: int, seed: int) -> dict[str, Any]:
         """Pack the documents, shuffled so that packs mix sources; returns the split's description."""
         for stream in self.streams.values():
             stream.close()
@@ -93,7 +93,7 @@ class SplitWriter:
         order = np.argsort(mix_keys(numbers, "shuffle", seed), kind="stable").astype(np.uint32)
         repeats = np.concatenate(self.repeats) if self.repeats else np.zeros(0, dtype=np.uint16)
         order = np.repeat(order, repeats[order])
-        packing = pack_documents(lengths[order], capacity)
+        packing = pack_documents(lengths[order], sequence_length)
         write_array(self.folder / "pack_documents.bin", order[packing.documents])
         write_array(self.folder / "pack_offsets.bin", packing.offsets)
         return {
@@ -109,13 +109,13 @@ class SplitWriter:
 class Split:
     """A split of a token cache, its arrays memory-mapped."""
 
-    def __init__(self, folder: Path, description: dict[str, Any], dtype: np.dtype[Any], capacity: int) -> None:
+    def __init__(self, folder: Path, description: dict[str, Any], dtype: np.dtype[Any], sequence_length: int) -> None:
         self.tokens: int = description["tokens"]
         self.label_tokens: int = description["label_tokens"]
         self.documents: int = description["documents"]
         self.packed_tokens: int = description["packed_tokens"]
         """Tokens of all packs; above `tokens` where a source's weight repeats documents."""
-        self.capacity = capacity
+        self.sequence_length = sequence_length
         shards = range(len(description["shards"]))
         self._tokens = [read_array(folder / f"tokens-{number:05d}.bin", dtype) for number in shards]
         self._labels = [read_array(folder / f"labels-{number:05d}.bin", np.dtype(np.uint8)) for number in shards]
@@ -148,7 +148,7 @@ class Split:
         if max_tokens:
             reached = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), max_tokens)) + 1
             documents, lengths = documents[:reached], lengths[:reached]
-        packing = pack_documents(lengths, self.capacity)
+        packing = pack_documents(lengths, self.sequence_length)
         bounds = zip(packing.offsets[:-1].tolist(), packing.offsets[1:].tolist(), strict=True)
         return [self.gather(documents[packing.documents[start:end]]) for start, end in bounds]
 

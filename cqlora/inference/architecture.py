@@ -1,6 +1,5 @@
 """The shape of a LLaMA model, read from config.json, and the rotary frequencies that follow from it."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 
 from cqlora.architectures import Part, require_known
 from cqlora.errors import ModelError
-from cqlora.weights.rope import read_rope
+from cqlora.weights.rotary import base_frequencies, read_rope, scale_frequencies
 
 MOST_POSITIONS = 1 << 22
 """The angles of every position are kept: a gigabyte for so many."""
@@ -70,21 +69,8 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
 
 
 def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> torch.Tensor:
-    """float32 (head_dim / 2,): radians per position; Llama 3's scaling follows transformers' modeling_rope_utils."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    if rope["rope_type"] != "llama3":
-        return frequencies
-    original = rope.get("original_max_position_embeddings") or max_length
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    wavelengths = 2 * math.pi / frequencies
-    smooth = (original / wavelengths - low) / (high - low)
-    between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    scaled: torch.Tensor = torch.where(wavelengths > original / low, frequencies / factor, between)
-    scaled = torch.where(wavelengths < original / high, frequencies, scaled)
-    return scaled
+    """float32 (head_dim / 2,): radians per position."""
+    return scale_frequencies(rope, base_frequencies(rope, head_dim), max_length)
 
 
 def _read_rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Damaged folders, whose readers may raise anything at all: told in one sentence."""
+"""One sentence for damaged folders, whose readers may raise anything at all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from cqlora.errors import CqloraError, ModelError
 
 
 @contextmanager
-def told_of_damage(*folders: Path | None) -> Iterator[None]:
+def described_as_damage(*folders: Path | None) -> Iterator[None]:
     """Turn whatever a damaged file makes its reader raise into a sentence that names the folders.
 
     Raises:

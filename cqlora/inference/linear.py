@@ -52,7 +52,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankPart:
+class AdapterTerm:
     """What an adapter adds to a quantised matrix, which cannot be merged into it exactly; in the activations' type."""
 
     down: torch.Tensor
@@ -83,7 +83,7 @@ class FusedNf4:
     """uint8 (out, in / 2) in the kernel's order, see pack_for_kernel."""
     scales: torch.Tensor
     """bfloat16 (in / 64, out)."""
-    low_rank: LowRankPart | None
+    low_rank: AdapterTerm | None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See Linear; the product is of bfloat16 numbers."""
@@ -99,7 +99,7 @@ class BitsandbytesNf4:
     """uint8 (out · in / 2, 1)."""
     state: Any
     """bitsandbytes' QuantState."""
-    low_rank: LowRankPart | None
+    low_rank: AdapterTerm | None
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """See Linear."""
@@ -145,7 +145,7 @@ def tensors_of(linear: Any) -> dict[str, torch.Tensor]:
         value = getattr(linear, field.name)
         if isinstance(value, torch.Tensor):
             found[field.name] = value
-        elif isinstance(value, LowRankPart):
+        elif isinstance(value, AdapterTerm):
             found |= {f"low_rank.{name}": tensor for name, tensor in tensors_of(value).items()}
     return found
 
@@ -157,5 +157,5 @@ def restore_linear(tensors: Mapping[str, torch.Tensor]) -> Linear:
     low_rank = None
     if "low_rank.down" in tensors:
         parts = (tensors.get(f"low_rank.{name}") for name in ("down", "up", "row_scale"))
-        low_rank = LowRankPart(*parts)  # type: ignore[arg-type]
+        low_rank = AdapterTerm(*parts)  # type: ignore[arg-type]
     return FusedNf4(tensors["packed"], tensors["scales"], low_rank)

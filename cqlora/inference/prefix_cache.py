@@ -28,7 +28,7 @@ class _Sequence:
 
 
 class PrefixCache:
-    """What ended replies leave behind, up to a number of bytes; what was not used for longest goes first.
+    """Keys and values of ended replies, up to a number of bytes; the least recently used go first.
 
     Only positions whose token and whose tokens before are the same are shared, so nothing of one conversation
     reaches another. Several threads may use it.

@@ -31,8 +31,8 @@ _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 def snapshot_file(identity: dict[str, str]) -> Path:
     """Where the snapshot of what `identity` names lies, whether or not it is there."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    told = json.dumps({"version": _VERSION, **identity}, sort_keys=True)
-    return root / "cqlora" / "engine" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+    identity_json = json.dumps({"version": _VERSION, **identity}, sort_keys=True)
+    return root / "cqlora" / "engine" / f"{hashlib.sha256(identity_json.encode()).hexdigest()[:32]}.safetensors"
 
 
 def write_snapshot(weights: Weights, file: Path) -> None:
@@ -79,9 +79,9 @@ def digest(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
     def one(name: str) -> bytes:
         tensor = tensors[name]
-        told = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        told.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-        return told.digest()
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.digest()
 
     with ThreadPoolExecutor() as threads:
         every = b"".join(threads.map(one, sorted(tensors)))

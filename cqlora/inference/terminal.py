@@ -127,9 +127,9 @@ def answer(
     said: list[str] = []
     try:
         speaker = engine()
-        for piece in speaker.stream(conversation.messages(), **asdict(sampling)):
-            said.append(piece)
-            terminal.write(printable(piece), end="")
+        for text in speaker.stream(conversation.messages(), **asdict(sampling)):
+            said.append(text)
+            terminal.write(printable(text), end="")
         terminal.write("")
     except KeyboardInterrupt:
         terminal.write(" [stopped]")

@@ -43,11 +43,6 @@ class TokenBytes:
             for token in document.get("added_tokens") or []
         }
 
-    @property
-    def largest_id(self) -> int:
-        """The highest id that the tokenizer may give."""
-        return max([*self._pieces, *self._added], default=-1)
-
     def __call__(self, token: int) -> bytes:
         """Bytes of one token; none for a control token or a padding row of the matrix."""
         if token in self._added:

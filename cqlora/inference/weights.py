@@ -10,7 +10,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
-from cqlora.inference.linear import BitsandbytesNf4, Dense, FusedNf4, Linear, LowRankPart, pack_dense, pack_for_kernel
+from cqlora.inference.linear import AdapterTerm, BitsandbytesNf4, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
 from cqlora.weights.merge_changes import LowRank
 from cqlora.weights.merge_plan import MergedSource
@@ -123,7 +123,7 @@ def build_linear(model: Model, names: list[str], form: Form) -> Linear:
     return bitsandbytes_linear(packed, scales, parts[0].codes, low_rank, form)
 
 
-def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: Form) -> LowRankPart | None:
+def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: Form) -> AdapterTerm | None:
     """The adapter's parts of joined matrices as one: B beside zeros where the other matrices' outputs are."""
     changes = [model.low_rank(name) for name in names]
     if not any(changes):
@@ -142,7 +142,7 @@ def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: F
         row_scale = torch.cat(filled).to(form.device, form.activations)
     alike = len(ups) > 1 and len({up.shape for up in ups}) == 1
     up = torch.stack(ups).transpose(1, 2) if alike else torch.block_diag(*ups).T
-    return LowRankPart(
+    return AdapterTerm(
         down=torch.cat(downs).T.contiguous().to(form.device, form.activations),
         up=up.contiguous().to(form.device, form.activations),
         row_scale=row_scale,
@@ -161,7 +161,7 @@ def dora_scale(model: Model, name: str, change: LowRank) -> torch.Tensor | None:
 
 
 def bitsandbytes_linear(
-    packed: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low_rank: LowRankPart | None, form: Form
+    packed: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low_rank: AdapterTerm | None, form: Form
 ) -> BitsandbytesNf4:
     """The layer in bitsandbytes' own order on the form's device."""
     from bitsandbytes.functional import QuantState

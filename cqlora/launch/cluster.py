@@ -1,4 +1,4 @@
-"""A worker's place among workers that torchrun or srun started, read from the environment."""
+"""A worker's rank among the workers that torchrun or srun started, read from the environment."""
 
 import os
 import re
@@ -12,7 +12,7 @@ _FIRST_PORT, _PORTS = 10_000, 20_000
 """Below what systems hand out by themselves (32768 on Linux), above what needs rights."""
 
 
-def find_place(environment: Mapping[str, str]) -> dict[str, str] | None:
+def find_rank_environment(environment: Mapping[str, str]) -> dict[str, str] | None:
     """torchrun's variables for this process; None where nobody has started it as one of several workers.
 
     Raises:
@@ -26,11 +26,11 @@ def find_place(environment: Mapping[str, str]) -> dict[str, str] | None:
                 "or unset RANK and WORLD_SIZE."
             )
         return {name: environment[name] for name in _TORCHRUN}
-    return find_slurm_place(environment)
+    return find_slurm_rank(environment)
 
 
-def find_slurm_place(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The place of a task that srun started beside others; a batch script's own process is none."""
+def find_slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The rank environment of a task that srun started beside others; a batch script's own process is none."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     if int(tasks) == 1 or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return None
@@ -55,15 +55,15 @@ def first_node(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group())
 
 
-def take_place(place: Mapping[str, str], hardware: HardwareConfig) -> None:
-    """Put a place into the environment, where torch looks for it.
+def take_rank_environment(environment: Mapping[str, str], hardware: HardwareConfig) -> None:
+    """Put a rank environment into this process's own, where torch looks for it.
 
     Raises:
         ConfigError: another number of workers was started than the configuration has.
     """
-    if int(place["WORLD_SIZE"]) != hardware.world_size:
+    if int(environment["WORLD_SIZE"]) != hardware.world_size:
         raise ConfigError(
-            f"hardware={hardware.name} has {hardware.world_size} workers and {place['WORLD_SIZE']} were started; "
+            f"hardware={hardware.name} has {hardware.world_size} workers and {environment['WORLD_SIZE']} were started; "
             f"start {hardware.world_size}, or choose the group of your machine."
         )
-    os.environ.update(place)
+    os.environ.update(environment)

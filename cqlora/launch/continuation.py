@@ -46,11 +46,11 @@ def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> No
     folder = Path(config.stage.init_adapter)
     different = list_differences(config, fixed)
     if different:
-        told = ", ".join(f"{key}={theirs} and not {ours}" for key, theirs, ours in different)
+        differences = ", ".join(f"{key}={theirs} and not {ours}" for key, theirs, ours in different)
         typed = " ".join(f"{key}={theirs}" for key, theirs, _ in different)
         raise ConfigError(
-            f"stage.init_adapter={folder} was trained with {told}; type {typed} to continue it, or merge it into its "
-            "base and train a new adapter on that."
+            f"stage.init_adapter={folder} was trained with {differences}; type {typed} to continue it, or merge it "
+            "into its base and train a new adapter on that."
         )
     if fixed.embeddings is Embeddings.new_rows and base is not None:
         check_rows(fixed, base, folder)

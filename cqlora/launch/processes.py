@@ -46,13 +46,13 @@ class WorkerProcess:
         return int(self.process.returncode)
 
     @property
-    def fell_silently(self) -> bool:
+    def died_silently(self) -> bool:
         """Whether it ended badly and did not say why: killed, out of memory, or crashed in native code."""
         return self.code != 0 and not self.killed and not self.failure.is_file()
 
 
 def run_workers(run_file: Path, hardware: HardwareConfig) -> None:
-    """Train from a frozen configuration in processes of their own, one per GPU or as many as configured.
+    """Train from a settled configuration in processes of their own, one per GPU or as many as configured.
 
     Signals that ask for an end are passed on. When this process ends, however it ends, so do they.
 
@@ -60,9 +60,9 @@ def run_workers(run_file: Path, hardware: HardwareConfig) -> None:
         CqloraError: the error of the worker that failed first; Preempted when a signal stopped the run after a
             commit.
     """
-    folder = run_file.parent / WORKERS_FOLDER
-    folder.mkdir(exist_ok=True)
-    for leftover in folder.iterdir():
+    log_folder = run_file.parent / WORKERS_FOLDER
+    log_folder.mkdir(exist_ok=True)
+    for leftover in log_folder.iterdir():
         leftover.unlink()
     workers: list[WorkerProcess] = []
     received: list[int] = []
@@ -90,9 +90,9 @@ def start_all(workers: list[WorkerProcess], run_file: Path, hardware: HardwareCo
 
 def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener: socket.socket) -> WorkerProcess:
     """Start one worker, in a session of its own so that a terminal's Ctrl-C comes by way of this process."""
-    folder = run_file.parent / WORKERS_FOLDER
-    log = folder / f"rank{rank}.log" if rank else None
-    failure = folder / f"rank{rank}.failure"
+    log_folder = run_file.parent / WORKERS_FOLDER
+    log = log_folder / f"rank{rank}.log" if rank else None
+    failure = log_folder / f"rank{rank}.failure"
     environment = {**os.environ, **worker_environment(rank, hardware, listener), FAILURE_FILE: str(failure)}
     output = log.open("wb") if log else None
     process = subprocess.Popen(
@@ -110,16 +110,16 @@ def start_process(rank: int, run_file: Path, hardware: HardwareConfig, listener:
 
 
 def worker_command(run_file: Path) -> list[str]:
-    """What trains from a frozen configuration and ends with this process."""
+    """What trains from a settled configuration and ends with this process."""
     return [sys.executable, "-m", "cqlora.train", str(run_file), str(os.getpid())]
 
 
 def worker_environment(rank: int, hardware: HardwareConfig, listener: socket.socket) -> dict[str, str]:
-    """A worker's place under torchrun's names, and its share of the cores."""
+    """A worker's rank environment, under torchrun's names, and its share of the cores."""
     workers = hardware.processes_per_node
     if workers == 1:
         return {}
-    place = {
+    environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": workers,
@@ -131,8 +131,8 @@ def worker_environment(rank: int, hardware: HardwareConfig, listener: socket.soc
     }
     if sys.platform.startswith("linux"):
         # All workers are on this machine, whose name may not resolve.
-        place["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
-    return {name: str(value) for name, value in place.items()}
+        environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return {name: str(value) for name, value in environment.items()}
 
 
 def wait_for_all(workers: list[WorkerProcess]) -> None:
@@ -174,13 +174,13 @@ def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
     first = find_first_failure(workers)
     if first is None:
         return
-    folder = first.failure.parent.parent
-    again = f"the same command with hydra.run.dir={folder} goes on from the last checkpoint."
+    run_folder = first.failure.parent.parent
+    again = f"the same command with hydra.run.dir={run_folder} goes on from the last checkpoint."
     stopped = next((worker for worker in workers if worker.code == Preempted.exit_code and received), None)
-    if stopped is not None or not first.fell_silently:
-        # What befalls others when one has left at a signal is no failure.
-        told = stopped or first
-        raise error_of_code(told.code, told.failure.read_text(encoding="utf-8"))
+    if stopped is not None or not first.died_silently:
+        # When one has left at a signal, the errors of the others follow from that.
+        cause = stopped or first
+        raise error_of_code(cause.code, cause.failure.read_text(encoding="utf-8"))
     if received and -first.code in ASKING_TO_END:
         raise Preempted(f"stopped by {signal.Signals(received[0]).name} before a step; {again}")
     raise TrainingError(f"worker {first.rank} of {len(workers)} {describe_end(first.code)}; {again}{tail(first.log)}")
@@ -194,12 +194,13 @@ def describe_end(code: int) -> str:
 
 
 def find_first_failure(workers: list[WorkerProcess]) -> WorkerProcess | None:
-    """The worker whose end ended the others.
+    """The worker whose failure ended the others.
 
-    One that fell without a word comes first, since the others only noticed; then the one that spoke first.
+    One that died without reporting an error comes first, since the others failed of its death; then the one that
+    reported first.
     """
     failed = [worker for worker in workers if worker.code != 0]
-    silent = [worker for worker in failed if worker.fell_silently]
+    silent = [worker for worker in failed if worker.died_silently]
     spoke = [worker for worker in failed if worker.failure.is_file()]
     spoke.sort(key=lambda worker: worker.failure.stat().st_mtime_ns)
     return next(iter(silent + spoke), None)

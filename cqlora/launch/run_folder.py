@@ -76,22 +76,22 @@ def was_made_here(folder: Path) -> bool:
 
 
 @contextmanager
-def hold_folder(folder: Path, given: bool) -> Iterator[Path]:
-    """Hold a folder for as long as the block runs; the system lets go when this process ends.
+def hold_run_folder(run_folder: Path, given: bool) -> Iterator[Path]:
+    """Hold a run folder for as long as the block runs; the system lets go when this process ends.
 
-    A folder that the user has `given` is taken as it is. One that was named after the time gets a number where
+    A run folder that the user has `given` is taken as it is. One that was named after the time gets a number where
     another launch was as quick. Where no run was accepted in it, what its start has left is removed.
 
     Raises:
-        ConfigError: another run is going on in the given folder, or nothing can be written there.
+        ConfigError: another run is going on in the given run folder, or nothing can be written there.
     """
-    number, candidate = 1, folder
+    number, candidate = 1, run_folder
     note_missing(candidate)
     while (descriptor := lock_writable(candidate)) is None:
         if given:
-            raise ConfigError(f"another run is going on in {folder}; wait for it, or use hydra.run.dir=FOLDER.")
+            raise ConfigError(f"another run is going on in {run_folder}; wait for it, or use hydra.run.dir=FOLDER.")
         number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
+        candidate = run_folder.with_name(f"{run_folder.name}-{number}")
         note_missing(candidate)
     try:
         yield candidate

@@ -1,4 +1,4 @@
-"""One place where `auto` becomes a value: a configuration and what it meets give one in which nothing is left to it.
+"""Where `auto` becomes a value: a configuration and what it meets give one in which nothing is left to `auto`.
 
 What is settled here is in `config.SETTLED`. Not here, since no step of a run depends on it or no run reads it:
 `stage.resume` says what to do with a folder and is no value of the run (`resumption`); `tracking.mode` asks at every
@@ -20,7 +20,7 @@ from cqlora.base import Base, read_base
 from cqlora.config.choices import Attention, Device, Embeddings, Optimizer, Precision, Strategy
 from cqlora.config.schema import SETTLED_KEYS, HardwareConfig, RunConfig
 from cqlora.errors import CheckpointError, ModelError
-from cqlora.launch.cluster import find_place
+from cqlora.launch.cluster import find_rank_environment
 from cqlora.launch.continuation import Fixed, read_fixed
 from cqlora.plan.memory import choose_checkpointing
 from cqlora.plan.workload import Rows
@@ -78,7 +78,7 @@ def settle(config: C, given: Given) -> C:
     return replace(settled, hardware=replace(hardware, activation_checkpointing=checkpointing))
 
 
-def look_around(config: RunConfig, output_dir: Path) -> Given:
+def look_around(config: RunConfig, run_folder: Path) -> Given:
     """What a run meets on this machine, in its base's folder, and in its own where it goes on there.
 
     Raises:
@@ -92,7 +92,7 @@ def look_around(config: RunConfig, output_dir: Path) -> Given:
         base=base,
         rows=Rows(base.vocab_size, base.added_rows) if base else Rows(config.model.vocab_size),
         adapter=read_adapter(Path(config.stage.init_adapter)) if config.stage.init_adapter else None,
-        earlier=read_earlier(config.stage.resume, output_dir),
+        earlier=read_earlier(config.stage.resume, run_folder),
     )
 
 
@@ -120,7 +120,7 @@ def look_ahead(config: RunConfig, added_rows: int = 0) -> Given:
 def probe_for(hardware: HardwareConfig) -> Machine:
     """This machine, of which GPUs are of no interest to a run on the processor."""
     machine = probe_machine(hardware.device is not Device.cpu)
-    return replace(machine, one_gpu_each=len(machine.gpus) == 1 and find_place(os.environ) is not None)
+    return replace(machine, one_gpu_each=len(machine.gpus) == 1 and find_rank_environment(os.environ) is not None)
 
 
 def read_adapter(folder: Path) -> Fixed:
@@ -133,17 +133,17 @@ def read_adapter(folder: Path) -> Fixed:
     return read_fixed(folder)
 
 
-def read_earlier(resume: str, output_dir: Path) -> dict[str, str]:
+def read_earlier(resume: str, run_folder: Path) -> dict[str, str]:
     """The settled values of the run that `stage.resume` goes on with, from a checkpoint of it; none at a new start."""
     if resume == "never":
         return {}
-    store = CheckpointStore(output_dir / "checkpoints", keep_last=1)
+    store = CheckpointStore(run_folder / "checkpoints", keep_last=1)
     for folder in store.committed() if resume == "auto" else [Path(resume)]:
         file = folder / "state.json"
         try:
             identity = take(read_object(file), "identity", file, dict)
         except ModelError:
-            # Damaged, which is told where checkpoints are verified.
+            # Damaged, which is reported where checkpoints are verified.
             continue
         return {key: identity[key] for key in SETTLED_KEYS if isinstance(identity.get(key), str)}
     return {}

@@ -127,28 +127,26 @@ def save_adapter(
     folder: Path,
     base: Base,
     state: dict[str, torch.Tensor],
-    rank_factor: int = 1,
     stage: str = "",
-    lineage: dict[str, Any] | None = None,
-    system_prompt: str = "",
+    card: dict[str, Any] | None = None,
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
-    `state` holds whole tensors under PEFT's names. `rank_factor` is how many times the trained rank it has,
-    which PiSSA's conversion doubles at the same scaling. `stage` is the stage's name: a merge gives what came of
-    `sft` the chat template that it was trained in, `system_prompt` included: what conversations without a system
-    message were trained with. `lineage` is what `describe_lineage` found when the run started.
+    `state` holds whole tensors under PEFT's names, of the trained rank or, as PiSSA's conversion leaves them, of
+    twice that at the same scaling. A merge gives what came of `stage` sft the chat template that it was trained in.
+    `card` is what the card says beside: the lineage as it was when the run started (`describe_lineage`), and the
+    `system_prompt` that conversations without a system message were trained with.
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    rank_factor = next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")) // config.r
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
-    said = (lineage or describe_lineage("")) | ({"system_prompt": system_prompt} if system_prompt else {})
     with staged_folder(folder, replace=True) as staging:
         require_space(staging, sum(tensor.nbytes for tensor in state.values()))
         config.save_pretrained(staging)
         save_file(state, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        write_card(staging, base, trained_on, said)
+        write_card(staging, base, trained_on, card or describe_lineage(""))
     logger.info("adapter written to %s", folder)
 
 

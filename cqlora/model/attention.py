@@ -182,7 +182,7 @@ def _document_mask(
     """The mask of `attend_by_document`: an empty one where rows hold several documents, else the stock one.
 
     transformers asks for a mask once per forward pass and forbids skipping it where position_ids restart. The
-    empty tensor costs nothing and lets a forgotten `document_lengths` be told from a row of one document.
+    empty tensor costs nothing and lets a forgotten `document_lengths` be distinguished from a row of one document.
     """
     if attention_mask is None and not allow_is_causal_skip:
         return torch.empty(0, dtype=torch.bool, device=device)

@@ -13,7 +13,7 @@ from cqlora.model.loss import IGNORED
 
 
 class PackOfDocuments(Protocol):
-    """What a token cache hands over."""
+    """What is read of a pack of a token cache."""
 
     @property
     def token_ids(self) -> NDArray[np.int64]: ...

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out packs: token losses summed, then told per token, character and byte."""
+"""How well a model predicts held-out packs: token losses summed, then given per token, character and byte."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,10 @@ from cqlora.model.batch import PackOfDocuments, build_batch
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Evaluation:
     """Held-out loss of one source."""
 
-    nats: float
+    summed_loss: float
     """Sum of the token losses."""
     tokens: int
     """Label tokens."""
@@ -25,7 +25,7 @@ class Score:
     @property
     def loss(self) -> float:
         """Nats per token; comparable only under one tokenizer."""
-        return self.nats / self.tokens
+        return self.summed_loss / self.tokens
 
     @property
     def perplexity(self) -> float:
@@ -35,12 +35,12 @@ class Score:
     @property
     def bits_per_character(self) -> float:
         """Bits to spell one character; comparable across vocabularies."""
-        return self.nats / math.log(2) / self.characters
+        return self.summed_loss / math.log(2) / self.characters
 
     @property
     def bits_per_byte(self) -> float:
         """Bits to spell one byte of UTF-8; comparable across vocabularies and languages."""
-        return self.nats / math.log(2) / self.bytes
+        return self.summed_loss / math.log(2) / self.bytes
 
 
 @torch.no_grad()
@@ -51,9 +51,9 @@ def sum_losses(objective: nn.Module, micro_batches: Iterable[Sequence[PackOfDocu
     """
     was_training = objective.training
     objective.eval()
-    nats = 0.0
+    summed_loss = 0.0
     for packs in micro_batches:
         _, token_losses, _ = objective(build_batch(packs, device), 1.0)
-        nats += float(token_losses.double().sum())
+        summed_loss += float(token_losses.double().sum())
     objective.train(was_training)
-    return nats
+    return summed_loss

@@ -215,12 +215,12 @@ def _sweep(
         for begin in range(0, len(targets), chunk_tokens):
             chunk = slice(begin, begin + chunk_tokens)
             states = hidden.index_select(0, sources[chunk]).to(dtype)
-            low_rank = _LowRank(head, states)
+            adapter = _HeadAdapter(head, states)
             logits = _Logits(exact[: len(states)], None if rounded is None else rounded[: len(states)])
-            logits.project(states, blocks, low_rank)
+            logits.project(states, blocks, adapter)
             losses[chunk] = logits.subtract_labels(targets[chunk])
             if gradients.wanted:
-                grad_states = logits.backproject(states, blocks, low_rank, gradients)
+                grad_states = logits.backproject(states, blocks, adapter, gradients)
                 if gradients.hidden is not None:
                     gradients.hidden.index_copy_(0, sources[chunk], grad_states)
     return losses
@@ -268,7 +268,7 @@ def _find_runs(indices: Tensor | None) -> list[tuple[int, slice]]:
     )
 
 
-class _LowRank:
+class _HeadAdapter:
     """The adapter of the head on one chunk, in the adapter's own type: scale * dropout(states) A^T B^T."""
 
     def __init__(self, head: OutputHead, states: Tensor) -> None:
@@ -308,14 +308,14 @@ class _Logits:
     rounded: Tensor | None
     """None where matrix products are float32."""
 
-    def project(self, states: Tensor, blocks: list[_Block], low_rank: _LowRank) -> None:
+    def project(self, states: Tensor, blocks: list[_Block], adapter: _HeadAdapter) -> None:
         """Fill in the logits of `states` (c, D)."""
         product = self.exact if self.rounded is None else self.rounded
         for block in blocks:
             torch.mm(states, block.matrix.T, out=product[:, block.columns])
         if self.rounded is not None:
             self.exact.copy_(self.rounded)
-        low_rank.add_logits(self.exact)
+        adapter.add_logits(self.exact)
 
     def subtract_labels(self, targets: Tensor) -> Tensor:
         """Turn logits into probabilities minus one-hot targets, in place; return the token losses (c,)."""
@@ -326,10 +326,10 @@ class _Logits:
         self.exact.div_(total).scatter_add_(1, index, torch.full_like(of_target, -1.0))
         return (total.log() + peak - of_target).squeeze(1)
 
-    def backproject(self, states: Tensor, blocks: list[_Block], low_rank: _LowRank, gradients: _Gradients) -> Tensor:
+    def backproject(self, states: Tensor, blocks: list[_Block], adapter: _HeadAdapter, gradients: _Gradients) -> Tensor:
         """Add to the matrices' `gradients`; return the gradient (c, D) of `states` in float32."""
         grad_states = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
-        low_rank.add_gradients(self.exact, grad_states, gradients)
+        adapter.add_gradients(self.exact, grad_states, gradients)
         factor = self.exact if self.rounded is None else self.rounded.copy_(self.exact)
         for block in blocks:
             slopes = factor[:, block.columns]

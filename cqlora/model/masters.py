@@ -17,7 +17,7 @@ from torch import nn
 def keep_masters(model: PeftModel) -> int:
     """Turn every module that PEFT trains whole to float32; return how many there are.
 
-    What they put out keeps the type that the base has. A matrix that input and output share stays one.
+    Their output keeps the base's type. A matrix that input and output share stays one.
     """
     masters = 0
     for wrapper in model.modules():

@@ -28,7 +28,7 @@ def initialise_pissa(model: PeftModel, base: Base, run_folder: Path, iterations:
     """Set every adapted matrix to its principal part and its base to the residual.
 
     The starting adapter is kept in the run's folder: a resumed run, and every other rank, takes the same
-    residual from it, and the final adapter is told relative to it.
+    residual from it, and the final adapter is written relative to it.
     """
     file = run_folder / INITIAL_FILE
     stored = load_file(file) if file.is_file() else {}

@@ -116,7 +116,7 @@ def _read(base: Base, places: list[_Place], device: torch.device, dtype: torch.d
 
 
 def _give_heap_back() -> None:
-    """Return freed memory to the system: quantising on a host leaves glibc's heap in pieces of some matrices' size."""
+    """Return freed memory to the system: quantising on a host leaves holes of some matrices' size in glibc's heap."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

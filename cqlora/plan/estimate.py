@@ -29,7 +29,7 @@ asked for again in other sizes, which leaves holes. PyTorch reports both sums (`
 """
 
 HEAP_SHARE = 0.55
-"""What glibc's heap keeps of freed pieces, as a share of what comes and goes in a step on a processor.
+"""What glibc's heap keeps of freed blocks, as a share of what comes and goes in a step on a processor.
 
 Fitted to 26 runs of benchmarks/plan_accuracy.py --cpu. Steps of several passes, and blocks that are computed
 again, leave more.

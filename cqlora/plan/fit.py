@@ -1,11 +1,11 @@
-"""How an estimate stands to the memory that there is."""
+"""Whether an estimate fits into the memory that there is."""
 
 from enum import Enum
 
 from cqlora.plan.estimate import Estimate
 
 PRESSED_FRAGMENT_SHARE = 0.1
-"""What fragments cannot be brought below: under pressure the allocator gives cached memory back."""
+"""What fragments take at least: an allocator that runs short of memory gives back what it has cached."""
 
 MARGIN = 0.85
 """Share of a device up to which a run fits beyond doubt: the plan may be 15% off."""
@@ -20,7 +20,7 @@ class Fit(Enum):
 
 
 def judge_fit(worker: Estimate, capacity: float | None) -> Fit:
-    """Whether one worker fits into `capacity` bytes; what is not known is not held against it."""
+    """Whether one worker fits into `capacity` bytes; an unknown capacity is no reason to refuse."""
     if capacity is None or worker.peak <= MARGIN * capacity:
         return Fit.fits
     return Fit.tight if least_bytes(worker) <= capacity else Fit.does_not_fit

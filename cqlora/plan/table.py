@@ -123,10 +123,10 @@ def _time_line(time: TimePlan | None) -> str:
         return "Time: not planned, since hardware.peak_tflops or hardware.memory_gb_per_s is 0."
     longest = sorted(time.parts.items(), key=lambda part: -part[1])[:3]
     parts = ", ".join(f"{name} {seconds / time.step_seconds:.0%}" for name, seconds in longest if seconds)
-    told = f"Time: {tell_seconds(time.step_seconds)} a step ({parts}), {time.tokens_per_second:,.0f} tokens/s"
+    line = f"Time: {tell_seconds(time.step_seconds)} a step ({parts}), {time.tokens_per_second:,.0f} tokens/s"
     if time.steps is None:
-        return told + "; an epoch's length is known once `cqlora prepare` has counted, or with tokens=NUMBER."
-    return told + f"; {time.steps:,} steps in {tell_seconds(time.run_seconds)}."
+        return line + "; an epoch's length is known once `cqlora prepare` has counted, or with tokens=NUMBER."
+    return line + f"; {time.steps:,} steps in {tell_seconds(time.run_seconds)}."
 
 
 def _gib(size: float) -> str:

@@ -5,21 +5,21 @@ from hydra.core.config_store import ConfigStore
 from cqlora.cli import run_program
 from cqlora.errors import ConfigError
 from cqlora.serve.config import ServeConfig
-from cqlora.serve.door import bind, read_key
+from cqlora.serve.listener import bind, read_key
 
 
 def serve(config: ServeConfig) -> None:
     """Load the model and answer requests until SIGTERM or SIGINT."""
     key = read_key(config.host)
     config.check_folders()
-    with bind(config.host, config.port) as door:
+    with bind(config.host, config.port) as listener:
         try:
             from cqlora.serve.server import run_server
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"`cqlora serve` needs {error.name}, which is not installed; type pip install 'cqlora[serve]'."
             ) from error
-        run_server(config, key, door)
+        run_server(config, key, listener)
 
 
 def main() -> None:

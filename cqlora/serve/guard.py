@@ -6,8 +6,8 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cqlora.serve.door import is_loopback
 from cqlora.serve.failure import Failure
+from cqlora.serve.listener import is_loopback
 from cqlora.serve.requests import shorten
 
 _OPEN = ("/health", "/")

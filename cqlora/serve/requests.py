@@ -176,7 +176,7 @@ class CompletionRequest(Request):
 
 
 def explain(errors: list[dict[str, Any]]) -> Failure:
-    """One of pydantic's errors as a sentence: the deepest, since that one is told of a union's nearest kind."""
+    """One of pydantic's errors as a sentence: the deepest, since of a union that one is about the nearest kind."""
     error = max(errors, key=lambda error: len(error["loc"]))
     where = shorten(".".join(str(part) for part in error["loc"] if part != "str" and "[" not in str(part)))
     if error["type"] == "extra_forbidden":

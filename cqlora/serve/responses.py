@@ -43,14 +43,14 @@ class Answer:
         """The event that a chat's stream begins with."""
         return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self.chat else ""
 
-    def piece(self, text: str, finish_reason: str | None) -> str:
+    def delta(self, text: str, finish_reason: str | None) -> str:
         """An event with the next characters; the last one carries the reason."""
         if self.chat:
             return self._chunk({"delta": {"content": text} if text else {}}, finish_reason)
         return self._chunk({"text": text}, finish_reason)
 
     def closing_usage(self) -> str:
-        """The event that tells the usage, after the last piece."""
+        """The event that tells the usage, after the last delta."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()})
 
     def _chunk(self, said: Mapping[str, Any], finish_reason: str | None) -> str:

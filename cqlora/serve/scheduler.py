@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ReplyDelta:
     """What one step brought to one reply."""
 
     text: str
@@ -50,19 +50,19 @@ class Job:
         self.ended = False
         """Whether its last news was read, good or bad."""
         self._arrived = asyncio.Event()
-        self._unread: Progress | None = None
+        self._unread: ReplyDelta | None = None
         self._failure: Failure | None = None
 
-    def tell(self, news: "Progress | Failure") -> None:
+    def tell(self, news: "ReplyDelta | Failure") -> None:
         """On the event loop: hand over what came; steps that nobody has read yet become one."""
         if isinstance(news, Failure):
             self._failure = news
         else:
             before = self._unread.text if self._unread else ""
-            self._unread = Progress(before + news.text, news.completion_tokens, news.finish_reason)
+            self._unread = ReplyDelta(before + news.text, news.completion_tokens, news.finish_reason)
         self._arrived.set()
 
-    async def progress(self) -> AsyncIterator[Progress]:
+    async def deltas(self) -> AsyncIterator[ReplyDelta]:
         """The news of one or more steps at a time, the last with its finish_reason.
 
         Raises:
@@ -200,7 +200,7 @@ class Scheduler:
         with self._changed:
             self._failure = failure
             self._stepping_since = None
-            lost: list[tuple[Job, Progress | Failure]] = [(job, failure) for job in self._jobs]
+            lost: list[tuple[Job, ReplyDelta | Failure]] = [(job, failure) for job in self._jobs]
             for held in (self._jobs, self._waiting, self._active):
                 held.clear()
         self._hand_out(lost)
@@ -264,7 +264,7 @@ class Scheduler:
                 reply.failure = error
                 self._batch.release(reply)
         self._stepping_since = None
-        news: list[tuple[Job, Progress | Failure]] = []
+        news: list[tuple[Job, ReplyDelta | Failure]] = []
         with self._changed:
             for reply, text in produced:
                 job = self._active[id(reply)]
@@ -281,18 +281,18 @@ class Scheduler:
         if self._failed_steps >= MOST_FAILED_STEPS:
             raise RuntimeError(f"the last {MOST_FAILED_STEPS} steps failed") from failures[0]
 
-    def _hand_out(self, news: list[tuple[Job, Progress | Failure]]) -> None:
+    def _hand_out(self, news: list[tuple[Job, ReplyDelta | Failure]]) -> None:
         """Wake the event loop once for all that a step brought."""
         self._loop.call_soon_threadsafe(_tell, news)
 
 
-def _news_of(reply: "Reply", text: str) -> Progress | Failure:
+def _news_of(reply: "Reply", text: str) -> ReplyDelta | Failure:
     if reply.failure is None:
-        return Progress(text, reply.completion_tokens, reply.finish_reason)
-    told = str(reply.failure) if isinstance(reply.failure, CqloraError) else "the server's log says why."
-    return Failure(500, f"the engine failed at this reply: {told}", "engine_failed")
+        return ReplyDelta(text, reply.completion_tokens, reply.finish_reason)
+    reason = str(reply.failure) if isinstance(reply.failure, CqloraError) else "the server's log says why."
+    return Failure(500, f"the engine failed at this reply: {reason}", "engine_failed")
 
 
-def _tell(news: list[tuple[Job, Progress | Failure]]) -> None:
+def _tell(news: list[tuple[Job, ReplyDelta | Failure]]) -> None:
     for job, what in news:
         job.tell(what)

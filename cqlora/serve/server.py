@@ -13,7 +13,7 @@ import uvicorn
 from cqlora.serve.app import build_app
 from cqlora.serve.config import ServeConfig
 from cqlora.serve.connection import Connection
-from cqlora.serve.door import url_of
+from cqlora.serve.listener import url_of
 from cqlora.serve.scheduler import Scheduler
 from cqlora.serve.service import Service
 from cqlora.system.signals import hear_signals
@@ -27,11 +27,11 @@ _MORE_CONNECTIONS = 64
 """Clients keep connections open between two requests, and those who watch /health have theirs."""
 
 
-def run_server(config: ServeConfig, key: str, door: socket.socket) -> None:
-    """Load the model and serve it at `door` until a signal; replies under way may finish first."""
+def run_server(config: ServeConfig, key: str, listener: socket.socket) -> None:
+    """Load the model and serve it at `listener` until a signal; replies under way may finish first."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cqlora").setLevel(logging.INFO)
-    Server(config.load_engine(), config, key).run(sockets=[door])
+    Server(config.load_engine(), config, key).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
@@ -58,8 +58,11 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
-            for door in sockets or []:
-                print(f"{url_of(door)} serves {self.service.name}: a chat page, and OpenAI's API under /v1", flush=True)
+            for listener in sockets or []:
+                print(
+                    f"{url_of(listener)} serves {self.service.name}: a chat page, and OpenAI's API under /v1",
+                    flush=True,
+                )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, let the others finish, end the batch's thread."""

@@ -21,7 +21,7 @@ from cqlora.serve.failure import Failure
 from cqlora.serve.metrics import Metrics
 from cqlora.serve.requests import ChatRequest, CompletionRequest, shorten
 from cqlora.serve.responses import DONE, Answer, event
-from cqlora.serve.scheduler import Job, Progress, Scheduler
+from cqlora.serve.scheduler import Job, ReplyDelta, Scheduler
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
@@ -135,16 +135,16 @@ class Exchange:
         self._began = time.monotonic()
         self._metrics.prompt_tokens.inc(len(job.prompt_ids))
 
-    async def follow(self) -> AsyncIterator[Progress]:
-        """The job's progress, counted on its way."""
-        async for progress in self.job.progress():
+    async def follow(self) -> AsyncIterator[ReplyDelta]:
+        """The job's deltas, counted on its way."""
+        async for delta in self.job.deltas():
             if not self._answer.completion_tokens:
                 self._metrics.first_token.observe(time.monotonic() - self._began)
                 assert self.job.reply is not None
                 self._metrics.reused_tokens.inc(self.job.reply.reused_tokens)
-            self._metrics.completion_tokens.inc(progress.completion_tokens - self._answer.completion_tokens)
-            self._answer.completion_tokens = progress.completion_tokens
-            yield progress
+            self._metrics.completion_tokens.inc(delta.completion_tokens - self._answer.completion_tokens)
+            self._answer.completion_tokens = delta.completion_tokens
+            yield delta
 
     def let_go(self) -> None:
         """Free the job's place if it still has one: called once, however the exchange ended."""
@@ -170,9 +170,9 @@ class Exchange:
     async def _collect(self) -> dict[str, object]:
         texts = []
         reason = None
-        async for progress in self.follow():
-            texts.append(progress.text)
-            reason = progress.finish_reason
+        async for delta in self.follow():
+            texts.append(delta.text)
+            reason = delta.finish_reason
         assert reason is not None
         return self._answer.whole("".join(texts), reason)
 
@@ -180,11 +180,11 @@ class Exchange:
         """The reply as server-sent events; a failure is one of them, and then the stream ends without [DONE]."""
         yield self._answer.opening()
         try:
-            async for progress in self.follow():
-                if progress.text:
-                    yield self._answer.piece(progress.text, None)
-                if progress.finish_reason:
-                    yield self._answer.piece("", progress.finish_reason)
+            async for delta in self.follow():
+                if delta.text:
+                    yield self._answer.delta(delta.text, None)
+                if delta.finish_reason:
+                    yield self._answer.delta("", delta.finish_reason)
         except Failure as failure:
             yield event(failure.body())
             return

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from cqlora.errors import ModelError
 MAX_BYTES = 256 << 20
 """Of one file; the largest tokenizers have 40 MB."""
 _MISSING = object()
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -134,6 +136,17 @@ def copy_inside(file: Path, target: Path) -> None:
     if not any(actual.is_relative_to(place) for place in (folder, folder.parent.parent / "blobs")):
         raise ModelError(f"{file} is a link out of its folder; put the file itself there, or remove the link.")
     shutil.copyfile(actual, target)
+
+
+def carry_over(folder: Path, target: Path, rewritten: Set[str]) -> None:
+    """Copy the small files of a model's folder, such as its licence: all but weights and those that are `rewritten`.
+
+    Raises:
+        ModelError: see copy_inside.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name not in rewritten and file.suffix not in _WEIGHT_SUFFIXES:
+            copy_inside(file, target / file.name)
 
 
 def write_json(file: Path, document: object) -> None:

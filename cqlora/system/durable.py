@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens meanwhile and whoever else writes.
 
-What is written goes to a name of its own beside its place, is waited for until the disk has it, and is renamed;
-then the disk is waited for again. A reader sees what was there before or what is new, never a part.
+What is written goes to a temporary name beside its place, is fsynced and renamed; then the folder is fsynced. A
+reader sees what was there before or what is new, never a part.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cqlora.errors import DiskError, ModelError
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.refusals import described_as_sentence
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -38,13 +38,13 @@ def replace_file(file: Path, content: bytes) -> None:
 def staged_file(file: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """Give a file to write to, which takes the place of `file` when the block ends without an exception.
 
-    Several writers at a time do not meet: each has a file of its own, and the last to end is the one that stays.
+    Several writers at once do not meet: each has a temporary file of its own, and the last to finish wins.
 
     Raises:
         DiskError: the system refused; what was there before stands.
     """
     place = Path(os.path.realpath(file))
-    with told_as_sentence(file, place.parent, needed_bytes):
+    with described_as_sentence(file, place.parent, needed_bytes):
         make_folder(place.parent)
         remove_leftovers(place.parent, place.name)
         staged, descriptor = create_held_file(place)
@@ -84,7 +84,7 @@ def hold(target: Path, wait: bool = False) -> Iterator[None]:
     """
     place = Path(os.path.realpath(target))
     lock = place.with_name(f".{place.name}.lock")
-    with told_as_sentence(target, lock):
+    with described_as_sentence(target, lock):
         make_folder(place.parent)
         descriptor = lock_file(lock, wait)
     if descriptor is None:
@@ -100,13 +100,13 @@ def hold(target: Path, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def stage(target: Path, replace: bool = False) -> Iterator[Path]:
-    """As staged_folder, for who holds `target` already."""
+    """As staged_folder, for a caller that holds `target` already."""
     place = Path(os.path.realpath(target))
     if not replace:
         refuse_existing(target)
     staging = place.with_name(f".{place.name}.{secrets.token_hex(8)}.partial")
     try:
-        with told_as_sentence(target, staging):
+        with described_as_sentence(target, staging):
             recover_folder(place)
             remove_leftovers(place.parent, place.name)
             staging.mkdir()
@@ -158,7 +158,7 @@ def exchange(one: Path, other: Path) -> bool:
 def recover_folders(parent: Path) -> None:
     """Bring back every folder of `parent` that a writer was killed over, unless a writer is at it now.
 
-    For readers, who may have no right to do so: then the folder is as missing as it looks.
+    For readers. To one without the right to rename, the folder is missing.
     """
     with suppress(OSError):
         _recover_folders(parent)
@@ -178,7 +178,7 @@ def _recover_folders(parent: Path) -> None:
 def recover_folder(target: Path) -> None:
     """Give a folder its name back if a writer was killed between taking it away and giving it to another one.
 
-    For who holds `target`.
+    The caller holds `target`.
     """
     for path in list_names(target.parent):
         aside = _ASIDE.fullmatch(path.name)
@@ -193,7 +193,7 @@ def recover_folder(target: Path) -> None:
 def remove_leftovers(parent: Path, name: str = "") -> None:
     """Remove the files that killed writers have left in `parent`, of one target's `name` or of all.
 
-    What its writer still holds stays; so do folders, unless they are of the target that is named: it is held.
+    A file that its writer still holds stays. Folders go only with a `name`, whose target the caller holds.
     """
     for path in list_names(parent):
         leftover = _PARTIAL.fullmatch(path.name)

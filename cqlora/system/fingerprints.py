@@ -6,9 +6,7 @@ seconds, since a change within one tick of a file system's clock would show in n
 """
 
 import hashlib
-import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cqlora.errors import ModelError
-from cqlora.system.sealed import hash_document
+from cqlora.errors import DiskError, ModelError
+from cqlora.system.durable import replace_file
+from cqlora.system.sealed import hash_document, read_sealed, seal_document
 from cqlora.system.tensor_files import StoredTensor, open_plain
 
 VERSION = "v2-"
@@ -51,11 +50,11 @@ def combine(config: dict[str, Any], tensors: Iterable[Described], digests: Mappi
 
     How the tensors are spread over files does not count.
     """
-    told = {
+    description = {
         "config": {key: value for key, value in config.items() if key not in _FREE_CONFIG_KEYS and value is not None},
         "tensors": sorted([tensor.name, tensor.dtype, *tensor.shape, digests[tensor.name]] for tensor in tensors),
     }
-    return VERSION + hash_document(told)
+    return VERSION + hash_document(description)
 
 
 def hash_whole(file: Path) -> str:
@@ -120,7 +119,9 @@ def _remembered(file: Path, kind: str, compute: Callable[[Any], dict[str, str]])
     except OSError as error:
         raise ModelError(f"{file} cannot be read ({error.strerror or error}); check the file.") from error
     if started - max(before["changed_ns"], before["modified_ns"]) / 1e9 > SETTLED_SECONDS:
-        _remember(place, before, digests)
+        # A cache folder that cannot be written to only means that the file is read again.
+        with suppress(DiskError):
+            replace_file(place, seal_document({"state": before, "digests": digests}))
     return digests
 
 
@@ -139,24 +140,10 @@ def _place(state: dict[str, int], kind: str) -> Path:
 
 
 def _recall(place: Path, state: dict[str, int]) -> dict[str, str] | None:
-    """The digests that are kept of a file in this state; None where they are missing, of another or damaged."""
-    try:
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        digests: dict[str, str] = kept["digests"]
-        whole = kept["seal"] == hash_document([state, digests])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return digests if whole else None
-
-
-def _remember(place: Path, state: dict[str, int], digests: dict[str, str]) -> None:
-    """Keep digests; a cache folder that cannot be written only means that the file is read again."""
-    unfinished = place.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
+    """The digests that are kept of a file in this state; None where they are missing, damaged or of another state."""
     with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            told = {"digests": digests, "seal": hash_document([state, digests])}
-            unfinished.write_text(json.dumps(told), encoding="utf-8")
-            unfinished.replace(place)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        kept = read_sealed(place)
+        if kept is not None and kept.get("state") == state:
+            digests: dict[str, str] = kept["digests"]
+            return digests
+    return None

@@ -9,7 +9,7 @@ FAILURE_FILE = "CQLORA_FAILURE_FILE"
 """Environment variable with the file in which a worker says why it fails."""
 
 
-def record_failure(text: str) -> bool:
+def write_failure(text: str) -> bool:
     """Say why this worker fails to the process that started it; whether there is one."""
     file = os.environ.get(FAILURE_FILE)
     if file is None:

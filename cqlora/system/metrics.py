@@ -1,4 +1,4 @@
-"""metrics.jsonl, the record of a run that pages, sweeps and checks read: one flat object a line."""
+"""metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
 import json
 import logging
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.system.durable import replace_file
-from cqlora.system.refusals import NoRoom, told_as_sentence
+from cqlora.system.refusals import NoRoom, described_as_sentence
 
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's record; a last one that a kill cut short is not one, a damaged one is told."""
-    file = folder / METRICS_FILE
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Every whole line of a run; a last one that a kill cut short is left out, a damaged one too, with a warning."""
+    file = run_folder / METRICS_FILE
     if not file.is_file():
         return []
     rows: list[dict[str, Any]] = []
@@ -31,7 +31,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:
-    """The line's object; None where it is not one of a record."""
+    """The line's object; None where it is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -40,29 +40,29 @@ def read_line(line: bytes) -> dict[str, Any] | None:
     return row if known and (row["kind"] == "event" or "loss" in row) else None
 
 
-def rewind_metrics(folder: Path, step: int) -> None:
+def rewind_metrics(run_folder: Path, step: int) -> None:
     """Drop what a resumed run will write again: training and evaluation lines after `step`.
 
-    Events stay, since they happened. The record is replaced whole, so a kill here loses nothing.
+    Events stay, since they happened. The file is replaced whole, so a kill here loses nothing.
     """
-    rows = [row for row in read_metrics(folder) if row["kind"] == "event" or row["step"] <= step]
-    replace_file(folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
+    rows = [row for row in read_metrics(run_folder) if row["kind"] == "event" or row["step"] <= step]
+    replace_file(run_folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
 
 
 def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
-    """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were scored of it."""
+    """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were evaluated of it."""
     tokens = sum(row["tokens"] for row in evaluations)
     return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
 
 
-def append_metrics(folder: Path, row: dict[str, Any]) -> None:
+def append_metrics(run_folder: Path, row: dict[str, Any]) -> None:
     """Add one line, at once readable by others.
 
     Raises:
-        DiskError: the disk refused; the record ends as it did before.
+        DiskError: the disk refused; the file ends as it did before.
     """
-    file = folder / METRICS_FILE
-    with told_as_sentence(file), file.open("ab+", buffering=0) as stream:
+    file = run_folder / METRICS_FILE
+    with described_as_sentence(file), file.open("ab+", buffering=0) as stream:
         end = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, end - 1))
         # A line that a kill cut short stays a line of its own.

@@ -52,7 +52,7 @@ def check_tensors(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]],
     """
     wanted: dict[str, tuple[int, ...]] = {_EMBEDDING: (config["vocab_size"], config["hidden_size"])}
     if config["model_type"] == "llama":
-        # So that no count of layers in a damaged file is work.
+        # First, so that a huge count of layers in a damaged file costs nothing.
         _check_count(config["num_hidden_layers"], shapes, folder)
         wanted |= dict(_llama_shapes(config))
         if not config.get("tie_word_embeddings"):

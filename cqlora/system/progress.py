@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 class Lines:
-    """Decides what a log is told of work that is under way: its beginning, and a line a minute until it ends."""
+    """Which lines a log gets of work under way: one when it begins, and one a minute until it ends."""
 
     def __init__(
         self,
@@ -78,18 +78,18 @@ class Lines:
         self._write = write
         self._clock = clock
         self._nothing_new = nothing_new
-        """What is added to a line that is told again, where `{}` is the time since it was true."""
+        """What is added to a line that is repeated; `{}` is the time since it was true."""
         self._state = ""
         self._since = self._last_line = clock()
-        self._is_told = True
+        self._is_shown = True
 
     def begin(self, state: str) -> None:
-        """Something else is under way, which is told at once."""
+        """Something else is under way, which is a line at once."""
         self.update(state, at_once=True)
 
     def update(self, state: str, at_once: bool = False) -> None:
-        """How things stand, which is told when a minute has passed without a line."""
-        self._state, self._since, self._is_told = state, self._clock(), False
+        """How things stand, which is a line when a minute has passed without one."""
+        self._state, self._since, self._is_shown = state, self._clock(), False
         self.look(at_once)
 
     def look(self, at_once: bool = False) -> None:
@@ -97,9 +97,9 @@ class Lines:
         now = self._clock()
         if not self._state or (not at_once and now - self._last_line < SECONDS_BETWEEN_LINES):
             return
-        again = f" ({self._nothing_new.format(duration(now - self._since))})" if self._is_told else ""
+        again = f" ({self._nothing_new.format(duration(now - self._since))})" if self._is_shown else ""
         self._write(self._state + again)
-        self._last_line, self._is_told = now, True
+        self._last_line, self._is_shown = now, True
 
 
 class Pace:
@@ -142,7 +142,7 @@ class _Display:
 
 
 def keep_looking(lines: Lines, ended: threading.Event) -> None:
-    """Let a log hear of work that says nothing itself for minutes, such as loading weights."""
+    """Keep lines coming of work that reports nothing itself for minutes, such as loading weights."""
     while not ended.wait(_SECONDS_BETWEEN_LOOKS):
         lines.look()
 
@@ -168,7 +168,7 @@ class StepDisplay(_Display):
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -177,16 +177,16 @@ class StepDisplay(_Display):
         super().__init__(bar, is_main, nothing_new="next step: {} so far")
         self._total = total_steps
         self._pace: Pace | None = None
-        self._task: TaskID = self._bar.add_task("train", total=total_steps, told="")
+        self._task: TaskID = self._bar.add_task("train", total=total_steps, figures="")
 
     def show_step(self, row: dict[str, Any]) -> None:
         """Move the bar to a training line; a log has the first step, the last, and one a minute."""
         step = row["step"]
-        told = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=step, told=told)
+        figures = f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, figures=figures)
         if self.lines is None:
             return
-        line = f"step {step} of {self._total}  {told}"
+        line = f"step {step} of {self._total}  {figures}"
         if self._pace is None:
             # The first step also warms up, and would promise a later end.
             self._pace = Pace(self._total, step)
@@ -196,10 +196,10 @@ class StepDisplay(_Display):
             self.lines.update(left if step < self._total else line, at_once=step == self._total)
 
     def follow(self, source: str, batches: Sequence[T]) -> Iterator[T]:
-        """The batches of a source's held-out text, while they are scored."""
+        """The batches of a source's held-out text, while they are evaluated."""
         for number, batch in enumerate(batches, 1):
             state = f"evaluating {source}: batch {number} of {len(batches)}"
-            self._bar.update(self._task, told=state)
+            self._bar.update(self._task, figures=state)
             if self.lines is not None:
                 self.lines.update(state)
             yield batch

@@ -1,4 +1,4 @@
-"""What the operating system refuses, told in one sentence: the path, the reason, what to do."""
+"""One sentence for what the operating system refuses: the path, the reason, what to do."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from cqlora.errors import CqloraError, DiskError
 
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers, which are written in Rust, end what an operating system told them."""
+"""How safetensors and tokenizers, which are written in Rust, end the message of an operating system's error."""
 _NUMPY_ERROR = re.compile(r"\d+ requested and \d+ written")
 """What numpy's `tofile` says of a disk that took less, without the system's number."""
 
@@ -72,12 +72,14 @@ def find_os_error(error: BaseException) -> OSError | None:
         if _NUMPY_ERROR.fullmatch(str(error)):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return error if error.errno else None
-    told = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
-    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else None
+    match = None if isinstance(error, CqloraError) else _RUST_ERROR.search(str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 @contextmanager
-def told_as_sentence(path: Path | None = None, staging: Path | None = None, needed_bytes: int = 0) -> Iterator[None]:
+def described_as_sentence(
+    path: Path | None = None, staging: Path | None = None, needed_bytes: int = 0
+) -> Iterator[None]:
     """Raise what the operating system refuses in the block as a DiskError.
 
     It is about `path` unless the error names another; what lies in `staging`, which will be gone, is not named.

@@ -32,6 +32,6 @@ def hash_document(document: object) -> str:
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of a file, read in pieces."""
+    """sha256 of a file, read in blocks."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -76,7 +76,7 @@ def preempt_on_signals(again: Callable[[], str]) -> Iterator[None]:
 def finish_first(tell: Callable[[int], None] = lambda number: None) -> Iterator[list[int]]:
     """While the block runs, only write signals into the list that it is given, and `tell`; it ends when it is done.
 
-    One that was lost on its way up, in a destructor say, stands in the list from the beginning. A second Ctrl-C
+    One whose exception was swallowed before, in a destructor say, is in the list from the beginning. A second Ctrl-C
     is a KeyboardInterrupt.
     """
 

@@ -8,24 +8,24 @@ from pathlib import Path
 from types import TracebackType
 
 from cqlora.errors import CqloraError
-from cqlora.system.handover import record_failure
-from cqlora.system.refusals import told_as_sentence
+from cqlora.system.handover import write_failure
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import INTERRUPTED, die_with, preempt_on_signals
 
 logger = logging.getLogger("cqlora.train")
 
 
 def main() -> None:
-    """Train from the frozen configuration that `cqlora.launch.start` has staged, and end with the process that did."""
+    """Train from the settled configuration that `cqlora.launch.start` has staged, and end with the process that did."""
     run_file, parent = Path(sys.argv[1]), int(sys.argv[2])
     again = f"the same command with hydra.run.dir={run_file.parent}"
     die_with(parent)
-    sys.excepthook = tell_failure
+    sys.excepthook = report_unexpected
     try:
-        with told_as_sentence(), preempt_on_signals(lambda: f"{again} starts it again."):
+        with described_as_sentence(), preempt_on_signals(lambda: f"{again} starts it again."):
             train_from(run_file)
     except CqloraError as error:
-        if not record_failure(str(error)):
+        if not write_failure(str(error)):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -34,10 +34,10 @@ def main() -> None:
 
 def train_from(run_file: Path) -> None:
     """Import what trains, and train."""
-    from cqlora.config.run_yaml import load_frozen
+    from cqlora.config.run_yaml import load_run_yaml
     from cqlora.system.progress import show_log
 
-    config = load_frozen(run_file)
+    config = load_run_yaml(run_file)
     show_log()
     logger.info("run %s: importing torch", run_file.parent)
     from cqlora.train.run import train
@@ -45,10 +45,10 @@ def train_from(run_file: Path) -> None:
     train(config, run_file.parent)
 
 
-def tell_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An error that nobody foresaw, with its traceback, to whoever started this worker."""
-    told = "".join(traceback.format_exception(kind, error, trace))
-    if not record_failure(f"worker {os.environ.get('RANK', '0')} failed.\n{told}"):
+def report_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an unexpected error, with its traceback, to the process that started this worker."""
+    text = "".join(traceback.format_exception(kind, error, trace))
+    if not write_failure(f"worker {os.environ.get('RANK', '0')} failed.\n{text}"):
         sys.__excepthook__(kind, error, trace)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders that appear whole or not at all, are verified before they are trusted, and never all go."""
+"""Checkpoint folders that appear whole or not at all, are verified before they are trusted, and never all pruned."""
 
 import json
 import logging
@@ -71,7 +71,7 @@ class CheckpointStore:
     def find_newest(self, on_reject: Callable[[Path, str], None]) -> Path | None:
         """The newest checkpoint whose every file is as it was written; None where there are none at all.
 
-        `on_reject` is told of each newer one that is damaged, and how.
+        `on_reject` is called with each newer one that is damaged, and how.
 
         Raises:
             CheckpointError: there are checkpoints and none is whole.

@@ -79,8 +79,8 @@ class Worker:
 def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     """Join the other workers, if the environment says that there are any, and leave them at the end.
 
-    A worker that fails leaves nobody: its connections close when it has told why and exits, so that no other
-    fails of that before.
+    A worker that fails keeps its connections until it has reported its error and exits, so that no other worker
+    fails of the lost connection first.
     """
     on_cpu = hardware.device is Device.cpu
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:

@@ -20,21 +20,21 @@ class Start:
     """Newer checkpoints that were passed over: their folders' names, and what is wrong with each."""
 
 
-def find_start(asked: str, output_dir: Path, identity: dict[str, Any], worker: Worker) -> Start:
-    """What `stage.resume` asks for in a run's folder; rank 0 looks, and every worker is told.
+def find_start(asked: str, run_folder: Path, identity: dict[str, Any], worker: Worker) -> Start:
+    """What `stage.resume` asks for in a run's folder; rank 0 looks and tells the others.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another run, or would be overwritten.
     """
-    start: Start = worker.broadcast(choose_checkpoint(asked, output_dir) if worker.is_main else None)
+    start: Start = worker.broadcast(choose_checkpoint(asked, run_folder) if worker.is_main else None)
     if start.checkpoint is not None:
         require_same_run(identity, start.checkpoint)
     return start
 
 
-def choose_checkpoint(asked: str, output_dir: Path) -> Start:
+def choose_checkpoint(asked: str, run_folder: Path) -> Start:
     """The checkpoint that is asked for, every file of it as it was written."""
-    store = CheckpointStore(output_dir / "checkpoints", keep_last=1)
+    store = CheckpointStore(run_folder / "checkpoints", keep_last=1)
     if asked == "auto":
         damaged: list[tuple[str, str]] = []
         newest = store.find_newest(lambda folder, damage: damaged.append((folder.name, damage)))

@@ -1,4 +1,4 @@
-"""One training run from a frozen configuration: the table of contents."""
+"""One training run from a settled configuration: the table of contents."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.config.choices import AdapterMethod
-from cqlora.config.run_yaml import RUN_FILE, describe_config, freeze_config
+from cqlora.config.run_yaml import RUN_FILE, describe_config, write_run_yaml
 from cqlora.config.schema import SETTLED, RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.errors import DataError
@@ -28,13 +28,13 @@ from cqlora.train.distributed import Worker, seed_everything, start_worker
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
 from cqlora.train.state import describe_identity
-from cqlora.train.tracking import Record, open_record
+from cqlora.train.tracking import MetricsLog, open_metrics_log
 from cqlora.train.trainer import Trainer, count_total_steps
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, output_dir: Path) -> Path:
+def train(config: RunConfig, run_folder: Path) -> Path:
     """Train an adapter; return the run's folder, which ends with metrics.jsonl, checkpoints/ and adapter/.
 
     Workers that were started each on their own may each have named another folder: rank 0's is the run's. Nothing
@@ -43,49 +43,49 @@ def train(config: RunConfig, output_dir: Path) -> Path:
     Raises:
         CqloraError: the run is refused or cannot go on; Preempted when a signal has stopped it.
     """
-    folder = output_dir.resolve()
+    run_folder = run_folder.resolve()
 
     def again() -> str:
-        goes_on = (folder / RUN_FILE).exists()
-        return f"the same command with hydra.run.dir={folder} {'goes on' if goes_on else 'starts it'}."
+        goes_on = (run_folder / RUN_FILE).exists()
+        return f"the same command with hydra.run.dir={run_folder} {'goes on' if goes_on else 'starts it'}."
 
     with preempt_on_signals(again), start_worker(config.hardware) as worker:
-        folder = agree_on_folder(output_dir, worker)
-        train_as(worker, agree_on_values(config, worker), folder)
-    return folder
+        run_folder = agree_on_folder(run_folder, worker)
+        train_as(worker, agree_on_values(config, worker), run_folder)
+    return run_folder
 
 
-def train_as(worker: Worker, config: RunConfig, output_dir: Path) -> None:
-    """One worker's part."""
+def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
+    """One worker's part of the run, from the seed to the saved adapter."""
     seed_everything(config.seed)
     base = worker.first(lambda: open_base(config.model))
     cache = open_cache(config, base, worker)
     total_steps = count_total_steps(config, cache)
     identity = worker.first(lambda: identify(config, base, cache, total_steps))
-    start = find_start(config.stage.resume, output_dir, identity, worker)
+    start = find_start(config.stage.resume, run_folder, identity, worker)
     lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
 
     dtype = COMPUTE_DTYPES[config.hardware.precision]
     with show_part(f"loading the base {base.path}", worker.is_main):
         frozen, fill = open_model(base, config.model, config.hardware, worker.device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, config.stage.init_adapter)
-    with accept(config, output_dir, worker) as record:
+    with accept(config, run_folder, worker) as metrics:
         if config.lora.method is AdapterMethod.pissa:
             iterations = config.lora.pissa_iterations
             with show_part("decomposing the base's matrices for PiSSA", worker.is_main):
-                worker.first(lambda: initialise_pissa(model, base, output_dir, iterations, config.seed))
+                worker.first(lambda: initialise_pissa(model, base, run_folder, iterations, config.seed))
         checkpoint_activations(model, config.hardware.activation_checkpointing)
         fused = fuse_blocks(model)
         with show_part("placing the model", worker.is_main):
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
         optimizer = build_optimizer(module, config.stage, worker.device)
 
-        trainer = Trainer(config, worker, module, optimizer, cache, record, output_dir)
+        trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
         trainer.fit()
         with finish_first():
-            save_final(config, trainer, base, lineage, output_dir)
+            save_final(config, trainer, base, lineage, run_folder)
 
 
 def describe_adapter(config: RunConfig) -> dict[str, Any]:
@@ -96,21 +96,20 @@ def describe_adapter(config: RunConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def accept(config: RunConfig, output_dir: Path, worker: Worker) -> Iterator[Record]:
-    """From here on the run is the one in its folder: rank 0 writes run.yaml and opens the record."""
+def accept(config: RunConfig, run_folder: Path, worker: Worker) -> Iterator[MetricsLog]:
+    """From here on the run is the one in its folder: rank 0 writes run.yaml and opens metrics.jsonl."""
     if worker.is_main:
-        freeze_config(config, output_dir)
-    with open_record(config, output_dir, worker.is_main) as record:
-        yield record
+        write_run_yaml(config, run_folder)
+    with open_metrics_log(config, run_folder, worker.is_main) as metrics:
+        yield metrics
 
 
-def agree_on_folder(output_dir: Path, worker: Worker) -> Path:
+def agree_on_folder(own: Path, worker: Worker) -> Path:
     """Rank 0's folder; another that this worker's own start has made and not used is removed."""
-    own = output_dir.resolve()
-    folder: Path = worker.broadcast(own)
-    if own != folder and own.is_dir() and not any(own.iterdir()):
+    run_folder: Path = worker.broadcast(own)
+    if own != run_folder and own.is_dir() and not any(own.iterdir()):
         own.rmdir()
-    return folder
+    return run_folder
 
 
 def agree_on_values(config: RunConfig, worker: Worker) -> RunConfig:
@@ -151,13 +150,14 @@ def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int)
     return describe_identity(config, fingerprints, total_steps)
 
 
-def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], output_dir: Path) -> None:
+def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], run_folder: Path) -> None:
     """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
     model = unwrap(trainer.module).model
-    state, rank_factor = adapter_state(model), 1
+    state = adapter_state(model)
     if config.lora.method is AdapterMethod.pissa:
-        state, rank_factor = convert_to_lora(model, state, output_dir), 2
+        state = convert_to_lora(model, state, run_folder)
     if trainer.worker.is_main:
         prompt = getattr(config.stage, "system_prompt", "")
-        save_adapter(model, output_dir / "adapter", base, state, rank_factor, config.stage.name, lineage, prompt)
+        card = lineage | ({"system_prompt": prompt} if prompt else {})
+        save_adapter(model, run_folder / "adapter", base, state, config.stage.name, card)
     trainer.worker.wait()

@@ -44,12 +44,12 @@ _FREE_TO_CHANGE = {
     "stage.init_adapter",
     "stage.max_bad_steps",
 }
-"""Keys that change no result of a step, or whose effect is told by a fingerprint or by total_steps."""
+"""Keys that change no result of a step, or whose effect a fingerprint or total_steps covers."""
 
 
 @dataclass(slots=True)
-class Progress:
-    """Where a run stands between two steps."""
+class Counters:
+    """How far a run has come, between two steps."""
 
     step: int = 0
     """Optimizer steps done, skipped ones among them."""
@@ -87,18 +87,18 @@ def require_same_run(identity: dict[str, Any], folder: Path) -> None:
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
     if different:
-        told = "; ".join(f"{key} was {stored.get(key)!r} and is {identity.get(key)!r}" for key in different)
+        differences = "; ".join(f"{key} was {stored.get(key)!r} and is {identity.get(key)!r}" for key in different)
         raise CheckpointError(
-            f"{folder} cannot be resumed, since the result would differ: {told}; give the values that it was "
+            f"{folder} cannot be resumed, since the result would differ: {differences}; give the values that it was "
             "started with, or another folder with hydra.run.dir=FOLDER."
         )
 
 
-def write_snapshot(
+def save_state(
     store: CheckpointStore,
     worker: Worker,
     strategy: Strategy,
-    progress: Progress,
+    counters: Counters,
     identity: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -113,33 +113,33 @@ def write_snapshot(
     parameters = {name: local_part(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in parameters.items():
         if not torch.isfinite(parameter).all():
-            raise TrainingError(f"{name} is not finite after step {progress.step}; the last checkpoint stands.")
+            raise TrainingError(f"{name} is not finite after step {counters.step}; the last checkpoint stands.")
     if worker.is_main:
-        store.stage(progress.step)
+        store.stage(counters.step)
     worker.wait()
     if worker.is_main or strategy is Strategy.fsdp:
         held = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-        store.write(progress.step, _file("trainable", worker, "safetensors"), save(held))
+        store.write(counters.step, _file("trainable", worker, "safetensors"), save(held))
         states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        store.write(progress.step, _file("optimizer", worker, "pt"), _serialise(states))
-    store.write(progress.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
+        store.write(counters.step, _file("optimizer", worker, "pt"), _serialise(states))
+    store.write(counters.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
     worker.wait()
     if worker.is_main:
-        state = {**asdict(progress), "identity": identity}
-        store.write(progress.step, _STATE_FILE, json.dumps(state, indent=2).encode())
-        store.commit(progress.step)
+        state = {**asdict(counters), "identity": identity}
+        store.write(counters.step, _STATE_FILE, json.dumps(state, indent=2).encode())
+        store.commit(counters.step)
     worker.wait()
     return store.root
 
 
-def restore_snapshot(
+def restore_state(
     folder: Path,
     worker: Worker,
     strategy: Strategy,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> Progress:
+) -> Counters:
     """Put model, optimizer and generators back to a verified checkpoint; return where it stands."""
     owner = worker if strategy is Strategy.fsdp else Worker(0, 1, worker.device)
     _require_named(folder, _file("trainable", owner, "safetensors"), _file("optimizer", owner, "pt"))
@@ -155,7 +155,7 @@ def restore_snapshot(
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
     restore_generators(random, worker.device)
     state = _read_state(folder)
-    return Progress(
+    return Counters(
         step=state["step"],
         tokens=state["tokens"],
         bad_steps=state["bad_steps"],

@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 _RUN_ID_FILE = "wandb_run_id"
 
 
-class Record:
-    """The record of the run in a folder. On every rank but the first it swallows what it is given."""
+class MetricsLog:
+    """metrics.jsonl of a run, and its trackers. On every rank but the first it swallows what it is given."""
 
-    def __init__(self, folder: Path | None, trackers: list[GeneralTracker]) -> None:
-        self._folder = folder
+    def __init__(self, run_folder: Path | None, trackers: list[GeneralTracker]) -> None:
+        self._run_folder = run_folder
         self._trackers = trackers
 
     def log(self, row: dict[str, Any]) -> None:
         """Add one line of metrics; `row` has `kind` and `step`."""
-        if self._folder is None:
+        if self._run_folder is None:
             return
-        append_metrics(self._folder, row)
+        append_metrics(self._run_folder, row)
         numbers = tracker_values(row)
         for tracker in self._trackers:
             if numbers:
@@ -51,29 +51,29 @@ class Record:
                 tracker.log({"eval/loss": loss}, step=evaluations[0]["step"])
 
     def event(self, step: int, event: str, **details: Any) -> None:
-        """Say that something happened, in the record and in the log."""
+        """Say that something happened, in metrics.jsonl and in the log."""
         self.log({"kind": "event", "step": step, "event": event, **details})
-        if self._folder is not None:
+        if self._run_folder is not None:
             logger.info("step %d: %s %s", step, event, " ".join(f"{k}={v}" for k, v in details.items()))
 
     def rewind(self, step: int) -> None:
         """Forget what was measured after `step`, which will be measured again."""
-        if self._folder is not None:
-            rewind_metrics(self._folder, step)
+        if self._run_folder is not None:
+            rewind_metrics(self._run_folder, step)
 
 
 @contextmanager
-def open_record(config: RunConfig, output_dir: Path, is_main: bool) -> Iterator[Record]:
-    """The record of the run in `output_dir`, its trackers closed at the end whatever happens."""
-    trackers = start_trackers(config, output_dir) if is_main else []
+def open_metrics_log(config: RunConfig, run_folder: Path, is_main: bool) -> Iterator[MetricsLog]:
+    """The metrics of the run in `run_folder`, its trackers closed at the end whatever happens."""
+    trackers = start_trackers(config, run_folder) if is_main else []
     try:
-        yield Record(output_dir if is_main else None, trackers)
+        yield MetricsLog(run_folder if is_main else None, trackers)
     finally:
         for tracker in trackers:
             tracker.finish()
 
 
-def start_trackers(config: RunConfig, output_dir: Path) -> list[GeneralTracker]:
+def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
     """The tracker that `tracking` names, started with the run's configuration.
 
     Raises:
@@ -84,41 +84,41 @@ def start_trackers(config: RunConfig, output_dir: Path) -> list[GeneralTracker]:
     if config.tracking.tracker is Tracker.tensorboard:
         if not is_tensorboard_available():
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
-        tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=output_dir)
+        tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
         tracker.start()
         tracker.store_init_configuration(flatten(describe_config(config)))
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
-    os.environ["WANDB_DIR"] = str(output_dir)
+    os.environ["WANDB_DIR"] = str(run_folder)
     os.environ.setdefault("WANDB_SILENT", "true")
-    tracker = WandBTracker(config.tracking.project, **wandb_options(config, output_dir))
+    tracker = WandBTracker(config.tracking.project, **wandb_options(config, run_folder))
     tracker.start()
     tracker.store_init_configuration(describe_config(config))
-    for line in describe_wandb(tracker.tracker, output_dir):
+    for line in describe_wandb(tracker.tracker, run_folder):
         logger.info(line)
     return [tracker]
 
 
-def describe_wandb(run: Any, output_dir: Path) -> list[str]:
+def describe_wandb(run: Any, run_folder: Path) -> list[str]:
     """Where a W&B run is to be seen, or how it gets there; W&B itself is told to keep silent."""
     if not run.offline:
         return [f"W&B: {run.url}"]
     # All segments of a run that was resumed, which W&B takes in the order of their start.
-    segments = f"{shlex.quote(str(output_dir))}/wandb/offline-run-*"
+    segments = f"{shlex.quote(str(run_folder))}/wandb/offline-run-*"
     return [f"W&B is offline and writes to {Path(run.dir).parent}", f"upload it with: wandb sync {segments}"]
 
 
-def wandb_options(config: RunConfig, output_dir: Path) -> dict[str, Any]:
+def wandb_options(config: RunConfig, run_folder: Path) -> dict[str, Any]:
     """What `wandb.init` is given: names that W&B's sweep and group pages sort by, and an id that survives resume."""
     tracking = config.tracking
     options: dict[str, Any] = {
-        "name": tracking.name or f"{config.stage.name}-{config.model.name}-{output_dir.name}",
-        "dir": str(output_dir),
-        "id": run_id(output_dir),
+        "name": tracking.name or f"{config.stage.name}-{config.model.name}-{run_folder.name}",
+        "dir": str(run_folder),
+        "id": run_id(run_folder),
         "resume": "allow",
         "mode": wandb_mode(tracking),
         "entity": tracking.entity,
-        "group": tracking.group or sweep_group(output_dir),
+        "group": tracking.group or sweep_group(run_folder),
         "job_type": tracking.job_type or config.stage.name,
         "tags": [config.model.name, config.data.name, config.hardware.name, *tracking.tags],
     }
@@ -146,17 +146,17 @@ def has_wandb_key() -> bool:
         return False
 
 
-def run_id(output_dir: Path) -> str:
+def run_id(run_folder: Path) -> str:
     """The W&B id of a run folder, the same when the run is resumed."""
-    file = output_dir / _RUN_ID_FILE
+    file = run_folder / _RUN_ID_FILE
     if not file.is_file():
         replace_file(file, os.urandom(6).hex().encode())
     return file.read_text(encoding="utf-8")
 
 
-def sweep_group(output_dir: Path) -> str | None:
+def sweep_group(run_folder: Path) -> str | None:
     """Jobs of one sweep, whose folders are numbered inside the sweep's, share its folder as a group."""
-    return f"{output_dir.parent.parent.name}-{output_dir.parent.name}" if output_dir.name.isdigit() else None
+    return f"{run_folder.parent.parent.name}-{run_folder.parent.name}" if run_folder.name.isdigit() else None
 
 
 def tracker_values(row: dict[str, Any]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from cqlora.data.cache import Pack, TokenCache
 from cqlora.data.order import StepOrder, share_among_ranks
 from cqlora.errors import Preempted, TrainingError
 from cqlora.model.batch import build_batch, count_labels
-from cqlora.model.evaluation import Score, sum_losses
+from cqlora.model.evaluation import Evaluation, sum_losses
 from cqlora.model.placement import accumulate_without_sync, unwrap
 from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
 from cqlora.system.progress import StepDisplay
@@ -30,8 +30,8 @@ from cqlora.train.checkpoint import CheckpointStore, step_of
 from cqlora.train.distributed import Worker
 from cqlora.train.optimizer import set_learning_rate
 from cqlora.train.resumption import Start
-from cqlora.train.state import Progress, restore_snapshot, write_snapshot
-from cqlora.train.tracking import Record
+from cqlora.train.state import Counters, restore_state, save_state
+from cqlora.train.tracking import MetricsLog
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class StepResult:
     """What a step's forward and backward passes over all workers came to."""
 
-    nats: np.ndarray[Any, np.dtype[np.float64]]
+    summed_loss: np.ndarray[Any, np.dtype[np.float64]]
     """(S,) summed token losses of each source."""
     labels: np.ndarray[Any, np.dtype[np.float64]]
     """(S,) label tokens of each source."""
@@ -52,7 +52,7 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Mean over the label tokens of the global batch."""
-        return float(self.nats.sum() / max(self.labels.sum(), 1.0))
+        return float(self.summed_loss.sum() / max(self.labels.sum(), 1.0))
 
 
 class Trainer:
@@ -65,21 +65,21 @@ class Trainer:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         cache: TokenCache,
-        record: Record,
-        output_dir: Path,
+        metrics: MetricsLog,
+        run_folder: Path,
     ) -> None:
         self.config = config
         self.worker = worker
         self.module = module
         self.optimizer = optimizer
         self.cache = cache
-        self.record = record
-        self.output_dir = output_dir
-        self.store = CheckpointStore(output_dir / "checkpoints", config.stage.keep_last)
+        self.metrics = metrics
+        self.run_folder = run_folder
+        self.store = CheckpointStore(run_folder / "checkpoints", config.stage.keep_last)
         self.split = cache.splits["train"]
         self.order = StepOrder(len(self.split), config.stage.global_batch_size, config.seed)
         self.total_steps = count_total_steps(config, cache)
-        self.progress = Progress()
+        self.counters = Counters()
         scaled = config.hardware.precision is Precision.float16
         self.scaler = torch.amp.GradScaler(worker.device.type, enabled=scaled)
         self._trainable = [p for p in module.parameters() if p.requires_grad]
@@ -88,15 +88,15 @@ class Trainer:
         """Go on from where the run starts; `identity` is what must not have changed when it is resumed."""
         self.identity = identity
         for name, damage in start.damaged:
-            self.record.event(step_of(Path(name)), "damaged_checkpoint", checkpoint=name, damage=damage)
+            self.metrics.event(step_of(Path(name)), "damaged_checkpoint", checkpoint=name, damage=damage)
         if start.checkpoint is None:
-            self.record.rewind(-1)
+            self.metrics.rewind(-1)
             return
-        self.progress = restore_snapshot(
+        self.counters = restore_state(
             start.checkpoint, self.worker, self.config.hardware.strategy, self.module, self.optimizer, self.scaler
         )
-        self.record.rewind(self.progress.step)
-        self.record.event(self.progress.step, "resumed", checkpoint=start.checkpoint.name)
+        self.metrics.rewind(self.counters.step)
+        self.metrics.event(self.counters.step, "resumed", checkpoint=start.checkpoint.name)
 
     def fit(self) -> None:
         """Train to the last step, evaluating and committing on the way and at the end.
@@ -110,32 +110,32 @@ class Trainer:
         # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
         self.module.train()
         display = StepDisplay(self.total_steps, self.worker.is_main)
-        if self.progress.step == 0:
+        if self.counters.step == 0:
             # A signal ends it at once, since there is nothing to commit yet.
             with display:
                 self.evaluate(display)
         with finish_first(tell_signal) as signals, display:
-            while self.progress.step < self.total_steps:
+            while self.counters.step < self.total_steps:
                 result = self.train_step(signals, display)
-                done = self.progress.step == self.total_steps
-                if done or (stage.eval_every_steps and self.progress.step % stage.eval_every_steps == 0):
+                done = self.counters.step == self.total_steps
+                if done or (stage.eval_every_steps and self.counters.step % stage.eval_every_steps == 0):
                     self.evaluate(display)
-                if done or result.stop_asked or self.progress.step % stage.checkpoint_every_steps == 0:
+                if done or result.stop_asked or self.counters.step % stage.checkpoint_every_steps == 0:
                     self.commit()
                 if result.stop_asked and not done:
                     self._leave()
 
     def train_step(self, signals: list[int], display: StepDisplay) -> StepResult:
-        """One optimizer step over the global batch, applied only when it is finite, and its record."""
+        """One optimizer step over the global batch, applied only when it is finite, and its line of metrics."""
         started = time.perf_counter()
-        rate = set_learning_rate(self.optimizer, self.config.stage, self.progress.step, self.total_steps)
+        rate = set_learning_rate(self.optimizer, self.config.stage, self.counters.step, self.total_steps)
         result = self.accumulate(bool(signals))
-        self.progress.step += 1
-        self.progress.tokens += result.tokens
+        self.counters.step += 1
+        self.counters.tokens += result.tokens
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.scaler.step(self.optimizer)
-            self.progress.bad_steps = 0
-            self.progress.applied += 1
+            self.counters.bad_steps = 0
+            self.counters.applied += 1
             self._log_step(result, rate, time.perf_counter() - started, display)
         else:
             self._skip_step(result)
@@ -145,7 +145,7 @@ class Trainer:
 
     def accumulate(self, stop_asked: bool) -> StepResult:
         """Forward and backward over this worker's micro batches; gradients end as the mean over all label tokens."""
-        ids = self.order.packs_of_step(self.progress.step)
+        ids = self.order.packs_of_step(self.counters.step)
         packs = {pack: self.split.pack(pack) for pack in ids}
         divisor = max(1, count_labels(list(packs.values())))
         shares = share_among_ranks(ids, self.worker.rank, self.worker.world_size, self.config.hardware.micro_batch_size)
@@ -166,7 +166,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self._trainable, self.config.stage.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return StepResult(
-            nats=sums[0, :-1].numpy(),
+            summed_loss=sums[0, :-1].numpy(),
             labels=sums[1, :-1].numpy(),
             tokens=sum(len(pack.token_ids) for pack in packs.values()),
             grad_norm=float(norm),
@@ -174,27 +174,27 @@ class Trainer:
         )
 
     def evaluate(self, display: StepDisplay) -> None:
-        """Score every source's held-out text and record it."""
+        """Evaluate every source's held-out text and log it."""
         rows = []
-        for source, score in self.score_sources("val", self.config.stage.eval_tokens, display):
+        for source, result in self.evaluate_sources("val", self.config.stage.eval_tokens, display):
             row = {
                 "kind": "eval",
-                "step": self.progress.step,
+                "step": self.counters.step,
                 "source": source.name,
                 "language": source.language,
-                "loss": score.loss,
-                "perplexity": score.perplexity,
-                "bits_per_character": score.bits_per_character,
-                "bits_per_byte": score.bits_per_byte,
-                "tokens": score.tokens,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_character": result.bits_per_character,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.tokens,
             }
-            self.record.log(row)
+            self.metrics.log(row)
             display.show_evaluation(row)
             rows.append(row)
-        self.record.log_mean(rows)
+        self.metrics.log_mean(rows)
 
-    def score_sources(self, split: str, max_tokens: int, display: StepDisplay) -> Iterator[tuple[Any, Score]]:
-        """Each source of a split with its score, shared among the workers; sources without text are left out."""
+    def evaluate_sources(self, split: str, max_tokens: int, display: StepDisplay) -> Iterator[tuple[Any, Evaluation]]:
+        """Each source of a split with its evaluation, shared among the workers; sources without text are left out."""
         for source_id, source in enumerate(self.cache.sources):
             packs = self.cache.splits[split].packs_of(source_id, max_tokens) if split in self.cache.splits else []
             labels = count_labels(packs)
@@ -207,13 +207,13 @@ class Trainer:
                 self.config.hardware.micro_batch_size,
             )
             batches = [[packs[i] for i in share] or [without_labels(packs[0])] for share in shares]
-            nats = torch.tensor(
+            summed_loss = torch.tensor(
                 [sum_losses(self.module, display.follow(source.name, batches), self.worker.device)], dtype=torch.float64
             )
             yield (
                 source,
-                Score(
-                    nats=float(self.worker.sum(nats)),
+                Evaluation(
+                    summed_loss=float(self.worker.sum(summed_loss)),
                     tokens=labels,
                     characters=sum(sum(pack.characters) for pack in packs),
                     bytes=sum(sum(pack.bytes) for pack in packs),
@@ -222,62 +222,62 @@ class Trainer:
 
     def commit(self) -> None:
         """Put the run's whole state on the disk."""
-        write_snapshot(
+        save_state(
             self.store,
             self.worker,
             self.config.hardware.strategy,
-            self.progress,
+            self.counters,
             self.identity,
             self.module,
             self.optimizer,
             self.scaler,
         )
-        self.record.event(self.progress.step, "checkpoint")
+        self.metrics.event(self.counters.step, "checkpoint")
 
     def _log_step(self, result: StepResult, rate: float, seconds: float, display: StepDisplay) -> None:
         labels = float(result.labels.sum())
         flops = self._flops[0] * result.tokens + self._flops[1] * labels
         row = {
             "kind": "train",
-            "step": self.progress.step,
+            "step": self.counters.step,
             "loss": result.loss,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
-            "tokens": self.progress.tokens,
+            "tokens": self.counters.tokens,
             "tokens_per_second": result.tokens / seconds,
             "peak_memory_gib": peak_memory_gib(self.worker.device),
             "seconds": seconds,
             "matmul_share": flops / seconds / self._matmul_limit,
         }
-        for source, nats, count in zip(self.cache.sources, result.nats, result.labels, strict=True):
+        for source, summed_loss, count in zip(self.cache.sources, result.summed_loss, result.labels, strict=True):
             if count:
-                row[f"loss/{source.name}/{source.language}"] = float(nats / count)
-        self.record.log(row)
+                row[f"loss/{source.name}/{source.language}"] = float(summed_loss / count)
+        self.metrics.log(row)
         display.show_step(row)
 
     def _skip_step(self, result: StepResult) -> None:
         # A scaler that still looks for its scale overflows by design; only a loss tells then.
         if not (self.scaler.is_enabled() and math.isfinite(result.loss)):
-            self.progress.bad_steps += 1
-        self.record.event(self.progress.step, "skipped_step", loss=result.loss, grad_norm=result.grad_norm)
-        if self.progress.bad_steps >= self.config.stage.max_bad_steps:
+            self.counters.bad_steps += 1
+        self.metrics.event(self.counters.step, "skipped_step", loss=result.loss, grad_norm=result.grad_norm)
+        if self.counters.bad_steps >= self.config.stage.max_bad_steps:
             last = next(iter(self.store.committed()), None)
             raise TrainingError(
-                f"{self.progress.bad_steps} steps in a row were not finite, the last being {self.progress.step}; "
+                f"{self.counters.bad_steps} steps in a row were not finite, the last being {self.counters.step}; "
                 f"{f'{last} stands' if last else 'nothing was saved yet'}: lower stage.learning_rate or "
                 "look at the data."
             )
-        if self.progress.step == self.total_steps and not self.progress.applied:
+        if self.counters.step == self.total_steps and not self.counters.applied:
             raise TrainingError(
                 f"none of the {self.total_steps} steps was finite, so nothing was trained and no adapter is written; "
                 "lower stage.learning_rate, look at the data, or train for more steps."
             )
 
     def _leave(self) -> None:
-        self.record.event(self.progress.step, "preempted")
+        self.metrics.event(self.counters.step, "preempted")
         raise Preempted(
-            f"stopped by a signal after step {self.progress.step} of {self.total_steps}, which is committed; the same "
-            f"command with hydra.run.dir={self.output_dir} goes on."
+            f"stopped by a signal after step {self.counters.step} of {self.total_steps}, which is committed; the same "
+            f"command with hydra.run.dir={self.run_folder} goes on."
         )
 
     def _measure_speed(self) -> None:

@@ -23,7 +23,7 @@ PROBES = (
 
 
 def check_parity(files: TokenizerFiles, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
-    """Hold the tokenizer to SentencePiece's ids (where it is one) and to giving back the text; count texts.
+    """Check that the tokenizer gives SentencePiece's ids, where it is one, and decodes to its text; count the texts.
 
     Raises:
         ModelError: the first text that is not encoded or decoded right.

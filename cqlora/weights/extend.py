@@ -13,7 +13,7 @@ from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_b
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
-from cqlora.system.documents import copy_inside, write_json
+from cqlora.system.documents import carry_over, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine, hash_tensors
 from cqlora.system.shards import (
@@ -33,7 +33,7 @@ from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
 from cqlora.weights.names import INPUT, OUTPUT
 
-_REWRITTEN = {CARD, INDEX, "config.json", "generation_config.json", "vocab_report.json"}
+_REWRITTEN = {CARD, INDEX, "config.json", "vocab_report.json"}
 _TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -156,7 +156,7 @@ def extend_folder(folder: Path, staging: Path, vocab: VocabConfig, copy: bool) -
             link_or_copy(folder / file, staging / file, copy)
     if list(shards) != [SINGLE]:
         write_index(staging, shards)
-    carry_over(folder, staging)
+    carry_over(folder, staging, _REWRITTEN | _TOKENIZER_FILES)
     card = {
         "base": folder.name,
         "base_sha256": base_sha256,
@@ -219,15 +219,3 @@ def link_or_copy(source: Path, target: Path, copy: bool) -> None:
         raise ModelError(
             f"{source.name} cannot be hard-linked from {source.parent} ({error.strerror}); use copy=true."
         ) from error
-
-
-def carry_over(folder: Path, staging: Path) -> None:
-    """Copy the small files of a base that an extension does not write, such as its licence."""
-    for file in sorted(folder.iterdir()):
-        other = file.name not in _REWRITTEN | _TOKENIZER_FILES and file.suffix not in (
-            ".safetensors",
-            ".bin",
-            ".pth",
-        )
-        if file.is_file() and (file.name == "generation_config.json" or other) and file.suffix != ".gguf":
-            copy_inside(file, staging / file.name)

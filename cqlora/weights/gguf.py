@@ -17,7 +17,7 @@ from cqlora.errors import ModelError
 from cqlora.system.model_config import check_config, check_tensors
 from cqlora.system.shards import BLOCK_BYTES, DTYPES, TensorSpec
 from cqlora.weights.gguf_header import check_header
-from cqlora.weights.rotary import interleaved_to_halves
+from cqlora.weights.rotary import base_frequencies, interleaved_to_halves, scale_frequencies
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -58,7 +58,7 @@ class GgufModel:
         self._fields = reader.fields
         self._tensors = {}
         self._rope_factors: np.ndarray | None = None
-        with told_as_damage(file):
+        with described_as_damage(file):
             architecture = self.field("general.architecture", "")
         if architecture != "llama":
             raise ModelError(f"{file} holds a model of architecture {architecture!r}; use a GGUF file of a LLaMA.")
@@ -118,7 +118,7 @@ class GgufModel:
         Raises:
             ModelError: a field is missing or of another type, or the tensors are of another model.
         """
-        with told_as_damage(self.file):
+        with described_as_damage(self.file):
             config = self._read_config()
         check_config(config, self.file)
         check_tensors(config, {name: spec.shape for name, spec in self.specs.items()}, self.file)
@@ -182,7 +182,7 @@ class GgufModel:
 
 
 @contextmanager
-def told_as_damage(file: Path) -> Iterator[None]:
+def described_as_damage(file: Path) -> Iterator[None]:
     """Say in one sentence that a GGUF file is damaged, where a field is not what it must be."""
     try:
         yield
@@ -194,16 +194,10 @@ def told_as_damage(file: Path) -> Iterator[None]:
 
 
 def llama3_rope_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
-    """By what Llama 3.1 divides each rotary frequency, [head_dim / 2] (llama-models, apply_scaling)."""
-    theta, factor = parameters["rope_theta"], parameters["factor"]
-    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
-    length = parameters["original_max_position_embeddings"]
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (length / wavelengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors: np.ndarray = np.where(
-        wavelengths < length / high, 1.0, np.where(wavelengths > length / low, factor, between)
-    )
+    """By what Llama 3.1 divides each rotary frequency, float64 [head_dim / 2]."""
+    frequencies = base_frequencies(parameters, head_dim, torch.float64)
+    scaled = scale_frequencies(parameters, frequencies, parameters["original_max_position_embeddings"])
+    factors: np.ndarray = (frequencies / scaled).numpy()
     return factors
 
 

@@ -1,4 +1,4 @@
-"""A walk over a GGUF file's header that ends: every count is held against the bytes that are left for it.
+"""Check a GGUF file's header in bounded time: every count is compared with the bytes that are left for it.
 
 The `gguf` package takes a count as it stands, and a damaged one of 2^40 is hours of work. Format: ggml's docs/gguf.md.
 """
@@ -54,7 +54,7 @@ class _Walk:
         return int.from_bytes(self.data[start : self.place], "little")
 
     def within(self, count: int, size: int) -> int:
-        """`count`, if so many things of at least `size` bytes can still come."""
+        """`count`, if there is room for so many things of at least `size` bytes."""
         if count * size > len(self.data) - self.place:
             raise ValueError(
                 f"its header promises {count:,} things where {len(self.data) - self.place:,} bytes are left"

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from cqlora.errors import ModelError
 from cqlora.system.documents import write_json
 from cqlora.vocab.fast import LLAMA3_SPLIT, write_piece_tokenizer
-from cqlora.weights.gguf import GgufModel, told_as_damage
+from cqlora.weights.gguf import GgufModel, described_as_damage
 
 CONTROL, USER_DEFINED = 3, 4
 
@@ -24,7 +24,7 @@ def write_gguf_tokenizer(model: GgufModel, folder: Path) -> None:
     Raises:
         ModelError: the file's tokenizer is of another kind, or splits text by a rule unknown here.
     """
-    with told_as_damage(model.file):
+    with described_as_damage(model.file):
         _write(model, folder)
 
 

@@ -18,8 +18,7 @@ from cqlora.system.shards import TensorSource, TensorSpec
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
 from cqlora.weights.gguf_vocabulary import add_vocabulary
 from cqlora.weights.names import DERIVED
-from cqlora.weights.rope import read_rope
-from cqlora.weights.rotary import halves_to_interleaved
+from cqlora.weights.rotary import halves_to_interleaved, read_rope
 
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 _GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}

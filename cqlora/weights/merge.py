@@ -14,7 +14,7 @@ from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
 from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import copy_inside, take, write_json
+from cqlora.system.documents import carry_over, take, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.shards import ShardReader, write_shards
@@ -27,8 +27,7 @@ from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
-_REWRITTEN = (CARD, INDEX, "config.json")
+_REWRITTEN = {CARD, INDEX, "config.json"}
 
 
 class OutputOptions(Protocol):
@@ -135,7 +134,7 @@ def plan_merge(
 
 
 def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
-    """A sentence for each file that goes along and is not what it was when an adapter was trained.
+    """A sentence for each file beside the weights that was changed since an adapter was trained.
 
     Raises:
         ModelError: one of them is damaged.
@@ -191,7 +190,7 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
             write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type, merge.template())
         else:
             config, digests = write_folder(merge, staging, options)
-            carry_over(merge.base.path, staging)
+            carry_over(merge.base.path, staging, _REWRITTEN)
             if merge.template():
                 write_template(staging, merge.template())
             if spoken := merge.spoken():
@@ -209,10 +208,10 @@ def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[d
             specs = source.specs.values()
             return merge.config(), write_shards(staging, specs, lambda spec: source.blocks(spec.name), max_shard_size)
     from cqlora.model.load import COMPUTE_DTYPES
-    from cqlora.weights.nf4_snapshot import snapshot_config, write_snapshot
+    from cqlora.weights.nf4_folder import nf4_folder_config, write_nf4_folder
 
     form = Nf4Format(options.double_quantization, COMPUTE_DTYPES[options.precision])
-    return snapshot_config(merge.config(), form), write_snapshot(staging, source, form, max_shard_size)
+    return nf4_folder_config(merge.config(), form), write_nf4_folder(staging, source, form, max_shard_size)
 
 
 @contextmanager
@@ -244,10 +243,3 @@ def write_ends(folder: Path, config: dict[str, Any], ends: list[int]) -> None:
     own = generation.get("eos_token_id", config.get("eos_token_id"))
     known = [own] if isinstance(own, int) else list(own or [])
     write_json(file, generation | {"eos_token_id": list(dict.fromkeys([*known, *ends]))})
-
-
-def carry_over(base: Path, staging: Path) -> None:
-    """Copy what the base has beside its weights: tokenizer, chat template, generation settings, licence."""
-    for file in sorted(base.iterdir()):
-        if file.is_file() and file.name not in _REWRITTEN and file.suffix not in _WEIGHT_SUFFIXES:
-            copy_inside(file, staging / file.name)

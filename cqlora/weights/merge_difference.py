@@ -16,7 +16,7 @@ from cqlora.system.shards import ShardReader
 from cqlora.weights.gguf_vocabulary import read_template
 from cqlora.weights.merge_changes import Change, RowFeed, RowStream
 from cqlora.weights.names import DERIVED, INPUT, OUTPUT
-from cqlora.weights.rope import read_rope
+from cqlora.weights.rotary import read_rope
 
 _SAME = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -1,4 +1,4 @@
-"""How far a merged model answers from the one that was trained: the adapter on the base as training held it.
+"""How far a merged model's answers are from the trained one's: the adapter on the base as training held it.
 
 An adapter trained on NF4 weights has learnt to make up for their rounding too, so that neither merge gives the
 same model: onto 16 bits it meets other weights, onto NF4 the sum is rounded to 16 bits. Both are measured.

@@ -20,7 +20,7 @@ MERGED = "merged"
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """How adapters that are to be merged stand to each other."""
+    """How the adapters of one merge are related."""
 
     notes: list[str]
     """What could not be checked, or is worth knowing, a sentence each."""
@@ -42,13 +42,13 @@ def check_lineage(base: Base, adapters: list[Adapter], averaged: bool = False, w
     tokenizer, weights = fingerprint_tokenizer(base.path), fingerprint_weights(base.path)
     history, notes, apart = history_of(base), [], []
     for place, adapter in enumerate(adapters):
-        told = "base_sha256" in adapter.card
-        if not told:
+        described = "base_sha256" in adapter.card
+        if not described:
             check_foreign_tokenizer(adapter, base)
             notes.append(f"{adapter.folder} does not say which base it was trained on; its shapes fit {base.path}.")
         follows = place > 0 and not averaged and adapter.card.get("base_merged") == history
         check_fingerprints(adapter.described, tokenizer, adapter.card["base_sha256"] if follows else weights)
-        apart.append(place > 0 and told and not follows and not averaged)
+        apart.append(place > 0 and described and not follows and not averaged)
         history = add_to_history(history, [adapter], MergeOnto["16bit"], weight)
     if any(apart):
         notes.append("adapters that were trained apart on one base: what each adds is added up.")

@@ -102,7 +102,7 @@ def changes_alike(of_input: list[Change], of_output: list[Change] | None, adapte
     """Whether an adapter leaves tied embedding matrices one.
 
     PEFT lets trained rows of a tied input embedding stand for the output too, and whatever else the adapter was
-    told to keep tied (`ensure_weight_tying`); other changes are of the one module that they name.
+    set to keep tied (`ensure_weight_tying`); other changes are of the one module that they name.
     """
     if of_output is None:
         follows = all(isinstance(change, TokenRows) for change in of_input)

@@ -300,5 +300,5 @@ def join_parts(parts: list[torch.Tensor], cut: int | None, multiple: int = 1) ->
     else:
         row_bytes = sum(part[0].nbytes for part in parts)
         rows = max(1, BLOCK_BYTES // row_bytes)
-        for pieces in zip(*(torch.split(part, rows) for part in parts), strict=True):
-            yield torch.cat(pieces, dim=1)
+        for blocks in zip(*(torch.split(part, rows) for part in parts), strict=True):
+            yield torch.cat(blocks, dim=1)

@@ -95,11 +95,11 @@ def compose_with(folder: Path, name: str, content: str | bytes, monkeypatch, cap
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_ones_own_file_is_one_sentence_with_file_line_and_name(mistake, tmp_path, monkeypatch, capfd):
     name, content, words = MISTAKES[mistake]
-    code, told = compose_with(tmp_path, name, content, monkeypatch, capfd)
+    code, message = compose_with(tmp_path, name, content, monkeypatch, capfd)
     assert code == 2
-    assert told.startswith("error: ") and told.count("\n") == 1 and "raised while" not in told
+    assert message.startswith("error: ") and message.count("\n") == 1 and "raised while" not in message
     for word in words:
-        assert word in told
+        assert word in message
 
 
 @pytest.mark.parametrize(
@@ -114,5 +114,5 @@ def test_a_configuration_folder_that_is_not_there_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["cqlora run", "stage=pretrain", "--config-dir", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         run_program("config", RunConfig, lambda config: None)
-    told = capfd.readouterr().err
-    assert "nowhere" in told and told.count("\n") == 1
+    message = capfd.readouterr().err
+    assert "nowhere" in message and message.count("\n") == 1

@@ -59,6 +59,7 @@ def refusal(*arguments: str) -> str:
         ("quantization_bit=4", "model.quantization=nf4"),
         ("bf16=true", "did you mean hardware.precision=bfloat16?"),
         ("gpus=4", "hardware.processes_per_node"),
+        ("experiment=seed_recipe_65b_base", "did you mean experiment=recipe_2023_65b_base?"),
         ("stage.learning_rate=1,2", "add --multirun"),
         ("seed=null", "seed=null is no value"),
         ("data.sources.foo.path=x", "data.sources has sample_zh"),
@@ -66,8 +67,8 @@ def refusal(*arguments: str) -> str:
     ],
 )
 def test_what_another_program_calls_it_is_answered_with_what_to_type(argument, words):
-    told = refusal(argument)
-    assert words in told and "\n" not in told
+    message = refusal(argument)
+    assert words in message and "\n" not in message
 
 
 def test_a_foreign_key_is_none_of_ours_and_is_answered_with_one_that_is():

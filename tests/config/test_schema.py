@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from cqlora.config.diagnosis import to_schema
-from cqlora.config.run_yaml import freeze_config, load_frozen
+from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import ConfigError
 
@@ -145,4 +145,4 @@ def test_what_contradicts_is_refused_in_one_sentence_that_says_what_to_type(over
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_a_frozen_configuration_reads_back_equal(stage, tmp_path: Path):
     config = typed(f"stage={stage}", "model=llama3_8b", "data=wiki_zh_en", "hardware=cpu", "lora.method=dora")
-    assert load_frozen(freeze_config(config, tmp_path)) == config
+    assert load_run_yaml(write_run_yaml(config, tmp_path)) == config

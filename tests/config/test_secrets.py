@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cqlora.cli import run_program
-from cqlora.config.run_yaml import describe_config, freeze_config
+from cqlora.config.run_yaml import describe_config, write_run_yaml
 from cqlora.config.schema import RunConfig
 from cqlora.config.secrets import is_secret_name, refuse_secrets
 from cqlora.errors import ConfigError
@@ -98,7 +98,7 @@ REFUSED_WAYS: dict[str, Callable[[str], Plant]] = {
 
 def write_down(config: RunConfig) -> None:
     """What a run writes of its configuration: run.yaml, and what trackers are given."""
-    freeze_config(config, Path("run"))
+    write_run_yaml(config, Path("run"))
     Path("run", "tracker.txt").write_text(str(describe_config(config)), encoding="utf-8")
 
 
@@ -132,11 +132,11 @@ def test_a_planted_secret_is_refused_and_stands_nowhere(kind, way, tmp_path, mon
     secret = KINDS[kind]
     if kind == "environment":
         monkeypatch.setenv("MYSQL_ROOT_PASSWORD", secret)
-    code, told = compose_planted({**WAYS, **REFUSED_WAYS}[way](secret), tmp_path, monkeypatch, capfd)
+    code, message = compose_planted({**WAYS, **REFUSED_WAYS}[way](secret), tmp_path, monkeypatch, capfd)
     assert code == 2
-    assert secret not in told
-    assert "error: " in told and "Traceback" not in told
-    assert way in REFUSED_WAYS or "secret" in told
+    assert secret not in message
+    assert "error: " in message and "Traceback" not in message
+    assert way in REFUSED_WAYS or "secret" in message
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -147,9 +147,9 @@ def test_what_is_no_secret_gets_through_by_each_of_these_ways(way, tmp_path, mon
         dict(zip(["MY_NOTE"], plant.environment.values(), strict=False)),
         plant.experiment.replace("DB_PASS", "MY_NOTE"),
     )
-    code, told = compose_planted(renamed, tmp_path, monkeypatch, capfd)
-    assert code == 0, told
-    assert "wiki_zh_marker" in told
+    code, message = compose_planted(renamed, tmp_path, monkeypatch, capfd)
+    assert code == 0, message
+    assert "wiki_zh_marker" in message
 
 
 INNOCENT = [

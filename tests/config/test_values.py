@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cqlora.config.diagnosis import explain_composition, to_schema
 from cqlora.config.reference import SCHEMAS, load_schema
-from cqlora.config.run_yaml import freeze_config, load_frozen
+from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import ConfigError
 
@@ -100,9 +100,13 @@ def test_any_value_of_any_key_is_taken_or_refused_in_one_sentence(verb):
             # Those are of `run`.
             continue
         for value in generator.sample([*(NUMBERS if is_number else TEXTS), *OTHERS], 7):
-            told = outcome(schema, composed, {key: value})
-            assert "\n" not in told.replace("a\nb", "") and len(told) < 1200 + len(str(value)), (key, value, told)
-            tried, refused = tried + 1, refused + (told != "right")
+            message = outcome(schema, composed, {key: value})
+            assert "\n" not in message.replace("a\nb", "") and len(message) < 1200 + len(str(value)), (
+                key,
+                value,
+                message,
+            )
+            tried, refused = tried + 1, refused + (message != "right")
     assert tried >= 7 and 0 < refused < tried
 
 
@@ -114,8 +118,8 @@ def test_a_hundred_and_fifty_pairs_of_absurd_values_are_taken_or_refused_in_one_
             key: generator.choice([*(NUMBERS if keys[key] else TEXTS), *OTHERS])
             for key in generator.sample(sorted(keys), 2)
         }
-        told = outcome(schema, composed, changes)
-        assert "\n" not in told.replace("a\nb", ""), (changes, told)
+        message = outcome(schema, composed, changes)
+        assert "\n" not in message.replace("a\nb", ""), (changes, message)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +152,8 @@ def test_a_hundred_and_fifty_pairs_of_absurd_values_are_taken_or_refused_in_one_
     ],
 )
 def test_what_cannot_be_or_has_no_effect_is_refused_with_what_to_type(changes, words):
-    told = outcome(*composed_for("run"), changes)
-    assert words in told
+    message = outcome(*composed_for("run"), changes)
+    assert words in message
 
 
 @pytest.mark.parametrize(
@@ -192,8 +196,8 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_every_verb(monkeypatch):
         for key in keys:
             OmegaConf.update(composed, key, "~/a")
         config = to_schema(composed, schema)
-        told = OmegaConf.create(dataclasses.asdict(config))
-        assert {OmegaConf.select(told, key) for key in keys} == {"/home/somebody/a"}
+        settings = OmegaConf.create(dataclasses.asdict(config))
+        assert {OmegaConf.select(settings, key) for key in keys} == {"/home/somebody/a"}
 
 
 DAMAGES = {
@@ -222,7 +226,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory) -> str:
     config = to_schema(composed_for("run")[1], RunConfig)
-    return freeze_config(config, tmp_path_factory.mktemp("frozen")).read_text(encoding="utf-8")
+    return write_run_yaml(config, tmp_path_factory.mktemp("run")).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -232,7 +236,7 @@ def test_a_damaged_run_yaml_is_refused_in_one_sentence_that_names_it(damage, fro
     assert damaged != frozen
     file.write_text(damaged, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
-        load_frozen(file)
+        load_run_yaml(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -244,4 +248,4 @@ def test_a_run_yaml_with_any_bytes_changed_is_read_or_refused(frozen, tmp_path: 
             content[generator.randrange(len(content))] = generator.randrange(256)
         file.write_bytes(content)
         with contextlib.suppress(ConfigError):
-            load_frozen(file)
+            load_run_yaml(file)

@@ -355,13 +355,13 @@ def test_a_digest_is_of_every_block_of_a_file_in_their_order(tmp_path: Path, mon
     files = [tmp_path / str(number) for number in range(len(contents))]
     for file, content in zip(files, contents, strict=True):
         file.write_bytes(content)
-    told: list[int] = []
-    found = digests.digest_files(files, told.append)
+    reported: list[int] = []
+    found = digests.digest_files(files, reported.append)
     for file, content in zip(files, contents, strict=True):
         blocks = [content[start : start + 1000] for start in range(0, len(content), 1000)]
         joined = b"".join(hashlib.sha256(block).digest() for block in blocks)
         assert found[file] == hashlib.sha256(joined).hexdigest()
-    assert told[-1] == 5321 and told == sorted(told)
+    assert reported[-1] == 5321 and reported == sorted(reported)
 
 
 def test_only_the_first_worker_of_a_node_reads_the_whole_cache(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""Records to pieces: every token once, every character counted where it is learned."""
+"""Records to chunks: every token once, every character counted where it is learned."""
 
 import random
 import re
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cqlora.base import Base
+from cqlora.data.chunks import EncodedBatch, cut_points
 from cqlora.data.encode import EncodeSettings, RecordEncoder
-from cqlora.data.pieces import EncodedBatch, cut_points
 from cqlora.data.records import Conversation, Document, Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from tests.data.conftest import sample_texts
@@ -18,7 +18,7 @@ def encoder(base: Base, length: int, all_tokens: bool = True, system_prompt: str
     return RecordEncoder(EncodeSettings(str(base.path), length, all_tokens, system_prompt))
 
 
-def pieces_of(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
+def chunks_of(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
     ends = np.cumsum(batch.lengths)[:-1]
     return [
         (ids.tolist(), labels.tolist())
@@ -29,7 +29,7 @@ def pieces_of(batch: EncodedBatch) -> list[tuple[list[int], list[int]]]:
 def test_a_document_stands_between_its_start_and_end_token_and_all_but_the_first_are_labels(any_base: Base):
     plain = PlainTokenizer(any_base.path)
     text = "长江流经 eleven provinces."
-    ((ids, labels),) = pieces_of(encoder(any_base, 512).encode([Document(text)]))
+    ((ids, labels),) = chunks_of(encoder(any_base, 512).encode([Document(text)]))
     assert ids[0] == plain.special.document_start
     assert ids[-1] == plain.special.document_end
     assert plain.text.decode(ids[1:-1]) == text
@@ -53,12 +53,12 @@ def test_start_token_is_bos_or_else_end_of_text(tmp_path, byte_base: Base):
 @pytest.mark.parametrize("length", [16, 61, 128])
 def test_long_documents_are_cut_into_consecutive_pieces_and_nothing_is_dropped(any_base: Base, length: int):
     texts = sample_texts()[::20]
-    whole = pieces_of(encoder(any_base, 1 << 20).encode([Document(text) for text in texts]))
+    whole = chunks_of(encoder(any_base, 1 << 20).encode([Document(text) for text in texts]))
     batch = encoder(any_base, length).encode([Document(text) for text in texts])
-    pieces = pieces_of(batch)
-    assert max(len(ids) for ids, _ in pieces) == length
-    assert [token for ids, _ in pieces for token in ids] == [token for ids, _ in whole for token in ids]
-    assert all(labels == [0] + [1] * (len(ids) - 1) for ids, labels in pieces)
+    chunks = chunks_of(batch)
+    assert max(len(ids) for ids, _ in chunks) == length
+    assert [token for ids, _ in chunks for token in ids] == [token for ids, _ in whole for token in ids]
+    assert all(labels == [0] + [1] * (len(ids) - 1) for ids, labels in chunks)
 
 
 def test_cut_points_leave_no_piece_of_one_token():
@@ -75,7 +75,7 @@ def test_characters_and_bytes_of_a_piece_are_those_of_its_label_tokens(byte_base
     plain = PlainTokenizer(byte_base.path)
     text = "The river rises on the plateau; it is 6300 km long.\n" * 40
     batch = encoder(byte_base, 50).encode([Document(text)])
-    for (ids, _), characters, utf8_bytes in zip(pieces_of(batch), batch.characters, batch.utf8_bytes, strict=True):
+    for (ids, _), characters, utf8_bytes in zip(chunks_of(batch), batch.characters, batch.utf8_bytes, strict=True):
         assert characters == utf8_bytes == len(plain.text.decode(ids[1:], skip_special_tokens=True))
 
 
@@ -107,7 +107,7 @@ def test_a_document_is_trained_whole_in_instruction_tuning(byte_base: Base):
 
 def test_a_conversation_in_pretraining_is_template_text_with_every_token_a_label(byte_base: Base):
     turns = [Turn("user", "你好"), Turn("assistant", "hello")]
-    ((ids, labels),) = pieces_of(encoder(byte_base, 64).encode([Conversation(turns)]))
+    ((ids, labels),) = chunks_of(encoder(byte_base, 64).encode([Conversation(turns)]))
     text = PlainTokenizer(byte_base.path).text.decode(ids, skip_special_tokens=False)
     expected = "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
     assert text == f"<|endoftext|>{expected}<|endoftext|>"
@@ -142,11 +142,11 @@ def test_long_conversations_are_cut_before_a_user_speaks_and_every_answer_is_kep
     plain = PlainTokenizer(byte_base.path)
     turns = long_conversation(seed)
     batch = encoder(byte_base, 700, all_tokens=False).encode([Conversation(turns)])
-    pieces = pieces_of(batch)
-    assert len(pieces) > 1
+    chunks = chunks_of(batch)
+    assert len(chunks) > 1
     assert batch.counts == {"conversations cut between turns": 1}
     trained = ""
-    for ids, labels in pieces:
+    for ids, labels in chunks:
         text = plain.text.decode(ids, skip_special_tokens=False)
         assert text.startswith("<|endoftext|><|im_start|>system\nAnswer well.<|im_end|>\n<|im_start|>user\n")
         trained += plain.text.decode([token for token, label in zip(ids, labels, strict=True) if label])
@@ -160,25 +160,25 @@ def test_in_pretraining_an_exchange_too_long_by_itself_is_cut_like_a_document(by
     plain = PlainTokenizer(byte_base.path)
     answer = sample_texts()[-1]
     talk = [Turn("user", "Tell me."), Turn("assistant", answer)]
-    whole = pieces_of(encoder(byte_base, 1 << 20).encode([Conversation(talk)]))[0]
+    whole = chunks_of(encoder(byte_base, 1 << 20).encode([Conversation(talk)]))[0]
     batch = encoder(byte_base, 64).encode([Conversation(talk)])
-    pieces = pieces_of(batch)
+    chunks = chunks_of(batch)
     assert batch.counts["exchanges cut"] == 1
-    assert [token for ids, _ in pieces for token in ids] == whole[0]
-    starts = np.cumsum([0, *(len(ids) for ids, _ in pieces)])[:-1]
+    assert [token for ids, _ in chunks for token in ids] == whole[0]
+    starts = np.cumsum([0, *(len(ids) for ids, _ in chunks)])[:-1]
     labels = np.array(whole[1])
     labels[starts] = 0
-    assert [label for _, piece in pieces for label in piece] == labels.tolist()
-    lost = sum(len(plain.text.decode([ids[0]])) for ids, _ in pieces[1:])
+    assert [label for _, chunk in chunks for label in chunk] == labels.tolist()
+    lost = sum(len(plain.text.decode([ids[0]])) for ids, _ in chunks[1:])
     said = sum(len(f"{turn.role}\n{turn.text}") for turn in talk)
     assert batch.characters.sum() == said - lost
 
 
 def shorten(base: Base, length: int, *turns: tuple[str, str]) -> tuple[str, str, EncodedBatch]:
-    """(context, what is trained, the batch) of the one piece that a conversation gives."""
+    """(context, what is trained, the batch) of the one chunk that a conversation gives."""
     plain = PlainTokenizer(base.path)
     batch = encoder(base, length, all_tokens=False).encode([Conversation([Turn(*turn) for turn in turns])])
-    ((ids, labels),) = pieces_of(batch)
+    ((ids, labels),) = chunks_of(batch)
     assert len(ids) <= length
     first = labels.index(1)
     assert all(labels[first : len(ids) if labels[-1] else labels.index(1) + sum(labels)])
@@ -231,7 +231,7 @@ def test_of_several_exchanges_only_the_long_one_is_shortened(byte_base: Base):
     turns = [Turn(*turn) for turn in (*talk, ("assistant", "a3"))]
     batch = encoder(byte_base, 64, all_tokens=False).encode([Conversation(turns)])
     plain = PlainTokenizer(byte_base.path)
-    texts = [plain.text.decode(ids, skip_special_tokens=False) for ids, _ in pieces_of(batch)]
+    texts = [plain.text.decode(ids, skip_special_tokens=False) for ids, _ in chunks_of(batch)]
     assert [[name for name in ("q1", "a1", "x x", "a2", "q3", "a3") if name in text] for text in texts] == [
         ["q1", "a1"],
         ["x x", "a2"],

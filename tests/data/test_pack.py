@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing over the capacity, little room left."""
+"""Packing: nothing lost, nothing over the sequence_length, little room left."""
 
 from itertools import pairwise
 
@@ -8,8 +8,8 @@ import pytest
 from cqlora.data.pack import best_fit_decreasing, pack_documents
 
 
-def packs_of(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    packing = pack_documents(lengths, capacity)
+def packs_of(lengths: np.ndarray, sequence_length: int) -> list[list[int]]:
+    packing = pack_documents(lengths, sequence_length)
     bounds = packing.offsets.astype(int)
     return [packing.documents[a:b].tolist() for a, b in pairwise(bounds)]
 
@@ -22,7 +22,7 @@ def test_every_document_stands_in_one_pack_and_none_is_overfull(seed: int):
     assert all(lengths[pack].sum() <= 512 for pack in packs)
 
 
-def textbook_best_fit(lengths: list[int], capacity: int) -> int:
+def textbook_best_fit(lengths: list[int], sequence_length: int) -> int:
     """Packs that the textbook's quadratic algorithm needs."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -31,7 +31,7 @@ def textbook_best_fit(lengths: list[int], capacity: int) -> int:
             rooms.remove(min(fitting))
             rooms.append(min(fitting) - length)
         else:
-            rooms.append(capacity - length)
+            rooms.append(sequence_length - length)
     return len(rooms)
 
 

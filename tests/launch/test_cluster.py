@@ -1,10 +1,10 @@
-"""A worker's place as torchrun and srun put it into the environment."""
+"""A worker's rank as torchrun and srun put it into the environment."""
 
 import pytest
 
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
-from cqlora.launch.cluster import find_place, first_node, take_place
+from cqlora.launch.cluster import find_rank_environment, first_node, take_rank_environment
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 SRUN = {
@@ -18,32 +18,32 @@ SRUN = {
 
 
 def test_torchruns_place_is_taken_as_it_is():
-    assert find_place({**TORCHRUN, **SRUN, "HOME": "/"}) == TORCHRUN
+    assert find_rank_environment({**TORCHRUN, **SRUN, "HOME": "/"}) == TORCHRUN
 
 
 def test_half_of_torchruns_variables_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"no LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun or srun"):
-        find_place({"RANK": "0", "WORLD_SIZE": "2"})
+        find_rank_environment({"RANK": "0", "WORLD_SIZE": "2"})
 
 
 def test_sruns_place_follows_from_its_variables_and_is_one_meeting_point_for_all_tasks():
-    place = find_place(SRUN)
-    assert place is not None
-    assert (place["RANK"], place["LOCAL_RANK"], place["WORLD_SIZE"], place["MASTER_ADDR"]) == ("9", "1", "16", "gpu03")
-    assert 10_000 <= int(place["MASTER_PORT"]) < 30_000
-    other = find_place({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
-    assert other is not None and other["MASTER_PORT"] == place["MASTER_PORT"]
-    next_step = find_place({**SRUN, "SLURM_STEP_ID": "1"})
-    assert next_step is not None and next_step["MASTER_PORT"] != place["MASTER_PORT"]
-    chosen = find_place({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000"})
+    found = find_rank_environment(SRUN)
+    assert found is not None
+    assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("9", "1", "16", "gpu03")
+    assert 10_000 <= int(found["MASTER_PORT"]) < 30_000
+    other = find_rank_environment({**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+    assert other is not None and other["MASTER_PORT"] == found["MASTER_PORT"]
+    next_step = find_rank_environment({**SRUN, "SLURM_STEP_ID": "1"})
+    assert next_step is not None and next_step["MASTER_PORT"] != found["MASTER_PORT"]
+    chosen = find_rank_environment({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5000"})
     assert chosen is not None and (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("10.0.0.1", "5000")
 
 
 def test_a_batch_script_and_a_single_task_start_their_own_workers():
-    assert find_place({}) is None
+    assert find_rank_environment({}) is None
     script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
-    assert find_place({**script, "SLURM_PROCID": "0"}) is None
-    assert find_place({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert find_rank_environment({**script, "SLURM_PROCID": "0"}) is None
+    assert find_rank_environment({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_another_number_of_workers_than_configured_is_refused(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"hardware=2xcpu has 2 workers and 4 were started; start 2"):
-        take_place(TORCHRUN, HardwareConfig(name="2xcpu", processes_per_node=2, strategy="ddp"))
+        take_rank_environment(TORCHRUN, HardwareConfig(name="2xcpu", processes_per_node=2, strategy="ddp"))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cqlora.base import read_base, read_card
 from cqlora.config.choices import AdapterMethod, Device, Embeddings, Quantization
-from cqlora.config.run_yaml import load_frozen
+from cqlora.config.run_yaml import load_run_yaml
 from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.launch.continuation import read_fixed
@@ -41,10 +41,9 @@ def make_adapter(workspace, folder, embeddings=Embeddings.frozen, **lora) -> str
     if options.method is AdapterMethod.pissa:
         initialise_pissa(model, base, folder, 4, seed=1)
     state = adapter_state(model)
-    factor = 1
     if options.method is AdapterMethod.pissa:
-        state, factor = convert_to_lora(model, state, folder), 2
-    save_adapter(model, folder / "adapter", base, state, factor)
+        state = convert_to_lora(model, state, folder)
+    save_adapter(model, folder / "adapter", base, state)
     return str(path)
 
 
@@ -73,15 +72,15 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(
-    "override, lora, embeddings, told", CONTRADICTIONS, ids=[f"{c[0]} {c[3][:24]}" for c in CONTRADICTIONS]
+    "override, lora, embeddings, message", CONTRADICTIONS, ids=[f"{c[0]} {c[3][:24]}" for c in CONTRADICTIONS]
 )
 def test_what_contradicts_the_adapter_is_refused_with_both_values_and_what_to_type(
-    override, lora, embeddings, told, workspace, tmp_path
+    override, lora, embeddings, message, workspace, tmp_path
 ):
     path = make_adapter(workspace, tmp_path, embeddings, **lora)
     with pytest.raises(ConfigError) as refused:
         continued(workspace, tmp_path, path, override)
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("embeddings", [Embeddings.frozen, Embeddings.lora, Embeddings.full, Embeddings.new_rows])
@@ -113,7 +112,7 @@ def test_a_continued_run_records_the_values_that_were_settled(workspace, tmp_pat
     path = make_adapter(workspace, tmp_path, Embeddings.new_rows)
     config = continued(workspace, tmp_path, path, "stage.max_steps=1", "lora.dropout=0.2", "model.quantization=none")
     assert finish_run(config, tmp_path / "run") == 0
-    assert load_frozen(tmp_path / "run" / "run.yaml").stage.embeddings is Embeddings.new_rows
+    assert load_run_yaml(tmp_path / "run" / "run.yaml").stage.embeddings is Embeddings.new_rows
     card = read_card(tmp_path / "run" / "adapter")
     assert card["adapter"] == {
         "method": "lora", "rank": 4, "alpha": 32.0, "dropout": 0.2, "target_modules": ["all"], "embeddings": "new_rows",

@@ -36,13 +36,13 @@ def missing(hardware: HardwareConfig) -> str | None:
 
 
 def test_gpus_that_are_missing_or_smaller_than_counted_on_are_named(monkeypatch):
-    for memory, told in (
+    for memory, message in (
         ((), r"needs 4 GPUs .* has none; .*cqlora plan.*hardware=cpu"),
         ((81920, 81920), "has 2"),
         ((40960, 40960, 40960, 40960), r"79.2 GiB a GPU .* 40.0 GiB; choose the group of your cards"),
     ):
         pretend_gpus(monkeypatch, *memory)
-        assert re.search(told, missing(four_a100()) or "")
+        assert re.search(message, missing(four_a100()) or "")
     pretend_gpus(monkeypatch, 81920, 81920, 81920, 81920)
     assert missing(four_a100()) is None
 

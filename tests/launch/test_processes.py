@@ -19,7 +19,7 @@ from tests.conftest import HANG_SECONDS, ROOT
 
 PRELUDE = """
 import os, signal, sys, time
-from cqlora.system.handover import record_failure
+from cqlora.system.handover import write_failure
 from cqlora.system.signals import die_with
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
 die_with(int(sys.argv[2]))
@@ -69,14 +69,14 @@ def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(wo
         """
         names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
         names += ["OMP_NUM_THREADS"]
-        open(f"{folder}/told{rank}", "w").write(" ".join(os.environ[name] for name in names))
+        open(f"{folder}/environment{rank}", "w").write(" ".join(os.environ[name] for name in names))
         """,
         workers=3,
     )
-    told = [(tmp_path / f"told{rank}").read_text().split() for rank in range(3)]
-    assert [each[:5] for each in told] == [[str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)]
-    assert len({each[5] for each in told}) == 1
-    assert {each[6] for each in told} == {"4"}
+    environments = [(tmp_path / f"environment{rank}").read_text().split() for rank in range(3)]
+    assert [each[:5] for each in environments] == [[str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)]
+    assert len({each[5] for each in environments}) == 1
+    assert {each[6] for each in environments} == {"4"}
 
 
 def test_the_error_that_came_first_is_told_and_not_those_that_followed_from_it(work):
@@ -84,12 +84,12 @@ def test_the_error_that_came_first_is_told_and_not_those_that_followed_from_it(w
         work(
             """
             if rank == 1:
-                record_failure("worker 1 was asked for the impossible")
+                write_failure("worker 1 was asked for the impossible")
                 open(f"{folder}/failed", "w")
                 time.sleep(0.3)
                 sys.exit(2)
             wait_for("failed")
-            record_failure("connection closed by peer")
+            write_failure("connection closed by peer")
             sys.exit(1)
             """
         )
@@ -109,7 +109,7 @@ def test_a_worker_that_is_killed_is_named_with_what_it_said_last_and_those_that_
                 os.kill(os.getpid(), signal.SIGKILL)
             if rank == 1:
                 wait_for("pid2")
-                record_failure("connection closed by peer")
+                write_failure("connection closed by peer")
                 sys.exit(1)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(10**6)
@@ -123,7 +123,7 @@ def test_a_signal_is_passed_on_and_what_the_workers_make_of_it_is_told(work):
     def lines(code: int) -> str:
         return f"""
             def leave(number, frame):
-                record_failure("stopped after step 7")
+                write_failure("stopped after step 7")
                 sys.exit({code})
             if {code}:
                 signal.signal(signal.SIGTERM, leave)

@@ -164,19 +164,19 @@ def test_a_run_that_goes_on_keeps_what_it_was_started_with():
 
 
 @pytest.mark.parametrize(
-    "before, now, told",
+    "before, now, message",
     [
         ("one 24 GB Ampere", "plain processor", "hardware.device=cuda and this machine has no GPU"),
         ("one 24 GB Ampere", "one T4", "hardware.precision=bfloat16 and this machine has a GPU that only emulates it"),
         ("four A100", "one 24 GB Ampere", "model.attention=flash and this machine has nothing to run it"),
     ],
 )
-def test_a_run_that_cannot_go_on_here_as_it_was_started_is_refused(before, now, told):
+def test_a_run_that_cannot_go_on_here_as_it_was_started_is_refused(before, now, message):
     config = composed("stage=pretrain", "data=sample", "hardware=auto")
     here = given(config, now, earlier=earlier_of(settle(config, given(config, before))))
     with pytest.raises(CheckpointError) as refused:
         check_run(settle(config, here), here)
-    assert told in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_a_folder_of_before_with_auto_in_it_means_what_auto_was_then():

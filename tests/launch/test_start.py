@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cqlora.errors import ConfigError
-from cqlora.launch.run_folder import hold_folder
+from cqlora.launch.run_folder import hold_run_folder
 from cqlora.launch.start import launch
 from tests.conftest import HANG_SECONDS, ROOT, run_verb
 from tests.launch.test_processes import assert_gone
@@ -43,9 +43,9 @@ def start(folder: Path, command: list[str], *overrides: str, **environment: str)
 
 
 def finish(process: subprocess.Popen[str], expect: int = 0) -> str:
-    told, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == expect, told
-    return told
+    output, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == expect, output
+    return output
 
 
 def children(pid: int) -> list[int]:
@@ -79,8 +79,8 @@ def test_killed_a_run_leaves_no_worker_and_goes_on_under_torchrun_in_rank_0s_fol
     assert_gone(*workers)
     steps = losses(run)[-1][0] + 2
     # Each worker's own start names another folder; the first one's is the run's.
-    told = start(tmp_path, TORCHRUN, "hydra.run.dir=run${oc.env:RANK}", *long, f"stage.max_steps={steps}")
-    finish(told)
+    output = start(tmp_path, TORCHRUN, "hydra.run.dir=run${oc.env:RANK}", *long, f"stage.max_steps={steps}")
+    finish(output)
     assert events(run)[-1] == "checkpoint" and "resumed" in events(run)
     assert [step for step, _ in losses(run)] == list(range(1, steps + 1))
     assert not (tmp_path / "run1").exists()
@@ -89,11 +89,11 @@ def test_killed_a_run_leaves_no_worker_and_goes_on_under_torchrun_in_rank_0s_fol
 def test_a_folder_is_one_launchs_at_a_time(tmp_path):
     """flock is between open files, so one process can stand for two."""
     taken = tmp_path / "2026-01-01_00-00-00"
-    with hold_folder(taken, given=False) as first, hold_folder(taken, given=False) as second:
+    with hold_run_folder(taken, given=False) as first, hold_run_folder(taken, given=False) as second:
         assert (first, second) == (taken, tmp_path / "2026-01-01_00-00-00-2")
-        with pytest.raises(ConfigError, match="another run is going on in"), hold_folder(taken, given=True):
+        with pytest.raises(ConfigError, match="another run is going on in"), hold_run_folder(taken, given=True):
             pass
-    with hold_folder(taken, given=True) as again:
+    with hold_run_folder(taken, given=True) as again:
         assert again == taken
 
 
@@ -104,8 +104,8 @@ def test_several_nodes_are_started_on_each_and_not_from_one(workspace, monkeypat
 
 
 def test_workers_of_torchrun_take_one_run_and_no_sweep(workspace, monkeypatch, tmp_path):
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in place.items():
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"start every job with a torchrun or srun of its own"):
         launch(typed_run(workspace, "stage=pretrain", "hardware=2xcpu"), tmp_path, own_process=True)
@@ -115,9 +115,9 @@ def test_a_sweep_skips_what_does_not_fit_runs_the_rest_and_lists_it(workspace):
     memory = "hardware.host_memory_gib=16,0.01"
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
     arguments = [*SMALL, *paths, "stage=pretrain", "stage.max_steps=1", "--multirun", memory, "hydra.sweep.dir=sweep"]
-    told = run_verb(workspace, "run", *arguments).stderr
+    output = run_verb(workspace, "run", *arguments).stderr
     assert re.search(
-        r"^skipped: job 1 \(.*memory_gib=0\.01.*\): the run needs .* has 0\.0; .*allow_misfit=true", told, re.M
+        r"^skipped: job 1 \(.*memory_gib=0\.01.*\): the run needs .* has 0\.0; .*allow_misfit=true", output, re.M
     )
     assert (workspace / "sweep" / "0" / "adapter").is_dir()
     assert not (workspace / "sweep" / "1" / "run.yaml").exists()

@@ -144,7 +144,7 @@ def test_pissa_starts_where_the_base_is_and_ends_as_a_lora_on_the_untouched_base
         adapted.train()
         train_a_little(adapted, rate=0.01)
         state = convert_to_lora(adapted, adapter_state(adapted), tmp_path)
-        save_adapter(adapted, tmp_path / "adapter", base, state, rank_factor=2)
+        save_adapter(adapted, tmp_path / "adapter", base, state)
         again = PeftModel.from_pretrained(load(extended)[1], tmp_path / "adapter")
         torch.testing.assert_close(logits(again), logits(adapted), atol=1e-4, rtol=1e-4)
     else:

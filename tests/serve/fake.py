@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from cqlora.errors import DataError
 from cqlora.inference.requests import Sampling
 from cqlora.serve.config import ServeConfig
-from cqlora.serve.door import bind, url_of
+from cqlora.serve.listener import bind, url_of
 from cqlora.serve.server import Server
 from tests.conftest import HANG_SECONDS
 
@@ -142,10 +142,10 @@ class Running:
 @contextlib.contextmanager
 def running(engine: object, config: ServeConfig, key: str = "") -> Iterator[Running]:
     """A real server on a free port for as long as the block runs."""
-    door: socket.socket = bind(config.host, config.port)
-    url = url_of(door)
+    listener: socket.socket = bind(config.host, config.port)
+    url = url_of(listener)
     server = Server(engine, config, key)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[door])))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     run = Running(server, url, thread)
     try:

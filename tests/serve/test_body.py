@@ -84,16 +84,16 @@ def test_whatever_is_sent_is_told_in_one_short_sentence(body):
 
 
 def test_checking_ends_at_the_first_item_that_is_wrong(monkeypatch):
-    told = []
+    counts = []
     explain = body_module.explain
-    monkeypatch.setattr(body_module, "explain", lambda errors: told.append(len(errors)) or explain(errors))
+    monkeypatch.setattr(body_module, "explain", lambda errors: counts.append(len(errors)) or explain(errors))
     for wrong in (
         {"messages": [1] * 4000},
         {"stop": [1] * 40_000},
         {"messages": [{"role": "user", "content": [1] * 1000}] * 40},
     ):
         refusal(dump(**wrong))
-    assert max(told) < 10
+    assert max(counts) < 10
 
 
 def test_bodies_are_parsed_and_encoded_beside_the_event_loop(monkeypatch):

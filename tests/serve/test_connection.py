@@ -22,8 +22,8 @@ def read_all(client: socket.socket) -> bytes:
     """What came until the server closed."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
-        while piece := client.recv(65536):
-            received += piece
+        while part := client.recv(65536):
+            received += part
     return received
 
 
@@ -39,12 +39,12 @@ def ask_health(run: Running) -> int:
 def test_headers_that_do_not_come_are_not_waited_for(sent, monkeypatch):
     monkeypatch.setattr("cqlora.serve.connection.HEADER_SECONDS", 0.2)
     with running(FakeEngine(), fake_config()) as run, connect(run) as client:
-        for piece in sent[:-1]:
-            client.sendall(piece)
+        for part in sent[:-1]:
+            client.sendall(part)
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
         client.sendall(sent[-1])
-        told = read_all(client)
-        assert b"HTTP/1.1 408" in told and b"the headers did not come" in told
+        message = read_all(client)
+        assert b"HTTP/1.1 408" in message and b"the headers did not come" in message
         assert ask_health(run) == 200
 
 
@@ -53,8 +53,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(length, monkeypatch):
     monkeypatch.setattr("cqlora.serve.connection.BODY_SECONDS", 0.2)
     with running(FakeEngine(), fake_config()) as run, connect(run) as client:
         client.sendall(HEAD + length + b"\r\n\r\n" + (b"3\r\nabc\r\n" if b"chunked" in length else b"abc"))
-        told = read_all(client)
-        assert told.startswith(b"HTTP/1.1 408") and b"the body did not come" in told
+        message = read_all(client)
+        assert message.startswith(b"HTTP/1.1 408") and b"the body did not come" in message
         run.wait_until(lambda: not run.server.server_state.tasks, "its task still waits")
         assert ask_health(run) == 200
 
@@ -120,8 +120,8 @@ def test_a_body_in_tiny_chunks_is_refused_and_one_in_whole_chunks_is_taken():
         with connect(run) as client:
             with contextlib.suppress(OSError):
                 client.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 500_000)
-            told = read_all(client)
-            assert told == b"" or (told.startswith(b"HTTP/1.1 400") and b"chunks of a few bytes" in told)
+            message = read_all(client)
+            assert message == b"" or (message.startswith(b"HTTP/1.1 400") and b"chunks of a few bytes" in message)
         assert sum(taken) < 1_500_000, "it was closed, not read to its end"
-        pieces = (BODY[start : start + 20] for start in range(0, len(BODY), 20))
-        assert httpx.post(run.url + "/v1/chat/completions", content=pieces, headers=JSON).status_code == 200
+        parts = (BODY[start : start + 20] for start in range(0, len(BODY), 20))
+        assert httpx.post(run.url + "/v1/chat/completions", content=parts, headers=JSON).status_code == 200

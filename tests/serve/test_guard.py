@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from cqlora.errors import ConfigError
-from cqlora.serve.door import bind, is_loopback, read_key
+from cqlora.serve.listener import bind, is_loopback, read_key
 from cqlora.serve.requests import ChatRequest
 from tests.serve.fake import FakeEngine, fake_config, running
 
@@ -81,10 +81,10 @@ def test_a_key_that_can_be_guessed_or_not_be_sent_is_refused(monkeypatch, key):
 
 
 def test_a_port_that_is_taken_and_an_address_that_is_none_are_told_in_a_sentence():
-    with bind("127.0.0.1", 0) as door:
-        door.listen()
-        with pytest.raises(ConfigError, match=f"port={door.getsockname()[1]} cannot be listened on"):
-            bind("127.0.0.1", door.getsockname()[1])
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        with pytest.raises(ConfigError, match=f"port={listener.getsockname()[1]} cannot be listened on"):
+            bind("127.0.0.1", listener.getsockname()[1])
     with pytest.raises(ConfigError, match=r"host=nowhere\.invalid"):
         bind("nowhere.invalid", 0)
 

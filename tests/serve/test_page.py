@@ -20,13 +20,13 @@ class TextEngine(FakeEngine):
     """Says `text`, three characters a step."""
 
     def __init__(self, text: str, **options) -> None:
-        self.pieces = [text[start : start + 3] for start in range(0, len(text), 3)]
-        super().__init__(words=len(self.pieces), **options)
+        self.parts = [text[start : start + 3] for start in range(0, len(text), 3)]
+        super().__init__(words=len(self.parts), **options)
 
     def open_batch(self, slots):
         batch = super().open_batch(slots)
         step = batch.step
-        batch.step = lambda: [(reply, self.pieces[reply.completion_tokens - 1]) for reply, _ in step()]
+        batch.step = lambda: [(reply, self.parts[reply.completion_tokens - 1]) for reply, _ in step()]
         return batch
 
 
@@ -58,7 +58,7 @@ class Page:
         driver.get(run.url)
         driver.execute_script("localStorage.clear(); sessionStorage.clear()")
         driver.get(run.url)
-        self.wait(lambda: self.find("#model").text == "fake" or self.find("#door").is_displayed())
+        self.wait(lambda: self.find("#model").text == "fake" or self.find("#key-dialog").is_displayed())
 
     def find(self, selector: str):
         return self.driver.find_element("css selector", selector)
@@ -407,7 +407,7 @@ def test_errors_are_shown_and_the_question_comes_back(driver):
 def test_a_server_with_a_key_asks_for_it(driver):
     with running(FakeEngine(), fake_config(), KEY) as run:
         page = Page(driver, run)
-        page.wait(lambda: page.find("#door").is_displayed())
+        page.wait(lambda: page.find("#key-dialog").is_displayed())
         page.find("#key").send_keys(KEY + "\ue007")
         page.wait(lambda: page.find("#model").text == "fake")
         page.ask("hello")
@@ -472,8 +472,8 @@ def test_the_libraries_of_others_are_whole_and_have_their_licences_beside_them()
         file = PAGE_FOLDER / "vendor" / name
         assert hashlib.sha256(file.read_bytes()).hexdigest() == digest, name
         version = re.search(r"v?(\d+\.\d+\.\d+)", file.read_text(encoding="utf-8"))[1]
-        told = file.with_suffix(".LICENSE.txt").read_text(encoding="utf-8")
-        assert version in told and re.search("MIT|Apache", told)
+        licence = file.with_suffix(".LICENSE.txt").read_text(encoding="utf-8")
+        assert version in licence and re.search("MIT|Apache", licence)
 
 
 def test_both_languages_have_every_label():

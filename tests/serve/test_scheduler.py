@@ -30,7 +30,7 @@ def with_scheduler(engine, test, slots=2, queue=2, timeout=HANG_SECONDS):
 
 
 async def read(job: Job) -> str:
-    return "".join([progress.text async for progress in job.progress()])
+    return "".join([delta.text async for delta in job.deltas()])
 
 
 def prompt(text: str) -> list[int]:

@@ -87,13 +87,13 @@ def run_verb(name: str, place: Place, log: Path) -> tuple[int, str]:
 
 def digest(place: Place) -> str:
     """Of all that a verb is to leave, but for times and paths."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for root in (place.disk, place.roomy):
         for file in sorted(file for file in root.rglob("*") if file.is_file()):
             kept = file.suffix in (".safetensors", ".bin", ".gguf") or file.name in ("tokenizer.json", "config.json")
             if kept and "checkpoints" not in file.parts and file.parent.name != "models":
-                told.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
-    return told.hexdigest()
+                digest.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def unfinished(disk: Path) -> list[Path]:
@@ -117,8 +117,8 @@ def expected(given, tmp_path_factory) -> Callable[[str], tuple[str, int]]:
     def find(name: str) -> tuple[str, int]:
         if name not in known:
             place = make_place(tmp_path_factory.mktemp("whole"), given)
-            code, told = run_verb(name, place, place.roomy.parent / "log.txt")
-            assert code == 0, told
+            code, message = run_verb(name, place, place.roomy.parent / "log.txt")
+            assert code == 0, message
             pages = sum(-(-file.stat().st_size // 4096) * 4096 + 4096 for file in place.disk.rglob("*"))
             known[name] = digest(place), pages
         return known[name]
@@ -151,12 +151,12 @@ def remount(place: Place, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(place.disk)], check=True)
 
 
-def check_refusal(code: int, told: str, words: str) -> None:
+def check_refusal(code: int, message: str, words: str) -> None:
     # 2 where the run's own folder cannot be: another value for it helps.
-    assert code in (1, 2), told
-    assert "Traceback" not in told, told
-    errors = [line for line in told.splitlines() if "error: " in line]
-    assert len(errors) == 1 and words in errors[0], told
+    assert code in (1, 2), message
+    assert "Traceback" not in message, message
+    errors = [line for line in message.splitlines() if "error: " in line]
+    assert len(errors) == 1 and words in errors[0], message
 
 
 @pytest.mark.parametrize("share", [(2 * n + 1) / (2 * SIZES + 0.6) for n in range(SIZES)])
@@ -166,15 +166,15 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on_when_there_is_
 ):
     whole, needed = expected(name)
     place = mounted(max(4096, int(share * needed)))
-    code, told = run_verb(name, place, tmp_path / "log.txt")
+    code, message = run_verb(name, place, tmp_path / "log.txt")
     if code:
-        check_refusal(code, told, "No space left on device")
-        assert f"{place.disk}" in told or "models/tiny" in told
+        check_refusal(code, message, "No space left on device")
+        assert f"{place.disk}" in message or "models/tiny" in message
         assert not unfinished(place.disk)
         assert not (place.disk / "out").exists()
         remount(place, f"size={ROOM}")
-        code, told = run_verb(name, place, tmp_path / "log.txt")
-        assert code == 0, told
+        code, message = run_verb(name, place, tmp_path / "log.txt")
+        assert code == 0, message
     assert digest(place) == whole
 
 
@@ -187,6 +187,6 @@ def test_a_read_only_folder_is_one_sentence_and_the_same_command_goes_on_when_it
     remount(place, "ro")
     check_refusal(*run_verb(name, place, tmp_path / "log.txt"), "read-only file system")
     remount(place, "rw")
-    code, told = run_verb(name, place, tmp_path / "log.txt")
-    assert code == 0, told
+    code, message = run_verb(name, place, tmp_path / "log.txt")
+    assert code == 0, message
     assert digest(place) == whole

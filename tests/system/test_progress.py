@@ -21,34 +21,34 @@ def clock() -> Clock:
 
 
 def test_what_begins_is_told_at_once_and_then_every_minute_for_how_long_it_goes_on(clock):
-    told: list[str] = []
-    lines = Lines(told.append, clock)
+    lines_seen: list[str] = []
+    lines = Lines(lines_seen.append, clock)
     lines.begin("loading the base")
     for _ in range(150):
         clock.now += 1
         lines.look()
-    assert told == ["loading the base", "loading the base (1 min so far)", "loading the base (2 min so far)"]
+    assert lines_seen == ["loading the base", "loading the base (1 min so far)", "loading the base (2 min so far)"]
 
 
 def test_quick_steps_give_a_line_a_minute_which_is_the_newest(clock):
-    told: list[str] = []
-    lines = Lines(told.append, clock)
+    lines_seen: list[str] = []
+    lines = Lines(lines_seen.append, clock)
     for step in range(1, 601):
         clock.now += 0.5
         lines.update(f"step {step}", at_once=step in (1, 600))
-    assert told == ["step 1", "step 121", "step 241", "step 361", "step 481", "step 600"]
+    assert lines_seen == ["step 1", "step 121", "step 241", "step 361", "step 481", "step 600"]
 
 
 def test_a_step_of_minutes_is_told_when_it_ends_and_while_it_goes_on(clock):
-    told: list[str] = []
-    lines = Lines(told.append, clock, nothing_new="next step: {} so far")
+    lines_seen: list[str] = []
+    lines = Lines(lines_seen.append, clock, nothing_new="next step: {} so far")
     lines.update("step 1", at_once=True)
     for second in range(1, 301):
         clock.now += 1
         if second == 120:
             lines.update("step 2")
         lines.look()
-    assert told == [
+    assert lines_seen == [
         "step 1",
         "step 1 (next step: 1 min so far)",
         "step 2",

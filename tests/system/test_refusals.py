@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 
 from cqlora.cli import run_program
 from cqlora.errors import CqloraError, DiskError
-from cqlora.system.refusals import NoRoom, explain_os_error, find_os_error, require_space, told_as_sentence
+from cqlora.system.refusals import NoRoom, described_as_sentence, explain_os_error, find_os_error, require_space
 
 
 @pytest.mark.parametrize("code", sorted(errno.errorcode))
 def test_every_number_of_the_system_is_one_sentence_with_the_path(code):
-    told = str(explain_os_error(OSError(code, os.strerror(code), "/some/place")))
-    assert told.startswith("/some/place could not be ") and told.endswith(".") and "\n" not in told
+    message = str(explain_os_error(OSError(code, os.strerror(code), "/some/place")))
+    assert message.startswith("/some/place could not be ") and message.endswith(".") and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_full_disk_is_told_with_the_bytes_that_are_free_and_needed(tmp_path):
 
 
 def test_a_path_of_any_length_leaves_a_sentence_that_can_be_read(tmp_path):
-    with pytest.raises(DiskError) as caught, told_as_sentence():
+    with pytest.raises(DiskError) as caught, described_as_sentence():
         (tmp_path / ("x" * 300)).write_text("")
     assert "the name is too long" in str(caught.value) and len(str(caught.value)) < 300
 
@@ -54,23 +54,23 @@ def test_errors_of_rust_and_numpy_are_known_for_what_they_are_and_others_are_lef
     assert find_os_error(OSError("8192 requested and 5904 written")).errno == errno.ENOSPC
     for error in (ValueError("x"), CqloraError("it (os error 2)"), OSError("no number"), KeyError("a")):
         assert find_os_error(error) is None
-    with pytest.raises(ZeroDivisionError), told_as_sentence(Path("file")):
+    with pytest.raises(ZeroDivisionError), described_as_sentence(Path("file")):
         raise ZeroDivisionError
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_disk_that_takes_nothing_is_known_whoever_writes():
-    with pytest.raises(DiskError, match="No space left"), told_as_sentence(Path("file")):
+    with pytest.raises(DiskError, match="No space left"), described_as_sentence(Path("file")):
         Path("/dev/full").write_bytes(b"x")
-    with pytest.raises(DiskError, match="No space left"), told_as_sentence(Path("file")):
+    with pytest.raises(DiskError, match="No space left"), described_as_sentence(Path("file")):
         np.zeros(1 << 16).tofile("/dev/full")
 
 
 def test_what_lies_in_the_staging_folder_is_told_under_the_name_that_it_was_to_have(tmp_path):
-    with pytest.raises(DiskError) as caught, told_as_sentence(tmp_path / "out", tmp_path / ".out.partial"):
+    with pytest.raises(DiskError) as caught, described_as_sentence(tmp_path / "out", tmp_path / ".out.partial"):
         (tmp_path / ".out.partial" / "file").write_text("")
     assert str(caught.value).startswith(f"{tmp_path}/out could not be written")
-    with pytest.raises(DiskError) as caught, told_as_sentence(tmp_path / "out", tmp_path / ".out.partial"):
+    with pytest.raises(DiskError) as caught, described_as_sentence(tmp_path / "out", tmp_path / ".out.partial"):
         (tmp_path / "source").read_text()
     assert str(caught.value).startswith(f"{tmp_path}/source ")
 
@@ -83,6 +83,6 @@ def test_a_program_ends_with_the_sentence_and_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cqlora run"])
     with pytest.raises(SystemExit) as ended:
         run_program("config", dict, refuse)
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert ended.value.code == 1
-    assert told.startswith("error: /some/place ") and told.count("\n") == 1
+    assert message.startswith("error: /some/place ") and message.count("\n") == 1

@@ -29,10 +29,10 @@ def test_any_damage_to_any_file_is_found_and_the_one_before_is_taken(name, chang
         (newer / name).write_bytes(content[:-1])
     else:
         (newer / name).unlink()
-    told = []
-    assert store.find_newest(lambda folder, damage: told.append((folder, damage))) == older
-    assert [folder for folder, _ in told] == [newer]
-    assert told[0][1]
+    rejected = []
+    assert store.find_newest(lambda folder, damage: rejected.append((folder, damage))) == older
+    assert [folder for folder, _ in rejected] == [newer]
+    assert rejected[0][1]
 
 
 def test_a_staged_checkpoint_counts_for_nothing_and_the_next_clears_it(tmp_path):
@@ -98,9 +98,9 @@ def test_a_manifest_of_whatever_form_is_damage_and_follows_no_name_out_of_its_fo
     store = CheckpointStore(tmp_path, keep_last=3)
     older, newer = commit(store, 1), commit(store, 2)
     (newer / "manifest.json").write_text(manifest, encoding="latin-1")
-    told = []
-    assert store.find_newest(lambda folder, damage: told.append(damage)) == older
-    assert len(told) == 1 and "manifest.json" in told[0] and len(told[0]) < 200
+    rejected = []
+    assert store.find_newest(lambda folder, damage: rejected.append(damage)) == older
+    assert len(rejected) == 1 and "manifest.json" in rejected[0] and len(rejected[0]) < 200
 
 
 def test_what_lies_beside_the_checkpoints_is_left_alone_and_counts_for_nothing(tmp_path):

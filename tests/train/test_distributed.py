@@ -82,7 +82,7 @@ def record_steps(folder: Path, reference: Path | None = None) -> None:
     (folder / "steps").mkdir(parents=True, exist_ok=True)
 
     def accumulate(self: Trainer, *arguments):
-        name = f"steps/{self.progress.step}.pt"
+        name = f"steps/{self.counters.step}.pt"
         before = [whole(parameter).clone() for parameter in self._trainable]
         if reference is not None:
             for parameter, value in zip(self._trainable, torch.load(reference / name)["before"], strict=True):
@@ -217,10 +217,10 @@ def count_live_bytes() -> int:
     return sum(storages.values())
 
 
-def assert_half_is_held(told: str) -> None:
+def assert_half_is_held(log: str) -> None:
     """Two workers hold half the weights each, and from block to block as little as that."""
-    assert 0.49 < float(re.search(r"holds ([\d.]+) of the weights", told)[1]) < 0.51
-    live = [(int(before), int(after)) for before, after in re.findall(r"bytes (\d+) (\d+)", told)]
+    assert 0.49 < float(re.search(r"holds ([\d.]+) of the weights", log)[1]) < 0.51
+    live = [(int(before), int(after)) for before, after in re.findall(r"bytes (\d+) (\d+)", log)]
     blocks = live[:-1]
     assert len(blocks) == 2
     # The second block: what it brought, and what of it, and of its adapter, went to the other worker.
@@ -233,7 +233,7 @@ def die_in_step_6_on_rank_1() -> None:
     original = Trainer.accumulate
 
     def accumulate(self: Trainer, *arguments):
-        if self.progress.step == 5 and self.worker.rank == 1:
+        if self.counters.step == 5 and self.worker.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
@@ -253,8 +253,8 @@ def test_killed_and_resumed_with_dropout_two_workers_give_the_same_bits(layout, 
     assert losses(stopped) == losses(whole)
     assert adapter_sha256(stopped) == adapter_sha256(whole)
     assert_adapter_is_whole(config.model.path, whole)
-    for told in whole.glob("stderr*.txt") if layout is FSDP else []:
-        assert_half_is_held(told.read_text())
+    for log in whole.glob("stderr*.txt") if layout is FSDP else []:
+        assert_half_is_held(log.read_text())
 
 
 def assert_adapter_is_whole(base: str, folder: Path) -> None:

@@ -135,7 +135,7 @@ def ask_to_stop_in_step_4() -> None:
     original = cqlora.train.trainer.Trainer.accumulate
 
     def accumulate(self, *arguments):
-        if self.progress.step == 3:
+        if self.counters.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
@@ -184,8 +184,8 @@ def test_a_nan_is_skipped_recorded_and_never_reaches_the_disk(workspace, tmp_pat
 def test_nan_after_nan_stops_the_run_and_leaves_the_last_good_checkpoint(workspace, tmp_path):
     config = typed_run(workspace, "stage=pretrain", *SHORT, "stage.max_bad_steps=2")
     assert finish_run(config, tmp_path, plant_nan_from_step_5) == 1
-    told = (tmp_path / "stderr.txt").read_text()
-    assert "2 steps in a row were not finite" in told and "step-00000003 stands" in told
+    message = (tmp_path / "stderr.txt").read_text()
+    assert "2 steps in a row were not finite" in message and "step-00000003 stands" in message
     assert [folder.name for folder in CheckpointStore(tmp_path / "checkpoints", 2).committed()] == ["step-00000003"]
 
 
@@ -204,8 +204,8 @@ def small_disk(tmp_path: Path):
 def test_a_full_disk_is_a_named_error_and_leaves_the_last_checkpoint_whole(workspace, small_disk, uninterrupted):
     config = typed_run(workspace, "stage=pretrain", *SHORT, "stage.keep_last=9")
     assert finish_run(config, small_disk) == 1
-    told = (small_disk / "stderr.txt").read_text()
-    assert "could not be written" in told and "No space left on device" in told and "stands" in told
+    message = (small_disk / "stderr.txt").read_text()
+    assert "could not be written" in message and "No space left on device" in message and "stands" in message
     store = CheckpointStore(small_disk / "checkpoints", 9)
     newest = store.find_newest(lambda folder, damage: pytest.fail(f"{folder} is damaged: {damage}"))
     assert newest is not None

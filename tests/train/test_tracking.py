@@ -1,4 +1,4 @@
-"""The record always, trackers as asked, secrets nowhere."""
+"""metrics.jsonl always, trackers as asked, secrets nowhere."""
 
 import json
 import logging
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import load_frozen
+from cqlora.config.run_yaml import load_run_yaml
 from cqlora.config.schema import TrackingConfig
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
-    Record,
+    MetricsLog,
     describe_wandb,
     flatten,
     sweep_group,
@@ -203,15 +203,15 @@ def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweeper
         {"kind": "eval", "step": 7, "source": "zh", "language": "mixed", "loss": 4.0, "tokens": 50},
         {"kind": "eval", "step": 7, "source": "en", "language": "en", "loss": 6.0, "tokens": 50},
     ]
-    record = Record(tmp_path, [Tracker()])
+    metrics = MetricsLog(tmp_path, [Tracker()])
     for row in rows:
-        record.log(row)
-    record.log_mean(rows)
+        metrics.log(row)
+    metrics.log_mean(rows)
     assert logged[-1] == (7, {"eval/loss": pytest.approx((600 + 200 + 300) / 400)})
     assert read_final_loss(tmp_path) == pytest.approx(2.75)
     assert len(read_metrics(tmp_path)) == 3
     before = len(logged)
-    record.log_mean([])
+    metrics.log_mean([])
     assert len(logged) == before
 
 
@@ -231,5 +231,5 @@ def test_the_jobs_of_a_sweep_are_named_by_what_tells_them_apart(workspace, tmp_p
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
     arguments = [*SMALL, *paths, "stage=pretrain", "stage.max_steps=1", "lora.rank=2,4", f"hydra.sweep.dir={tmp_path}"]
     run_verb(workspace, "run", *[a for a in arguments if a != "lora.rank=4"], "--multirun")
-    names = [load_frozen(tmp_path / job / "run.yaml").tracking.name for job in "01"]
+    names = [load_run_yaml(tmp_path / job / "run.yaml").tracking.name for job in "01"]
     assert names == ["pretrain-tiny-0 lora.rank=2", "pretrain-tiny-1 lora.rank=4"]

@@ -31,16 +31,16 @@ PLAIN = ("stage=pretrain", "lora.dropout=0", "model.quantization=none", "stage.m
 def stock_losses(folder, packs):
     """Summed token losses and label tokens of packs, each document run alone through the stock model and loss."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    nats, labels = 0.0, 0
+    summed_loss, labels = 0.0, 0
     for pack in packs:
         for tokens, mask in split_documents(pack):
             with torch.no_grad():
                 logits = model(input_ids=tokens[None]).logits[0, :-1]
             taken = mask[1:]
             token_losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-            nats += float(token_losses[taken].double().sum())
+            summed_loss += float(token_losses[taken].double().sum())
             labels += int(taken.sum())
-    return nats, labels
+    return summed_loss, labels
 
 
 def split_documents(pack):
@@ -54,10 +54,10 @@ def test_the_first_step_records_the_stock_loss_over_the_label_tokens_of_the_glob
     assert finish_run(config, tmp_path) == 0
     cache = prepare_cache(config, read_base(config.model.path))
     order = StepOrder(len(cache.splits["train"]), 4, config.seed)
-    nats, labels = stock_losses(
+    summed_loss, labels = stock_losses(
         config.model.path, [cache.splits["train"].pack(pack) for pack in order.packs_of_step(0)]
     )
-    assert losses(tmp_path)[0][1] == pytest.approx(nats / labels, rel=1e-5)
+    assert losses(tmp_path)[0][1] == pytest.approx(summed_loss / labels, rel=1e-5)
 
 
 def test_evaluation_is_token_weighted_and_its_bits_per_character_are_those_of_the_documents(workspace, tmp_path):
@@ -68,13 +68,13 @@ def test_evaluation_is_token_weighted_and_its_bits_per_character_are_those_of_th
     assert {source.name for source in cache.sources} == set(first) == {"sample_zh", "sample_en"}
     for source_id, source in enumerate(cache.sources):
         packs = cache.splits["val"].packs_of(source_id, 0)
-        nats, labels = stock_losses(config.model.path, packs)
+        summed_loss, labels = stock_losses(config.model.path, packs)
         row = first[source.name]
         assert (row["language"], row["tokens"]) == (source.language, labels)
-        assert row["loss"] == pytest.approx(nats / labels, rel=1e-5)
-        assert row["perplexity"] == pytest.approx(math.exp(nats / labels), rel=1e-4)
+        assert row["loss"] == pytest.approx(summed_loss / labels, rel=1e-5)
+        assert row["perplexity"] == pytest.approx(math.exp(summed_loss / labels), rel=1e-4)
         characters = sum(sum(pack.characters) for pack in packs)
-        assert row["bits_per_character"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
+        assert row["bits_per_character"] == pytest.approx(summed_loss / math.log(2) / characters, rel=1e-5)
         assert row["bits_per_byte"] <= row["bits_per_character"]
 
 
@@ -228,8 +228,8 @@ def test_losses_of_a_source_in_two_languages_are_told_apart(workspace, tmp_path)
     assert {(group.name, group.language) for group in cache.sources} == {("text", "zh"), ("text", "en")}
     step = next(row for row in read_metrics(tmp_path / "run") if row["kind"] == "train")
     for group_id, group in enumerate(cache.sources):
-        nats, labels = stock_losses(config.model.path, cache.splits["train"].packs_of(group_id, 0))
-        assert step[f"loss/text/{group.language}"] == pytest.approx(nats / labels, rel=1e-4)
+        summed_loss, labels = stock_losses(config.model.path, cache.splits["train"].packs_of(group_id, 0))
+        assert step[f"loss/text/{group.language}"] == pytest.approx(summed_loss / labels, rel=1e-4)
     first = [row for row in evaluations(tmp_path / "run") if row["step"] == 0]
     named = [tracker_values(row) for row in first]
     assert {row["language"] for row in first} == {"zh", "en"}
@@ -268,9 +268,9 @@ def test_activations_are_recomputed_in_a_fresh_run_and_in_a_resumed_one(evaluate
     shutil.rmtree(folder / "checkpoints" / f"step-{steps:08d}")
     assert finish_run(config, folder, tell_block_forwards) == 0
     assert "resumed" in events(folder)
-    told = re.findall(r"block forwards (\d+)", (folder / "stderr.txt").read_text())
+    lines = re.findall(r"block forwards (\d+)", (folder / "stderr.txt").read_text())
     # Each block runs once forward and once more in the backward pass.
-    assert [int(count) for count in told] == [2 * layers * packs * steps, 2 * layers * packs * (steps - 2)]
+    assert [int(count) for count in lines] == [2 * layers * packs * steps, 2 * layers * packs * (steps - 2)]
 
 
 def plant_nan_in_every_step() -> None:

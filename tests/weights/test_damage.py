@@ -73,17 +73,17 @@ def one_sentence() -> Iterator[list[str]]:
     def stop(*_: object) -> None:
         raise AssertionError(f"more than {SECONDS} s")
 
-    told: list[str] = []
+    sentences: list[str] = []
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        yield told
+        yield sentences
     except CqloraError as error:
-        told.append(str(error))
+        sentences.append(str(error))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert all("\n" not in sentence and len(sentence) < 1500 for sentence in told), told
+    assert all("\n" not in sentence and len(sentence) < 1500 for sentence in sentences), sentences
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,9 @@ def test_a_damaged_base_merges_to_the_same_or_not_at_all(file, how, models, tmp_
         base = damaged(models, "base", tmp_path / "scratch")
         damage(base / file, how, number)
         output = tmp_path / f"out{number}"
-        with one_sentence() as told:
+        with one_sentence() as sentences:
             merge(base, output, models / "adapter")
-        if told:
+        if sentences:
             assert not output.exists()
         elif file != "generation_config.json":
             assert {key: read_card(output)[key] for key in right if key.endswith("sha256")} == {
@@ -140,9 +140,9 @@ def test_a_damaged_adapter_merges_to_the_same_or_not_at_all(file, how, models, t
         adapter = damaged(models, "adapter", tmp_path / "scratch")
         damage(adapter / file, how, number)
         output = tmp_path / f"out{number}"
-        with one_sentence() as told:
+        with one_sentence() as sentences:
             merge(models / "base", output, adapter)
-        if not told:
+        if not sentences:
             weights = (output / "model.safetensors").read_bytes()
             assert weights == (models / "merged" / "model.safetensors").read_bytes()
 
@@ -228,9 +228,9 @@ def test_an_array_of_2_to_the_40_in_a_gguf_file_is_refused_by_what_is_left_of_th
     key = b"tokenizer.ggml.tokens"
     place = content.index(key) + len(key) + 8
     (tmp_path / "model.gguf").write_bytes(content[:place] + (2**40).to_bytes(8, "little") + content[place + 8 :])
-    with one_sentence() as told:
+    with one_sentence() as sentences:
         GgufModel(tmp_path / "model.gguf")
-    assert "promises 1,099,511,627,776 things" in told[0]
+    assert "promises 1,099,511,627,776 things" in sentences[0]
 
 
 @pytest.mark.parametrize(
@@ -240,17 +240,17 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(name, models, tmp_path
     base = damaged(models, "base", tmp_path / "scratch")
     (base / name).unlink()
     os.mkfifo(base / name)
-    with one_sentence() as told:
+    with one_sentence() as sentences:
         merge(base, tmp_path / "out", models / "adapter")
-    assert told and not (tmp_path / "out").exists()
+    assert sentences and not (tmp_path / "out").exists()
 
 
 def test_a_pipe_beside_the_model_is_left_where_it_is(models, tmp_path):
     base = damaged(models, "base", tmp_path / "scratch")
     os.mkfifo(base / "pipe.txt")
-    with one_sentence() as told:
+    with one_sentence() as sentences:
         merge(base, tmp_path / "out", models / "adapter")
-    assert not told and not (tmp_path / "out" / "pipe.txt").exists()
+    assert not sentences and not (tmp_path / "out" / "pipe.txt").exists()
 
 
 def test_extending_a_tokenizer_of_more_tokens_than_rows_is_one_sentence(models, tmp_path):
@@ -267,6 +267,6 @@ def test_extending_a_tokenizer_of_more_tokens_than_rows_is_one_sentence(models, 
 def test_a_gguf_tokenizer_is_written_or_refused_with_all_its_columns(models, tmp_path):
     model = GgufModel(models / "model.gguf")
     model._fields.pop("tokenizer.ggml.merges")
-    with one_sentence() as told:
+    with one_sentence() as sentences:
         write_gguf_tokenizer(model, tmp_path)
-    assert "tokenizer.ggml.merges" in told[0]
+    assert "tokenizer.ggml.merges" in sentences[0]

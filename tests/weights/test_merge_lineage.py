@@ -187,9 +187,9 @@ def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_told_and_a_d
     assert not plan(own, adapter).notes
     (own / "generation_config.json").write_text('{"top_p": 0.8}')
     (own / "chat_template.jinja").unlink()
-    told = plan(own, adapter).notes
-    assert len(told) == 2 and all("was changed after" in note for note in told)
-    assert "chat_template.jinja" in told[0] and "generation_config.json" in told[1]
+    notes = plan(own, adapter).notes
+    assert len(notes) == 2 and all("was changed after" in note for note in notes)
+    assert "chat_template.jinja" in notes[0] and "generation_config.json" in notes[1]
     (own / "generation_config.json").write_bytes(b'{"top_p": 0.8')
     with pytest.raises(ModelError, match=r"generation_config\.json"):
         plan(own, adapter)

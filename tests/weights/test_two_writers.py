@@ -53,10 +53,10 @@ def write(verb: str, base: Path, given: Path, output: Path, gate: Barrier, log: 
 
 
 def digest(folder: Path) -> str:
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        told.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return told.hexdigest()
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,10 @@ def test_the_folder_is_whole_and_of_one_of_two_writers_and_the_other_is_told(
             child.start()
         for child in children:
             child.join(120)
-        codes, told = [child.exitcode for child in children], [log.read_text() for log in logs]
-        assert sorted(codes) == [0, 1], told
+        codes, logs_read = [child.exitcode for child in children], [log.read_text() for log in logs]
+        assert sorted(codes) == [0, 1], logs_read
         assert digest(parent / "out") == alone[codes.index(0)], "the folder is not the one that its writer makes"
-        loser = told[codes.index(1)]
+        loser = logs_read[codes.index(1)]
         assert loser.startswith("error: ") and loser.count("\n") == 1
         assert "another process is writing" in loser or "already there" in loser
         assert [path.name for path in parent.iterdir()] == ["out"]

@@ -1,4 +1,4 @@
-"""BELLE in all its formats, and other instruction rows such as Alpaca's, told apart by their shape.
+"""BELLE in all its formats, and other instruction rows such as Alpaca's, recognised by their shape.
 
 Formats as the data sets' own cards describe them (https://github.com/LianjiaTech/BELLE, data/).
 """

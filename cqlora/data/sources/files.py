@@ -73,8 +73,8 @@ def first_characters(stream: IO[bytes]) -> str:
     """The first two characters of a file that are neither white space nor a byte-order mark."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
     found = ""
-    while len(found) < 2 and (chunk := text.read(4096)):
-        found += "".join(chunk.split())[:2]
+    while len(found) < 2 and (start := text.read(4096)):
+        found += "".join(start.split())[:2]
     return found[:2]
 
 
@@ -120,10 +120,10 @@ class ArrayText:
 
     def grow(self) -> bool:
         """Read on, and forget what lies behind; False at the end of the file."""
-        chunk = self.stream.read(_CHUNK_CHARACTERS)
-        if chunk:
-            self.buffer, self.position = self.buffer[self.position :] + chunk, 0
-        return bool(chunk)
+        read = self.stream.read(_CHUNK_CHARACTERS)
+        if read:
+            self.buffer, self.position = self.buffer[self.position :] + read, 0
+        return bool(read)
 
     def take_element(self) -> Any:
         """The value that begins here."""

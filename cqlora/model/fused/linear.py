@@ -62,9 +62,9 @@ class _FusedForward:
     """What the fused classes share; the stock forward is next in line."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not acts_alone(self):
+        if args or kwargs or not has_one_unmerged_adapter(self):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        layer = LowRankLinear.of_layer(self)
+        layer = AdaptedMatrix.of_layer(self)
         return _LoraLinear.apply(cast_input(x), layer.a, layer.b, layer)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -79,7 +79,7 @@ class FusedLinear4bit(_FusedForward, lora.Linear4bit):  # type: ignore[misc]
 _FUSED: dict[type, Any] = {lora.Linear: FusedLinear, lora.Linear4bit: FusedLinear4bit}
 
 
-def acts_alone(layer: Any) -> bool:
+def has_one_unmerged_adapter(layer: Any) -> bool:
     """Whether a fused layer, as it stands now, is a frozen matrix and its one adapter."""
     return (
         _is_plain(layer)
@@ -97,7 +97,7 @@ def cast_input(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankLinear:
+class AdaptedMatrix:
     """A frozen matrix W (out, in) and a low-rank one on top, as plain arithmetic outside autograd."""
 
     base: nn.Linear
@@ -108,7 +108,7 @@ class LowRankLinear:
     scale: float
 
     @classmethod
-    def of_layer(cls, layer: Any) -> "LowRankLinear":
+    def of_layer(cls, layer: Any) -> "AdaptedMatrix":
         """The arithmetic of a fused layer's only adapter."""
         (name,) = layer.lora_A
         return cls(layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
@@ -145,7 +145,7 @@ class LowRankLinear:
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: LowRankLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: AdaptedMatrix) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         output, inner = layer.multiply(flat)
         ctx.layer = layer

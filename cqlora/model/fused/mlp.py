@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cqlora.model.fused.linear import FusedLinear, FusedLinear4bit, LowRankLinear, acts_alone, cast_input
+from cqlora.model.fused.linear import AdaptedMatrix, FusedLinear, FusedLinear4bit, cast_input, has_one_unmerged_adapter
 
 
 def fuse_mlps(model: nn.Module) -> int:
@@ -37,10 +37,10 @@ class FusedMLP(LlamaMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
-        if not all(acts_alone(layer) for layer in layers):
+        if not all(has_one_unmerged_adapter(layer) for layer in layers):
             return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
         x = cast_input(x)
-        gate, up, down = (LowRankLinear.of_layer(layer) for layer in layers)
+        gate, up, down = (AdaptedMatrix.of_layer(layer) for layer in layers)
         product, inner = _GatedProduct.apply(  # type: ignore[no-untyped-call]
             x, gate.a, gate.b, up.a, up.b, down.a, gate, up, down
         )
@@ -58,28 +58,28 @@ class _GatedProduct(torch.autograd.Function):
         gate, up, down = ctx.layers = arguments[5:]
         ctx.shape = x.shape
         flat = x.reshape(-1, x.shape[-1])
-        gated, inner_gate = gate.multiply(flat)
-        raised, inner_up = up.multiply(flat)
-        product = F.silu(gated).mul_(raised)
-        ctx.save_for_backward(flat, gated, raised, inner_gate, inner_up)
+        gate_output, inner_gate = gate.multiply(flat)
+        up_output, inner_up = up.multiply(flat)
+        product = F.silu(gate_output).mul_(up_output)
+        ctx.save_for_backward(flat, gate_output, up_output, inner_gate, inner_up)
         return product, product @ down.a.to(product.dtype).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_product: Tensor, grad_inner: Tensor) -> tuple[Tensor | None, ...]:
-        x, gated, raised, inner_gate, inner_up = ctx.saved_tensors
+        x, gate_output, up_output, inner_gate, inner_up = ctx.saved_tensors
         gate, up, down = ctx.layers
-        active = F.silu(gated)
-        grad_down_a = (grad_inner.T @ (active * raised)).to(down.a.dtype)
+        active = F.silu(gate_output)
+        grad_down_a = (grad_inner.T @ (active * up_output)).to(down.a.dtype)
         grad_product = torch.addmm(grad_product, grad_inner, down.a.to(grad_inner.dtype))
-        grad_raised = active.mul_(grad_product)
-        grad_gated = torch.ops.aten.silu_backward(grad_product.mul_(raised), gated)
-        *grads_up, grad_inner_up = up.adapter_gradients(grad_raised, x, inner_up)
-        *grads_gate, grad_inner_gate = gate.adapter_gradients(grad_gated, x, inner_gate)
+        grad_up = active.mul_(grad_product)
+        grad_gate = torch.ops.aten.silu_backward(grad_product.mul_(up_output), gate_output)
+        *grads_up, grad_inner_up = up.adapter_gradients(grad_up, x, inner_up)
+        *grads_gate, grad_inner_gate = gate.adapter_gradients(grad_gate, x, inner_gate)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = up.add_input_gradient(grad_raised, grad_inner_up)
-            grad_x = gate.add_input_gradient(grad_gated, grad_inner_gate, grad_x).view(ctx.shape)
+            grad_x = up.add_input_gradient(grad_up, grad_inner_up)
+            grad_x = gate.add_input_gradient(grad_gate, grad_inner_gate, grad_x).view(ctx.shape)
         return grad_x, *grads_gate, *grads_up, grad_down_a, None, None, None
 
 
@@ -87,7 +87,7 @@ class _FrozenProduct(torch.autograd.Function):
     """`added` + x W^T with the frozen W of a layer, keeping nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, added: Tensor, layer: LowRankLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, added: Tensor, layer: AdaptedMatrix) -> Tensor:
         ctx.layer = layer
         output = torch.addmm(added, x, layer.dense(x.dtype).T)
         return output if layer.base.bias is None else output.add_(layer.base.bias)

@@ -13,7 +13,7 @@ export async function fetchModel(key) {
   return (await response.json()).data[0];
 }
 
-// Calls `onText` with each piece of the reply; resolves to {finishReason, tokens}.
+// Calls `onText` with each delta of the reply; resolves to {finishReason, tokens}.
 export async function streamReply(request, key, signal, onText) {
   const response = await fetch("/v1/chat/completions", {
     method: "POST",

@@ -187,7 +187,7 @@ function say(text, bad = false) {
 }
 
 function askForKey() {
-  if (!byId("door").open) byId("door").showModal();
+  if (!byId("key-dialog").open) byId("key-dialog").showModal();
 }
 
 function openChat(opened) {
@@ -206,7 +206,7 @@ function fitWords() {
   words.style.height = `${Math.min(words.scrollHeight + 2, 220)}px`;
 }
 
-byId("door").addEventListener("close", () => {
+byId("key-dialog").addEventListener("close", () => {
   key = byId("key").value;
   sessionStorage.setItem("cqlora-key", key);
   connect();
@@ -227,7 +227,7 @@ words.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !composing(event) && !byId("door").open && !closePanels()) speaking?.abort();
+  if (event.key === "Escape" && !composing(event) && !byId("key-dialog").open && !closePanels()) speaking?.abort();
 });
 
 setUpSettings();

@@ -13,7 +13,7 @@ from cqlora.vocab.config import VocabConfig
 from cqlora.weights.convert import convert
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_write import write_gguf
-from cqlora.weights.rope import read_rope
+from cqlora.weights.rotary import read_rope
 from tests.weights.meta_reference import Shape, random_state, write_checkpoint, write_pieces
 
 

@@ -48,21 +48,21 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        door = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"host={host} is no address ({error.strerror}); give host=127.0.0.1.") from error
     try:
-        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        door.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
-        door.close()
+        listener.close()
         raise ConfigError(
             f"host={host} port={port} cannot be listened on ({error.strerror}); give another port=, or 0."
         ) from error
-    return door
+    return listener
 
 
-def url_of(door: socket.socket) -> str:
+def url_of(listener: socket.socket) -> str:
     """The address as a browser takes it."""
-    host, port = door.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -17,7 +17,7 @@ STATE_BYTES = 256
 """Room for a matrix's quant_state, JSON whose length depends on a number in it: blanks fill it up."""
 
 
-def write_snapshot(folder: Path, source: TensorSource, form: Nf4Format, max_shard_size: int) -> dict[str, str]:
+def write_nf4_folder(folder: Path, source: TensorSource, form: Nf4Format, max_shard_size: int) -> dict[str, str]:
     """Write `source` with its blocks' matrices in NF4, quantised from its own 16-bit numbers, one at a time.
 
     Returns:
@@ -69,7 +69,7 @@ def stored_specs(spec: TensorSpec, form: Nf4Format) -> Iterator[TensorSpec]:
     yield TensorSpec(f"{spec.name}.quant_state.bitsandbytes__nf4", "U8", (STATE_BYTES,))
 
 
-def snapshot_config(config: dict[str, Any], form: Nf4Format) -> dict[str, Any]:
+def nf4_folder_config(config: dict[str, Any], form: Nf4Format) -> dict[str, Any]:
     """The model's config.json with what transformers needs to read the folder."""
     dtype = str(form.dtype).removeprefix("torch.")
     quantization = {

@@ -1,4 +1,4 @@
-"""Pieces of at most a sequence's length: their tokens, their label masks, and how much text they cover."""
+"""Chunks of at most a sequence's length: their tokens, their label masks, and how much text they cover."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ import numpy as np
 
 @dataclass(slots=True)
 class EncodedBatch:
-    """Pieces of several records, one after another."""
+    """Chunks of several records, one after another."""
 
     tokens: np.ndarray
     """uint16 or uint32 (tokens,)."""
     labels: np.ndarray
     """uint8 (tokens,): 1 where the token is predicted and counted."""
     lengths: np.ndarray
-    """uint32 (pieces,): tokens of each piece."""
+    """uint32 (chunks,): tokens of each chunk."""
     label_tokens: np.ndarray
-    """uint32 (pieces,)."""
+    """uint32 (chunks,)."""
     characters: np.ndarray
-    """uint32 (pieces,): characters of the text under a piece's labels."""
+    """uint32 (chunks,): characters of the text under a chunk's labels."""
     utf8_bytes: np.ndarray
-    """uint32 (pieces,)."""
+    """uint32 (chunks,)."""
     records: np.ndarray
-    """uint32 (pieces,): which record of the batch a piece is cut from."""
+    """uint32 (chunks,): which record of the batch a chunk is cut from."""
     counts: Counter[str] = field(default_factory=Counter)
     han_tokens: int = 0
     """Tokens that cover a Han character, in the records that were measured."""
@@ -34,7 +34,7 @@ class EncodedBatch:
 
 
 @dataclass(slots=True)
-class Pieces:
+class Chunks:
     """Grows while a batch is encoded."""
 
     tokens: list[Sequence[int]] = field(default_factory=list)
@@ -47,12 +47,12 @@ class Pieces:
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: int, ids: Sequence[int], labels: bytes, characters: int, utf8_bytes: int) -> None:
-        """One piece; its first token has nothing before it and is never a label."""
+        """One chunk; its first token has nothing before it and is never a label."""
         label_tokens = labels.count(1)
         if labels[0]:
-            raise AssertionError("a piece's first token cannot be a label")
+            raise AssertionError("a chunk's first token cannot be a label")
         if not label_tokens:
-            self.counts["pieces without a label left out"] += 1
+            self.counts["chunks without a label left out"] += 1
             return
         self.tokens.append(ids)
         self.labels.extend(labels)
@@ -77,19 +77,19 @@ class Pieces:
         )
 
 
-def cut_points(tokens: int, capacity: int) -> list[tuple[int, int]]:
-    """Consecutive (start, end) of at most `capacity` tokens; none of one token, which could train nothing."""
-    cuts = list(range(0, tokens, capacity))
-    if len(cuts) > 1 and tokens - cuts[-1] == 1 and capacity > 1:
+def cut_points(tokens: int, sequence_length: int) -> list[tuple[int, int]]:
+    """Consecutive (start, end) of at most `sequence_length` tokens; none of one token, which could train nothing."""
+    cuts = list(range(0, tokens, sequence_length))
+    if len(cuts) > 1 and tokens - cuts[-1] == 1 and sequence_length > 1:
         cuts[-1] -= 1
     return list(zip(cuts, [*cuts[1:], tokens], strict=True))
 
 
 def join_batches(first: EncodedBatch, second: EncodedBatch) -> EncodedBatch:
-    """The pieces of both in the order of their records."""
+    """The chunks of both in the order of their records."""
     order = np.argsort(np.concatenate([first.records, second.records]), kind="stable")
 
-    def by_piece(name: str) -> np.ndarray:
+    def by_chunk(name: str) -> np.ndarray:
         column: np.ndarray = np.concatenate([getattr(first, name), getattr(second, name)])
         return column[order]
 
@@ -101,10 +101,10 @@ def join_batches(first: EncodedBatch, second: EncodedBatch) -> EncodedBatch:
     return EncodedBatch(
         tokens=by_token("tokens"),
         labels=by_token("labels"),
-        lengths=by_piece("lengths"),
-        label_tokens=by_piece("label_tokens"),
-        characters=by_piece("characters"),
-        utf8_bytes=by_piece("utf8_bytes"),
-        records=by_piece("records"),
+        lengths=by_chunk("lengths"),
+        label_tokens=by_chunk("label_tokens"),
+        characters=by_chunk("characters"),
+        utf8_bytes=by_chunk("utf8_bytes"),
+        records=by_chunk("records"),
         counts=first.counts + second.counts,
     )
