@@ -219,15 +219,12 @@ def test_a_model_of_another_kind_is_refused_and_nothing_is_written(how, words, b
     assert {each.name for each in tmp_path.iterdir()} == {"chat"}
 
 
-def test_another_width_is_refused(base, tmp_path):
-    wide = write_tiny_base(tmp_path / "wide", tied=False)
-    state = {name: tensor for name, tensor in tensors(wide).items() if name != "model.norm.weight"}
-    config = json.loads((base / "config.json").read_text())
-    if config["tie_word_embeddings"]:
-        return
-    save_file(state | {"extra.weight": torch.zeros(3, 3)}, wide / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"has no model\.norm\.weight|does not match"):
-        merge(base, tmp_path / "merged", (wide, base, 1.0))
+def test_a_model_with_a_tensor_more_is_refused(base, tmp_path):
+    chat = copy_of(base, tmp_path / "chat", 2)
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    save_file(tensors(chat) | bias, chat / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"q_proj\.bias does not match"):
+        merge(base, tmp_path / "merged", (chat, base, 1.0))
 
 
 def test_the_verb_takes_a_difference_as_text_and_as_a_mapping(base, tmp_path):
