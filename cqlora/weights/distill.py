@@ -173,14 +173,17 @@ def sample_evenly(texts: Iterator[str], count: int, generator: random.Random) ->
 
 
 def align(old: Encoding, new: Encoding, first_row: int) -> Window | None:
-    """Where both segmentations of one text have read the same characters; None where no new token is in it."""
-    if all(token_id < first_row for token_id in new.ids):
-        return None
+    """Where both segmentations of one text have read the same characters.
+
+    None where no new token is in it, or they meet but once, so that no token follows a place where they do.
+    """
     # Of tokens that share a character's bytes the last one completes it.
     ends_of_old, ends_of_new = (
         {end: place for place, (_, end) in enumerate(encoding.offsets) if end} for encoding in (old, new)
     )
     meeting = sorted(ends_of_old.keys() & ends_of_new.keys())
+    if len(meeting) < 2 or all(token_id < first_row for token_id in new.ids):
+        return None
     return Window(old.ids, new.ids, [(ends_of_old[end], ends_of_new[end]) for end in meeting])
 
 

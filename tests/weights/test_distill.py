@@ -95,7 +95,8 @@ def test_segmentations_meet_where_both_have_read_the_same_characters(base, disti
     assert window.ends[-1] == (len(window.old_ids) - 1, len(window.new_ids) - 1)
     for old, new in window.ends:
         assert before.decode(window.old_ids[: old + 1]) == after.decode(window.new_ids[: new + 1])
-    assert align(before.encode("The"), after.encode("The"), 10**6) is None
+    assert align(before.encode(TEXT), after.encode(TEXT), 10**6) is None
+    assert align(before.encode("长"), after.encode("长"), 0) is None
 
 
 def test_a_new_token_with_the_row_of_the_old_one_that_it_stands_for_is_read_the_same(base):
