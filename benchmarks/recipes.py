@@ -181,10 +181,10 @@ def train_with_cqlora(
 def characters_per_token(run: Path) -> float:
     """Of the text that a run trains on."""
     from cqlora.base import read_base
-    from cqlora.config.run_yaml import load_frozen
+    from cqlora.config.run_yaml import load_run_yaml
     from cqlora.data.cache import prepare_cache
 
-    config = load_frozen(run / "run.yaml")
+    config = load_run_yaml(run / "run.yaml")
     sources = prepare_cache(config, read_base(config.model.path)).summary["sources"].values()
     return sum(each["characters"] for each in sources) / sum(each["tokens"] for each in sources)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.base import read_card
-from cqlora.config.run_yaml import load_frozen
+from cqlora.config.run_yaml import load_run_yaml
 from cqlora.system.metrics import read_metrics
 from cqlora.system.pages import write_between_markers
 
@@ -88,7 +88,7 @@ def choose_data(stage: str) -> str:
 def evaluate(options: argparse.Namespace, models: list[str]) -> dict[str, Any]:
     """Held-out text of the pretraining run, the probe and generations of the base and after each stage."""
     file = options.folder / "evaluation.json"
-    data = load_frozen(options.folder / "pretrain" / "run.yaml").data
+    data = load_run_yaml(options.folder / "pretrain" / "run.yaml").data
     call("evaluate", f"models=[{','.join(models)}]", f"data={choose_data('pretrain')}", f"output={file}",
          f"data.val_fraction={data.val_fraction}")  # fmt: skip
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def share_in_language(model: dict[str, Any], language: str) -> str:
 
 def write_card(merged: Path, adapter: Path, table: str) -> str:
     """The model card: what it was made of and how, what it scores, what it is not for."""
-    runs = {stage: load_frozen(adapter.parent.parent / stage / "run.yaml") for stage in STAGES}
+    runs = {stage: load_run_yaml(adapter.parent.parent / stage / "run.yaml") for stage in STAGES}
     told = [
         f"- {stage}: data={run.data.name}, {run.stage.max_steps} steps of {run.stage.global_batch_size} × "
         f"{run.stage.sequence_length} tokens, LoRA rank {run.lora.rank}, learning rate {run.stage.learning_rate:g}"
