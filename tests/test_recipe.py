@@ -36,7 +36,8 @@ def test_the_table_has_a_column_for_the_base_and_for_each_stage():
 
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
 def test_both_stages_are_trained_evaluated_and_merged_with_a_card(tmp_path):
-    make = [sys.executable, "-m", "cqlora.prepare", "stage=pretrain", "model=tiny", f"data.cache_dir={tmp_path}/cache"]
+    make = [sys.executable, "-m", "cqlora.prepare", "stage=pretrain", "model=tiny", f"data.cache_dir={tmp_path}/cache",
+            "model.max_position_embeddings=4096"]  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "CQLORA_DATA"} | {"PYTHONPATH": str(ROOT)}
     script = [
         sys.executable, str(ROOT / "scripts" / "recipe.py"), "--minutes", "0.05", "--base", "models/tiny", "--model",

@@ -101,7 +101,7 @@ def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
 def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(tmp_path):
-    base = write_tiny_base(tmp_path / "base", tied=True)
+    base = write_tiny_base(tmp_path / "base", tied=True, positions=4096)
     files = [SAMPLE_DIR / f"sample_{language}" / "train.jsonl" for language in ("zh", "en")]
     command = [
         sys.executable, str(ROOT / "benchmarks" / "recipes.py"), str(base), *map(str, files), "--smoke", "--budget",
