@@ -25,6 +25,7 @@ VERBS = {
     "prepare": "build a run's token cache and say what is in it",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
+    "report": "one HTML page of a run, a sweep or several runs",
 }
 
 _FLAGS_WITH_VALUE = {

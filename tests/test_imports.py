@@ -22,7 +22,7 @@ ARROWS = {
     "extend": {"cli", "config", "errors", "vocab", "weights"},
     "fetch": {"base", "cli", "config", "weights"},
     "inference": {"architectures", "base", "config", "data", "errors", "system", "weights"},
-    "launch": {"architectures", "base", "config", "data", "errors", "plan", "random_base", "system", "train"},
+    "launch": {"architectures", "base", "config", "data", "errors", "plan", "random_base", "report", "system", "train"},
     "lineage": {"base", "errors", "system"},
     "merge": {"cli", "config", "errors", "launch", "system", "weights"},
     "model": {"architectures", "base", "config", "errors", "lineage", "system"},
@@ -30,6 +30,8 @@ ARROWS = {
     "plan.__main__": {"cli", "config", "errors", "launch", "plan"},
     "prepare": {"architectures", "cli", "config", "data", "random_base", "system"},
     "random_base": {"base", "config", "data", "errors", "model"},
+    "report": {"base", "config", "errors", "plan", "serve", "system"},
+    "report.__main__": {"cli", "errors", "report", "serve"},
     "run": {"cli", "config", "errors", "launch", "system"},
     "serve": {"engine", "engine_config", "errors", "inference", "system"},
     "serve.__main__": {"cli", "errors", "serve"},
@@ -38,8 +40,8 @@ ARROWS = {
     "vocab": {"base", "config", "data", "errors", "system"},
     "weights": {"architectures", "base", "config", "data", "errors", "lineage", "model", "system", "vocab"},
 }
-"""Room → the rooms that it imports. A room is a package, or a module beside them; a verb is one too, `plan` and
-`serve` by their `__main__`."""
+"""Room → the rooms that it imports. A room is a package, or a module beside them; a verb is one too, `plan`, `report`
+and `serve` by their `__main__`."""
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets"}
 WITH_TORCH = {"engine", "inference", "model", "train", "vocab", "weights", "system.shards"}
@@ -54,7 +56,7 @@ def name_of(file: Path) -> str:
 def room_of(module: str) -> str:
     """The room that a module stands in; `cqlora` itself is none."""
     first, *rest = module.split(".")[1:] or [""]
-    return f"{first}.__main__" if rest == ["__main__"] and first in ("plan", "serve") else first
+    return f"{first}.__main__" if rest == ["__main__"] and first in ("plan", "report", "serve") else first
 
 
 def imports_of(file: Path, at_import_only: bool = False) -> set[str]:

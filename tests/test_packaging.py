@@ -42,9 +42,9 @@ def test_a_wheel_holds_every_group_file_the_sample_and_the_page(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"cqlora/{name}" for name in EXPECTED} <= names
     assert {f"cqlora/data/sample/sample_zh/{split}.jsonl" for split in ("train", "val", "test")} <= names
-    page = [file for file in (ROOT / "cqlora" / "serve" / "page").rglob("*") if file.is_file()]
-    assert {file.relative_to(ROOT).as_posix() for file in page} <= names
-    assert "cqlora/serve/page/vendor/purify.LICENSE.txt" in names
+    pages = [file for room in ("serve", "report") for file in (ROOT / "cqlora" / room / "page").rglob("*")]
+    assert {file.relative_to(ROOT).as_posix() for file in pages if file.is_file()} <= names
+    assert {"cqlora/serve/page/vendor/purify.LICENSE.txt", "cqlora/report/page/vendor/echarts.LICENSE.txt"} <= names
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 

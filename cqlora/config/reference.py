@@ -33,6 +33,7 @@ SCHEMAS = {
     "merge": ("cqlora.merge", "MergeConfig"),
     "chat": ("cqlora.chat", "ChatConfig"),
     "serve": ("cqlora.serve.config", "ServeConfig"),
+    "report": ("cqlora.report.config", "ReportConfig"),
 }
 """Verb → where its schema is."""
 
@@ -162,7 +163,7 @@ def render_page(language: str, meanings: dict[str, str]) -> str:
     about = _CHINESE_ABOUT if chinese else _ENGLISH_ABOUT
     head = "| 键 | 类型 | 默认值 | 含义 |" if chinese else "| key | type | default | meaning |"
     parts = [title, about]
-    for verb in ("run", "plan", "convert", "extend", "merge", "chat", "serve", "fetch"):
+    for verb in ("run", "plan", "convert", "extend", "merge", "chat", "serve", "report", "fetch"):
         entries = list(list_entries(load_schema(verb)))
         if verb == "plan":
             run = {entry.key for entry in list_entries(load_schema("run"))}

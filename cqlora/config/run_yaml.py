@@ -1,5 +1,7 @@
 """run.yaml: the settled configuration of a run, which workers and later commands read instead of composing again."""
 
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from cqlora.system.refusals import described_as_sentence
 RUN_FILE = "run.yaml"
 STAGED_FILE = ".run.yaml.staging"
 """What workers read of a run that nobody has accepted yet."""
+LOCK_FILE = ".lock"
+"""Locked for as long as a run is going on in its folder."""
 _STAGES: dict[str, type] = {"pretrain": PretrainConfig, "sft": SftConfig}
 
 _DAMAGES = (ConfigError, OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
@@ -77,5 +81,13 @@ def describe_reason(error: Exception) -> str:
 
 def describe_config(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain nested values, for trackers and comparisons."""
-    container: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return dict(container)
+    return {key: to_plain(value) for key, value in asdict(config).items()}
+
+
+def to_plain(value: Any) -> Any:
+    """A value with the names of choices in their place, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: to_plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [to_plain(each) for each in value]
+    return value.name if isinstance(value, Enum) else value

@@ -11,11 +11,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from cqlora.config.run_yaml import RUN_FILE, STAGED_FILE
+from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, STAGED_FILE
 from cqlora.errors import ConfigError
 from cqlora.launch.processes import WORKERS_FOLDER
 
-LOCK_FILE = ".lock"
 SWEEP_FILE = "multirun.yaml"
 
 _missing: set[Path] = set()

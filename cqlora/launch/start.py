@@ -12,6 +12,7 @@ from cqlora.launch.preflight import check_run
 from cqlora.launch.processes import run_workers
 from cqlora.launch.run_folder import hold_run_folder
 from cqlora.launch.settle import look_around, settle
+from cqlora.report.page import conclude
 from cqlora.system.metrics import mean_loss, read_metrics
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,10 @@ def launch(config: RunConfig, run_folder: Path, own_process: bool, run_folder_gi
     with hold_run_folder(run_folder, run_folder_given) as run_folder:
         if rank_environment is None and (own_process or config.hardware.world_size > 1):
             run_workers(stage_config(config, run_folder), config.hardware)
-            return run_folder
-        return train_here(config, run_folder)
+        else:
+            run_folder = train_here(config, run_folder)
+    conclude(run_folder)
+    return run_folder
 
 
 def train_here(config: RunConfig, run_folder: Path) -> Path:

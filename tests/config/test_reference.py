@@ -58,7 +58,8 @@ def test_each_verbs_help_shows_its_own_keys_and_groups_and_loads_nothing_heavy(t
         "heavy = {'torch', 'transformers', 'wandb', 'peft'}\n"
         "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
         "verb = sys.argv.pop(1)\n"
-        "importlib.import_module(f'cqlora.{verb}.__main__' if verb in ('plan', 'serve') else f'cqlora.{verb}').main()"
+        "package = verb in ('plan', 'report', 'serve')\n"
+        "importlib.import_module(f'cqlora.{verb}.__main__' if package else f'cqlora.{verb}').main()"
     )
     for verb in VERBS:
         done = subprocess.run(

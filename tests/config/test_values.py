@@ -49,6 +49,7 @@ WHOLE = {
     "merge": ["base=a", "output_dir=b", "adapter=[c]"],
     "chat": ["base=a"],
     "serve": ["base=a"],
+    "report": ["folder=a"],
 }
 
 
@@ -190,6 +191,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_every_verb(monkeypatch):
                 "stage.resume"],
         "merge": ["base", "output_dir"], "convert": ["input_dir", "output_dir"], "fetch": ["output_dir"],
         "chat": ["base", "adapter"], "serve": ["base", "adapter"], "extend": ["output_dir"],
+        "report": ["output"],
     }  # fmt: skip
     for verb, keys in paths.items():
         schema, composed = composed_for(verb)
