@@ -44,6 +44,8 @@ SLOW_MODULES = (
     "test_launch",
     "test_run",
     "test_python_page",
+    "test_recipe",
+    "test_recipes",
 )
 """What starts programs or trains; `make test-fast` leaves it out."""
 
