@@ -36,7 +36,7 @@ ARROWS = {
     "serve": {"engine", "engine_config", "errors", "inference", "system"},
     "serve.__main__": {"cli", "errors", "serve"},
     "system": {"errors"},
-    "train": {"base", "config", "data", "errors", "lineage", "model", "random_base", "system"},
+    "train": {"base", "config", "data", "errors", "lineage", "model", "plan", "random_base", "system"},
     "vocab": {"base", "config", "data", "errors", "system"},
     "weights": {"architectures", "base", "config", "data", "errors", "lineage", "model", "system", "vocab"},
 }

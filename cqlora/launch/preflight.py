@@ -4,7 +4,8 @@ from cqlora.config.choices import AdapterMethod, Attention, Device, Embeddings, 
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError, ConfigError, DoesNotFit
 from cqlora.launch.continuation import check_continuation
-from cqlora.launch.settle import Given, lacks_ampere, misses_gpus
+from cqlora.launch.settle import Given, count_gpus, lacks_ampere, misses_gpus
+from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.verdict import judge
@@ -19,7 +20,7 @@ def check_run(config: RunConfig, given: Given) -> None:
         CheckpointError: the run to go on with needs what this machine has not.
         ModelError: the adapter to continue has rows of another extension.
         DataError: a source is nowhere to be found.
-        DoesNotFit: the plan says that the machine cannot hold the run.
+        DoesNotFit: the plan says that the machine cannot hold the run, or not beside what it holds now.
     """
     from cqlora.data.sources import find_sources
 
@@ -30,6 +31,7 @@ def check_run(config: RunConfig, given: Given) -> None:
         check_continuation(config, given.adapter, given.base)
     check_embeddings(config, given)
     check_memory(config, given)
+    check_free_memory(config, given)
     find_sources(config.data, config.stage.name)
 
 
@@ -69,8 +71,27 @@ def check_memory(config: RunConfig, given: Given) -> None:
     )
 
 
+def check_free_memory(config: RunConfig, given: Given) -> None:
+    """Raise DoesNotFit where other programs hold so much of a GPU that the run's peak has no room beside them."""
+    if config.hardware.allow_misfit or config.hardware.device is not Device.cuda:
+        return
+    peak_gib = plan_memory(config, given.rows).step / GIB
+    for number, gpu in enumerate(given.machine.gpus[: count_gpus(config.hardware)]):
+        if 0 < gpu.free_gib < peak_gib:
+            raise DoesNotFit(
+                f"GPU {number} has {gpu.free_gib:.1f} of its {gpu.memory_gib:.1f} GiB free, since other programs hold "
+                f"the rest, and the run needs about {peak_gib:.1f} GiB; end them (nvidia-smi lists them), choose other "
+                "GPUs with CUDA_VISIBLE_DEVICES, or start it all the same with hardware.allow_misfit=true."
+            )
+
+
 def check_device_support(config: RunConfig) -> None:
-    """Refuse on a processor what bitsandbytes has for GPUs only."""
+    """Refuse on a processor what bitsandbytes has for GPUs only, and a kernel in a type that it does not have."""
+    if config.model.attention is Attention.flash and config.hardware.precision is Precision.float32:
+        raise ConfigError(
+            "model.attention=flash has kernels for 16 bits only and hardware.precision=float32; use "
+            "model.attention=documents, or hardware.precision=bfloat16."
+        )
     if config.hardware.device is not Device.cpu:
         return
     if config.stage.optimizer in (Optimizer.paged_adamw, Optimizer.paged_adamw_8bit):

@@ -217,7 +217,12 @@ def _settle_hardware(hardware: HardwareConfig, machine: Machine, earlier: Mappin
 
 
 def _attention(hardware: HardwareConfig, machine: Machine) -> Attention:
-    """Flash attention's kernel for packed documents where it runs, and attention by document everywhere else."""
+    """Flash attention's kernel for packed documents where it runs, and attention by document everywhere else.
+
+    It has no kernel for float32; `hardware` is settled but for which activations are kept.
+    """
+    if hardware.precision is Precision.float32:
+        return Attention.documents
     if hardware.device is not Device.cuda or not machine.flash_attention or lacks_ampere(hardware, machine):
         return Attention.documents
     return Attention.flash

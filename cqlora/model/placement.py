@@ -27,7 +27,9 @@ def place(objective: Objective, hardware: HardwareConfig, device: torch.device, 
         ModelError: sharding left a worker with more than its share.
     """
     if hardware.strategy is Strategy.ddp and hardware.world_size > 1:
-        return DistributedDataParallel(objective, device_ids=[device] if device.type == "cuda" else None)
+        # Buffers are rotary angles, the same on every worker: sending them before each forward would gain nothing.
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(objective, device_ids=devices, broadcast_buffers=False)
     if hardware.strategy is Strategy.fsdp:
         return shard(objective, hardware, device, fill)
     return objective

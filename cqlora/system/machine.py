@@ -22,6 +22,8 @@ class Gpu:
     memory_gib: float
     capability: tuple[int, int]
     """CUDA's compute capability: (8, 0) of an A100."""
+    free_gib: float = 0.0
+    """What no program holds at this moment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +57,44 @@ def list_gpus() -> tuple[Gpu, ...]:
     if which("nvidia-smi") is None:
         return ()
     # Drivers that do not know compute_cap are too old for the torch that trains here.
-    query = ["nvidia-smi", "--query-gpu=uuid,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total,compute_cap,memory.free", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return ()
     rows = [[cell.strip() for cell in row.split(",")] for row in answer.stdout.splitlines() if row.strip()]
-    found = [(uuid, Gpu(memory_gib=_number(memory) / 1024, capability=_pair(cap))) for uuid, memory, cap in rows]
-    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+    found = [
+        (uuid, Gpu(memory_gib=_number(memory) / 1024, capability=_pair(cap), free_gib=_number(free) / 1024))
+        for uuid, memory, cap, free in rows
+    ]
+    if "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        found = list_parts(dict(found))
+    elif os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         # CUDA's own order is by speed, the driver's by slot.
         found.sort(key=lambda each: each[1].capability, reverse=True)
     return tuple(gpu for index, (uuid, gpu) in enumerate(found) if _is_visible(str(index), uuid))
+
+
+def list_parts(whole: dict[str, Gpu]) -> list[tuple[str, Gpu]]:
+    """Parts of GPUs that have been divided (MIG), by UUID; a part's profile tells its memory, as `3g.40gb` does."""
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    parts, capability = [], (0, 0)
+    for line in answer.stdout.splitlines():
+        uuid = re.search(r"\(UUID: ([^)]+)\)", line)
+        profile = re.match(r"\s*MIG \d+g\.(\d+)gb", line)
+        if uuid and profile:
+            parts.append((uuid[1], Gpu(memory_gib=float(profile[1]), capability=capability)))
+        elif uuid and uuid[1] in whole:
+            capability = whole[uuid[1]].capability
+    return parts
+
+
+def read_driver_version() -> str:
+    """The NVIDIA driver's version; empty where there is none to ask."""
+    if which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.split("\n")[0].strip() if answer.returncode == 0 else ""
 
 
 def _is_visible(index: str, uuid: str) -> bool:

@@ -16,7 +16,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cqlora.config.choices import Device
 from cqlora.config.schema import HardwareConfig
+from cqlora.errors import ConfigError
 from cqlora.system.handover import STORE_SOCKET
+from cqlora.system.machine import read_driver_version
 
 T = TypeVar("T")
 
@@ -83,6 +85,8 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     fails of the lost connection first.
     """
     on_cpu = hardware.device is Device.cpu
+    if not on_cpu:
+        require_cuda()
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // hardware.processes_per_node))
@@ -94,22 +98,35 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     PartialState._reset_state()
 
 
+def require_cuda() -> None:
+    """Raise ConfigError where the driver has GPUs and torch cannot use them; it would train on the processor."""
+    if torch.cuda.is_available() and torch.cuda.device_count():
+        return
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for processors alone"
+    driver = read_driver_version()
+    raise ConfigError(
+        f"hardware.device=cuda, and torch {torch.__version__}, {built}, sees no GPU"
+        f"{f' with the driver {driver}' if driver else ''}; install the torch that fits it, or use hardware=cpu."
+    )
+
+
 def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:
     """Meet the other workers where the environment says (torchrun's variables); return the patient group.
 
     Tensors on the host go by gloo and those on GPUs by NCCL, whose patience is too short for what one worker
     does while the others wait.
     """
-    backend = "gloo"
+    backend, own = "gloo", None
     if not on_cpu:
         backend = "cpu:gloo,cuda:nccl"
         # Modulo, since srun may show each task the one GPU that is its own.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(own)
     if STORE_SOCKET in os.environ:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=open_store(), rank=rank, world_size=world_size)
+        dist.init_process_group(backend, store=open_store(), rank=rank, world_size=world_size, device_id=own)
     else:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=own)
     group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=PATIENCE)
     return group
 

@@ -55,6 +55,18 @@ def choose_optimizer(choice: Optimizer) -> Callable[..., torch.optim.Optimizer]:
     return kinds[choice]
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, states: dict[str, Any]) -> None:
+    """Load states; those that bitsandbytes pages go to host memory again, where its own loading leaves none."""
+    optimizer.load_state_dict(states)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    paged: Any = optimizer
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if isinstance(values := state.get(name), torch.Tensor):
+                state[name] = paged.get_state_buffer(parameter, dtype=values.dtype).copy_(values)
+
+
 def lend_gradients(optimizer: torch.optim.Optimizer, shards: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
     """Let a step see the gradients of sharded parameters at the plain tensors that it updates.
 

@@ -25,6 +25,7 @@ from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
 from cqlora.train.distributed import Worker, seed_everything, start_worker
+from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
 from cqlora.train.state import describe_identity
@@ -49,7 +50,7 @@ def train(config: RunConfig, run_folder: Path) -> Path:
         goes_on = (run_folder / RUN_FILE).exists()
         return f"the same command with hydra.run.dir={run_folder} {'goes on' if goes_on else 'starts it'}."
 
-    with preempt_on_signals(again), start_worker(config.hardware) as worker:
+    with preempt_on_signals(again), start_worker(config.hardware) as worker, described_when_full(config, worker.device):
         run_folder = agree_on_folder(run_folder, worker)
         train_as(worker, agree_on_values(config, worker), run_folder)
     return run_folder

@@ -17,6 +17,7 @@ from cqlora.errors import CheckpointError, TrainingError
 from cqlora.model.placement import local_part
 from cqlora.train.checkpoint import CheckpointStore, read_manifest
 from cqlora.train.distributed import Worker, generator_states, restore_generators
+from cqlora.train.optimizer import load_optimizer
 
 _STATE_FILE = "state.json"
 
@@ -150,7 +151,7 @@ def restore_state(
             if parameter.requires_grad:
                 local_part(parameter).copy_(stored[name])
     states = torch.load(folder / _file("optimizer", owner, "pt"), map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(states["optimizer"])
+    load_optimizer(optimizer, states["optimizer"])
     scaler.load_state_dict(states["scaler"])
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
     restore_generators(random, worker.device)

@@ -107,6 +107,9 @@ class Trainer:
         """
         stage = self.config.stage
         self._measure_speed()
+        if self.worker.device.type == "cuda":
+            # What loading took at its most is not the step's.
+            torch.cuda.reset_peak_memory_stats(self.worker.device)
         # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
         self.module.train()
         display = StepDisplay(self.total_steps, self.worker.is_main)

@@ -15,7 +15,7 @@ from tests.runs import typed_run
 
 def pretend_gpus(monkeypatch, *memory_mib: int) -> None:
     """Let nvidia-smi say that these GPUs are present."""
-    show_gpus(monkeypatch, "".join(f"GPU-{i}abc, {mib}, 8.0\n" for i, mib in enumerate(memory_mib)))
+    show_gpus(monkeypatch, "".join(f"GPU-{i}abc, {mib}, 8.0, {mib}\n" for i, mib in enumerate(memory_mib)))
 
 
 def show_gpus(monkeypatch, rows: str) -> None:
@@ -84,10 +84,29 @@ def test_only_visible_gpus_count(monkeypatch):
 
 
 def test_gpus_are_numbered_as_cuda_does_and_what_the_driver_does_not_tell_is_no_traceback(monkeypatch):
-    show_gpus(monkeypatch, "GPU-a, 15360, 7.5\nGPU-b, [N/A], 9.0\n")
+    show_gpus(monkeypatch, "GPU-a, 15360, 7.5, 15000\nGPU-b, [N/A], 9.0, [N/A]\n")
     assert [(gpu.capability, gpu.memory_gib) for gpu in list_gpus()] == [((9, 0), 0.0), ((7, 5), 15.0)]
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert [gpu.capability for gpu in list_gpus()] == [(7, 5), (9, 0)]
+
+
+def test_a_part_of_a_gpu_counts_with_its_own_memory(monkeypatch):
+    listed = (
+        "GPU 0: NVIDIA H200 (UUID: GPU-aa)\n"
+        "  MIG 1g.18gb     Device  0: (UUID: MIG-1111)\n  MIG 3g.71gb     Device  1: (UUID: MIG-2222)\n"
+    )
+    answers = {"-L": listed}
+    monkeypatch.setattr("cqlora.system.machine.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        "cqlora.system.machine.subprocess.run",
+        lambda words, **k: subprocess.CompletedProcess(
+            [], 0, stdout=answers.get(words[1], "GPU-aa, 143360, 9.0, 140000\n")
+        ),
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2222")
+    assert [(gpu.memory_gib, gpu.capability) for gpu in list_gpus()] == [(71.0, (9, 0))]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-3333")
+    assert list_gpus() == ()
 
 
 def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):
