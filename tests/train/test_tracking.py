@@ -110,7 +110,7 @@ def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
 def test_no_tracker_writes_only_the_run_s_own_files(workspace, tmp_path):
     small_run(workspace, tmp_path / "run", "tracking=none", **SECRETS)
     names = {file.name for file in (tmp_path / "run").iterdir()}
-    assert names == {"adapter", "checkpoints", "metrics.jsonl", "run.yaml"}
+    assert names == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.yaml"}
     for secret in SECRETS.values():
         assert files_with(tmp_path, secret) == []
 
