@@ -91,7 +91,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     from cqlora.config.schema import HardwareConfig, LoraConfig, PretrainConfig
     from cqlora.model.adapters import attach_adapter
     from cqlora.model.batch import build_batch
-    from cqlora.model.fused.blocks import fuse_blocks
+    from cqlora.model.fused import fuse_blocks
     from cqlora.model.load import load_base
     from cqlora.model.objective import Objective
     from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops

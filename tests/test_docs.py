@@ -139,5 +139,5 @@ def test_every_command_composes_as_it_is_printed(command: str, desk: Path):
     assert run_verb(desk, verb, *map(first_of_sweep, arguments), "--cfg", "job").stdout
 
 
-def test_there_are_commands_to_look_at():
+def test_the_documentation_has_commands_to_check():
     assert len(COMPOSED) > 30

@@ -91,3 +91,11 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list):
         return [to_plain(each) for each in value]
     return value.name if isinstance(value, Enum) else value
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

@@ -297,6 +297,14 @@ class StageConfig:
     """null evaluates at the start and at the end only."""
     eval_tokens: int = 16_384
     """Held-out tokens per source at each evaluation; 0 takes all."""
+    eval_characters: int | None = None
+    """In place of eval_tokens, held-out characters per source in whole documents, the same ones for every vocabulary;
+    0 takes all."""
+    eval_probe: bool = False
+    """At each evaluation also measure how much examples in context help, by translations to and from Chinese."""
+    max_forgetting: float | None = 0.05
+    """Rise of English held-out loss, or of the probe's, over that of the run's start, as a share of it, from which an
+    evaluation is marked in the record and told; null tells nothing."""
     checkpoint_every_steps: int = 50
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
@@ -318,8 +326,10 @@ class StageConfig:
         for key in ("max_steps", "epochs", "eval_every_steps", "embeddings_learning_rate"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
-        for key in ("warmup_steps", "weight_decay", "eval_tokens"):
-            require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        for key in ("warmup_steps", "weight_decay", "eval_tokens", "eval_characters", "max_forgetting"):
+            if getattr(self, key) is not None:
+                require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        require_used(self, "eval_tokens", self.eval_characters is None, "stage.eval_characters=null")
         for key in ("adam_beta1", "adam_beta2", "min_learning_rate_ratio"):
             require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)
         require_used(self, "epochs", self.max_steps is None or self.epochs is None, "stage.max_steps=null")

@@ -120,7 +120,7 @@ def _other_machines(config: RunConfig, rows: Rows | None) -> list[Option]:
 
 
 def _is_described(hardware: HardwareConfig) -> bool:
-    """Whether a group says all of its GPUs that settling a run would else ask the machine for."""
+    """Whether a group names all figures of its GPUs that settling a run would otherwise ask the machine for."""
     return hardware.gpu_memory_gib > 0 and hardware.device is Device.cuda and hardware.precision is not Precision.auto
 
 

@@ -15,7 +15,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available
 
 from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import describe_config
+from cqlora.config.run_yaml import describe_config, flatten
 from cqlora.config.schema import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
@@ -86,7 +86,9 @@ def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
         tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
         tracker.start()
-        tracker.store_init_configuration(flatten(describe_config(config)))
+        # TensorBoard takes no nested values and no lists.
+        values = flatten(describe_config(config)).items()
+        tracker.store_init_configuration({k: v if isinstance(v, str | int | float) else str(v) for k, v in values})
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
@@ -169,14 +171,3 @@ def tracker_values(row: dict[str, Any]) -> dict[str, float]:
         for key, value in row.items()
         if key != "step" and isinstance(value, int | float) and math.isfinite(value)
     }
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested values under dotted keys, which is all that TensorBoard takes."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat

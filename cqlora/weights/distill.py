@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from cqlora.data.tokenizer import parse_tokenizer
 from cqlora.errors import DataError
 from cqlora.system.documents import read_text
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.progress import StageDisplay
 from cqlora.vocab.config import VocabConfig
 from cqlora.vocab.corpus import open_corpus
-from cqlora.weights.names import INPUT, OUTPUT
 
 WINDOW_CHARACTERS = 160
 WINDOWS_PER_STEP = 4

@@ -12,18 +12,17 @@ from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
-from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import carry_over, take, write_json
+from cqlora.system.documents import carry_over, read_object_if_there, take, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_difference import ModelPair, open_pair, spoken_ends, spoken_prompt, spoken_template
 from cqlora.weights.merge_lineage import MERGED, check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
-from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
 
@@ -233,13 +232,13 @@ def write_template(folder: Path, template: str) -> None:
     """Put a chat template in place of the folder's own."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
-    write_json(file, read_json(file) | {"chat_template": template})
+    write_json(file, read_object_if_there(file) | {"chat_template": template})
 
 
 def write_ends(folder: Path, config: dict[str, Any], ends: list[int]) -> None:
     """Let a reply end at what ends one of the model whose chat template goes along, beside what ended the base's."""
     file = folder / "generation_config.json"
-    generation = read_json(file)
+    generation = read_object_if_there(file)
     own = generation.get("eos_token_id", config.get("eos_token_id"))
     known = [own] if isinstance(own, int) else list(own or [])
     write_json(file, generation | {"eos_token_id": list(dict.fromkeys([*known, *ends]))})

@@ -9,13 +9,12 @@ import torch
 
 from cqlora.base import Base, fingerprint_weights, read_base, read_card, read_token_ids
 from cqlora.config.differences import DifferenceConfig
-from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object, shorten
+from cqlora.system.documents import read_object, read_object_if_there, shorten
+from cqlora.system.model_config import DERIVED, INPUT, OUTPUT
 from cqlora.system.shards import ShardReader
 from cqlora.weights.gguf_vocabulary import read_template
 from cqlora.weights.merge_changes import Change, RowFeed, RowStream
-from cqlora.weights.names import DERIVED, INPUT, OUTPUT
 from cqlora.weights.rotary import read_rope
 
 _SAME = (
@@ -185,7 +184,7 @@ def spoken_template(pairs: list[ModelPair], base: Base) -> tuple[str, ModelPair]
     has one whose control tokens the base knows under the same ids."""
     known = read_token_ids(base.tokenizer_file)
     for pair in sorted(pairs, key=lambda pair: -pair.weight):
-        template = read_template(pair.model.path, read_json(pair.model.path / "tokenizer_config.json"))
+        template = read_template(pair.model.path, read_object_if_there(pair.model.path / "tokenizer_config.json"))
         if pair.weight > 0 and template and all(known.get(t) == i for t, i in _control_tokens(pair.model, template)):
             return template, pair
     return None
@@ -200,7 +199,9 @@ def _control_tokens(model: Base, template: str) -> Iterator[tuple[str, int]]:
 
 def spoken_ends(pair: ModelPair) -> list[int]:
     """Ids that end a reply of the pair's model."""
-    ends = read_json(pair.model.path / "generation_config.json").get("eos_token_id", pair.model.config["eos_token_id"])
+    ends = read_object_if_there(pair.model.path / "generation_config.json").get(
+        "eos_token_id", pair.model.config["eos_token_id"]
+    )
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 

@@ -15,7 +15,7 @@ from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.launch.continuation import read_fixed
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from tests.conftest import run_verb
@@ -142,7 +142,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_told_in_one_sentence(damage, workspace, tmp_path):
+def test_a_damaged_adapter_is_described_in_one_sentence(damage, workspace, tmp_path):
     path = make_adapter(workspace, tmp_path)
     DAMAGES[damage](tmp_path / "adapter")
     with pytest.raises(ModelError, match="is damaged"):

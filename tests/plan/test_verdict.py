@@ -3,8 +3,11 @@
 import pytest
 
 from cqlora.config.choices import Checkpointing
-from cqlora.plan import Fit, judge, plan_memory, suggest_layouts
 from cqlora.plan.estimate import GIB
+from cqlora.plan.fit import Fit
+from cqlora.plan.layouts import suggest_layouts
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.verdict import judge
 from tests.plan.runs import compose_run
 
 BASE = "experiment=chinese_llama_65b_base"
@@ -80,7 +83,7 @@ def test_auto_plans_what_it_resolves_to() -> None:
     assert plan_memory(auto) == plan_memory(none)
 
 
-def test_layouts_are_told_fastest_first_and_all_fit() -> None:
+def test_layouts_are_reported_fastest_first_and_all_fit() -> None:
     options = suggest_layouts(compose_run(BASE, "hardware=4xa100"))
     assert len(options) > 5
     assert all(option.memory.fit is Fit.fits for option in options)

@@ -73,7 +73,7 @@ def test_bfloat16_suits_where_units_multiply_it_and_onednn_may_use_them(
     assert processor.suits_bfloat16() is expected
 
 
-def test_a_name_that_is_none_is_told_with_those_that_are(set_features):
+def test_a_name_that_is_none_is_reported_with_those_that_are(set_features):
     set_features("avx512")
     with pytest.raises(ConfigError) as caught:
         processor.suits_bfloat16()

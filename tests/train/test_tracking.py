@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
-from cqlora.config.run_yaml import load_run_yaml
+from cqlora.config.run_yaml import flatten, load_run_yaml
 from cqlora.config.schema import TrackingConfig
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
     MetricsLog,
     describe_wandb,
-    flatten,
     sweep_group,
     tracker_values,
     wandb_mode,
@@ -166,7 +165,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_rewinding_keeps_events(tmp_
     assert [row["step"] for row in rows if row["kind"] == "event"] == [1, 2, 3]
 
 
-def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_told(tmp_path, caplog):
+def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_reported(tmp_path, caplog):
     append_metrics(tmp_path, {"kind": "train", "step": 1, "loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "st')
@@ -188,7 +187,7 @@ def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["loss"] == "nan"
     assert tracker_values({"kind": "train", "step": 1, "loss": math.inf, "tokens": 3}) == {"train/tokens": 3}
-    assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": "[1]"}
+    assert flatten({"a": {"b": 1}, "c": [1]}) == {"a.b": 1, "c": [1]}
 
 
 def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweepers(tmp_path):
@@ -215,7 +214,7 @@ def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweeper
     assert len(logged) == before
 
 
-def test_where_a_wandb_run_is_to_be_seen_is_told(tmp_path):
+def test_where_a_wandb_run_is_to_be_seen_is_reported(tmp_path):
     class Run:
         url, dir = "https://wandb.ai/me/cqlora/runs/abc", f"{tmp_path}/a b/wandb/offline-run-1-abc/files"
         offline = False

@@ -219,7 +219,7 @@ def write_texts(folder, *templates):
     return ("data=text", f"data.sources.text.path={folder}")
 
 
-def test_losses_of_a_source_in_two_languages_are_told_apart(workspace, tmp_path):
+def test_losses_of_a_source_in_two_languages_are_reported_apart(workspace, tmp_path):
     source = write_texts(tmp_path / "texts", CHINESE, ENGLISH)
     batch = ("stage.max_steps=1", "stage.global_batch_size=64", "stage.eval_tokens=0", "data.val_fraction=0.3")
     config = typed_run(workspace, *PLAIN, *source, *batch)

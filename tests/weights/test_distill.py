@@ -15,10 +15,10 @@ from cqlora.base import read_base
 from cqlora.data.sources import SAMPLE_DIR
 from cqlora.errors import ConfigError, DataError
 from cqlora.extend import ExtendConfig
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.vocab.config import RowInit, VocabConfig, VocabKind
 from cqlora.weights.distill import Reader, Window, align, distill_rows, draw_batches, measure_loss
 from cqlora.weights.extend import extend
-from cqlora.weights.names import INPUT, OUTPUT
 from tests.weights.adapters import write_tiny_base
 
 CORPUS = str(SAMPLE_DIR / "sample_zh" / "train.jsonl")
