@@ -3,11 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-processors test-slurm test-llama-cpp check site clean
+.PHONY: demo recipe test test-fast test-processors test-slurm test-llama-cpp check site clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py
+
+# Pretraining, then tuning on top of it, each evaluated: the README's table and a merged model with its card.
+recipe: $(INSTALLED)
+	$(BIN)/python scripts/recipe.py
 
 # A process for each core.
 PARALLEL := --numprocesses=auto --dist=worksteal

@@ -39,6 +39,12 @@ class Base:
         return int(self.config["vocab_size"])
 
     @property
+    def added(self) -> range:
+        """Rows of the embedding that an extension added and tokens use; empty on a base that is not extended."""
+        first = self.first_added_row or 0
+        return range(first, first + self.added_rows)
+
+    @property
     def tied(self) -> bool:
         """Whether input and output share one embedding matrix."""
         return bool(self.config.get("tie_word_embeddings", False))

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from cqlora.cli import run_program
 from cqlora.config.checks import check_fields
-from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
+from cqlora.vocab.config import VocabConfig, accept_path_in_command_line, refuse_distilled
 from cqlora.weights.sizes import parse_size
 
 
@@ -31,6 +31,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         check_fields(self, paths=("input_dir", "output_dir"), filled=("input_dir", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
+        refuse_distilled(self.vocab, f"input_dir={self.input_dir}")
 
 
 def convert(config: ConvertConfig) -> None:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from cqlora.cli import run_program
 from cqlora.config.checks import check_fields, require_used
 from cqlora.errors import ConfigError
-from cqlora.vocab.config import VocabConfig, accept_path_in_command_line
+from cqlora.vocab.config import VocabConfig, accept_path_in_command_line, refuse_distilled
 from cqlora.weights.sizes import parse_size
 
 
@@ -33,6 +33,8 @@ class ExtendConfig:
         if not Path(self.base).exists():
             raise ConfigError(f"base={self.base} does not exist; give a Hugging Face folder or a GGUF file.")
         is_folder = Path(self.base).is_dir()
+        if not is_folder:
+            refuse_distilled(self.vocab, f"base={self.base}")
         require_used(self, "copy", is_folder, "a folder as base")
         require_used(self, "max_shard_size", not is_folder, "a GGUF file as base")
 

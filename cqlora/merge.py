@@ -1,7 +1,7 @@
 """`python -m cqlora.merge`: adapters into their base, as safetensors, a GGUF file or an NF4 folder."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.cli import run_program
-from cqlora.config.checks import check_fields, check_path, require_used
+from cqlora.config.checks import check_fields, check_path, require_positive, require_range, require_used
 from cqlora.config.choices import Device, GgufType, MergeOnto, ModelFormat, Precision
+from cqlora.config.differences import parse_differences
 from cqlora.errors import ConfigError
 from cqlora.launch.settle import choose_precision
 from cqlora.system.machine import probe_machine
@@ -23,9 +24,21 @@ class MergeConfig:
 
     base: str = MISSING
     """Hugging Face folder of the 16-bit base."""
-    adapter: Any = MISSING
-    """Adapter folder, or several in the order in which they were trained: [pretrained,tuned]; [] only rewrites the
-    base in another format."""
+    adapter: Any = field(default_factory=list)
+    """Adapter folder, or several in the order in which they were trained: [pretrained,tuned]; a run's checkpoint is
+    one too. None only rewrites the base in another format, or adds differences to it."""
+    adapter_average: list[str] = field(default_factory=list)
+    """Adapters or checkpoints of which the mean is merged: of what they add, not of their factors (2507.17634)."""
+    run: str = ""
+    """Folder of a finished run, whose last checkpoints are averaged."""
+    last: int = 4
+    """How many of the run's checkpoints to average."""
+    adapter_weight: float = 1.0
+    """By what is multiplied what the adapters add (2109.01903); rows of tokens that an extension added stay as
+    trained, since what they were before means nothing."""
+    add: list[Any] = field(default_factory=list)
+    """Differences of two models to add (2310.04799): [CHAT-BASE], [0.5*CHAT-BASE] or
+    [{model:CHAT,minus:BASE,weight:0.5}]."""
     output_dir: str = MISSING
     """Folder that the merged model is written to."""
     onto: MergeOnto = MergeOnto["16bit"]
@@ -47,30 +60,51 @@ class MergeConfig:
     """Tokens of it to compare."""
 
     def __post_init__(self) -> None:
-        check_fields(self, paths=("base", "output_dir", "measure"), filled=("base", "output_dir"))
+        paths = ("base", "output_dir", "measure", "run", "adapter_average")
+        check_fields(self, paths=paths, filled=("base", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
-        self.adapter = [self.adapter] if isinstance(self.adapter, str) else self.adapter
-        if not isinstance(self.adapter, list) or not all(isinstance(folder, str) for folder in self.adapter):
-            raise ConfigError(f"adapter={self.adapter} is no folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
-        if len(set(self.adapter)) < len(self.adapter):
-            raise ConfigError(f"adapter={self.adapter} names a folder twice; merge each adapter once.")
-        if not self.adapter and self.format is ModelFormat.safetensors:
-            raise ConfigError("adapter=[] merges nothing; give an adapter, or format=gguf or nf4 to rewrite the base.")
+        require_positive(self, "last")
+        require_range("adapter_weight", self.adapter_weight, 0.01, 2.0)
+        self.add = parse_differences(self.add)
+        self._check_adapters()
         if self.measure and not Path(self.measure).is_file():
             raise ConfigError(f"measure={self.measure} does not exist; give a file of text.")
-        if self.measure and len(self.adapter) != 1:
-            raise ConfigError(f"measure compares with one adapter's training, and adapter= has {len(self.adapter)}.")
-        if not all(self.adapter):
-            raise ConfigError("adapter= names an empty folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
-        self.adapter = [os.path.expanduser(folder) for folder in self.adapter]
-        for folder in self.adapter:
-            check_path("adapter", folder)
+        if self.measure and (len(self.adapter) != 1 or self.adapter_weight != 1 or self.add):
+            raise ConfigError("measure compares with one adapter's training; use adapter=FOLDER alone.")
         self._check_effects()
         if self.measure_tokens < 2:
             raise ConfigError(f"measure_tokens={self.measure_tokens} is too few; use at least 2.")
 
+    def _check_adapters(self) -> None:
+        """Bring `adapter` into the form of a list; raise ConfigError for what names no adapters, or in two ways."""
+        self.adapter = [self.adapter] if isinstance(self.adapter, str) else self.adapter
+        if not isinstance(self.adapter, list) or not all(isinstance(folder, str) for folder in self.adapter):
+            raise ConfigError(f"adapter={self.adapter} is no folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
+        self.adapter = [os.path.expanduser(folder) for folder in self.adapter]
+        given = [key for key in ("adapter", "adapter_average", "run") if getattr(self, key)]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]}= and {given[1]}= both say what to merge; use one of them.")
+        if len(self.adapter_average) == 1:
+            raise ConfigError("adapter_average= names one adapter, which is its own mean; use adapter=FOLDER.")
+        for key in ("adapter", "adapter_average"):
+            folders = getattr(self, key)
+            if len(set(folders)) < len(folders):
+                raise ConfigError(f"{key}={folders} names a folder twice; merge each adapter once.")
+            if not all(folders):
+                raise ConfigError(f"{key}= names an empty folder; use {key}=[FIRST,SECOND].")
+            for folder in folders:
+                check_path(key, folder)
+
     def _check_effects(self) -> None:
         """Raise ConfigError for an option that this merge does not read."""
+        merges = bool(self.adapter or self.adapter_average or self.run)
+        if not merges and not self.add and self.format is ModelFormat.safetensors:
+            raise ConfigError(
+                "neither adapter= nor add= is given, which merges nothing; give one, or format=gguf or nf4 to rewrite "
+                "the base."
+            )
+        require_used(self, "adapter_weight", merges, "an adapter")
+        require_used(self, "last", bool(self.run), "run=FOLDER")
         as_nf4 = self.onto is MergeOnto.nf4 or self.format is ModelFormat.nf4 or bool(self.measure)
         require_used(self, "gguf_type", self.format is ModelFormat.gguf, "format=gguf")
         require_used(self, "max_shard_size", self.format is not ModelFormat.gguf, "format=safetensors or nf4")
@@ -82,17 +116,24 @@ class MergeConfig:
 def merge(config: MergeConfig) -> None:
     """Merge, say what came out, and measure it where asked to."""
     from cqlora.weights.merge import plan_merge, write_merge
+    from cqlora.weights.merge_checkpoint import last_checkpoints
     from cqlora.weights.merge_lineage import read_training
 
-    folders = [Path(folder) for folder in config.adapter]
-    planned = plan_merge(Path(config.base), folders, config.onto, config.double_quantization, config.precision)
+    averaged = list(map(Path, config.adapter_average))
+    if config.run:
+        averaged = last_checkpoints(Path(config.run), config.last)
+    planned = plan_merge(
+        Path(config.base), averaged or list(map(Path, config.adapter)), config.onto, config.double_quantization,
+        config.precision, bool(averaged), config.adapter_weight, config.add,
+    )  # fmt: skip
     for note in planned.notes:
         print(f"note: {note}")
     if config.measure:
+        if planned.adapters[0].of_checkpoint:
+            raise ConfigError(f"measure reads plain PEFT, and adapter={config.adapter[0]} is a run's checkpoint.")
         trained_on = read_training(planned.adapters[0], config.double_quantization, config.precision)
     write_merge(planned, Path(config.output_dir), settle_form(config))
-    merged = f"{len(folders)} adapter{'s' * (len(folders) != 1)} merged"
-    print(f"{config.output_dir}: {merged}, {planned.changed()} of {len(planned.source.specs)} tensors changed.")
+    print(f"{config.output_dir}: {planned.summary()}")
     if config.measure:
         from cqlora.weights.merge_drift import measure_drifts
 

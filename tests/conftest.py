@@ -59,6 +59,8 @@ SLOW_MODULES = (
     "test_python_page",
     "test_sweeps",
     "test_wandb_files",
+    "test_recipe",
+    "test_recipes",
 )
 """What starts programs or trains; `make test-fast` leaves it out."""
 

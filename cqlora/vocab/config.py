@@ -31,6 +31,7 @@ class RowInit(Enum):
     mean = "mean"
     sampled = "sampled"
     weighted = "weighted"
+    distilled = "distilled"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,12 +54,14 @@ class VocabConfig:
     """Documents set aside from learning, on which the report counts."""
     init: RowInit = RowInit.weighted
     """What a new row starts from; docs/vocabulary.md has the measurements."""
+    distill_steps: int = 100
+    """init=distilled: steps in which rows are fitted to the base's own reading of the corpus, 640 characters each."""
     control_tokens: bool = True
     """Add <|im_start|>, <|im_end|>, <|end-paragraph|> and <|pad|> where the base lacks them."""
     pad_to_multiple_of: int = 64
     """Rows that the embedding matrices are padded to; 1 adds none."""
     seed: int = 1
-    """Of init=sampled."""
+    """Of init=sampled, and of the text that init=distilled reads."""
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("model", "corpus"))
@@ -66,16 +69,27 @@ class VocabConfig:
         for key in ("size", "max_characters"):
             require_used(self, key, learned, "vocab=auto, sentencepiece or bpe")
         require_used(self, "min_frequency", learned and self.kind is not VocabKind.sentencepiece, "vocab=auto or bpe")
-        require_used(self, "seed", self.init is RowInit.sampled, "vocab.init=sampled")
+        drawn = self.init in (RowInit.sampled, RowInit.distilled)
+        require_used(self, "seed", drawn, "vocab.init=sampled or distilled")
+        require_used(self, "distill_steps", self.init is RowInit.distilled, "vocab.init=distilled")
         require_range("vocab.seed", self.seed, 0, 2**31 - 1)
         if not all(self.corpus):
             raise ConfigError("vocab.corpus holds an empty path; give files or folders of text.")
-        require_positive(self, "size", "max_characters", "min_frequency", "pad_to_multiple_of")
+        require_positive(self, "size", "max_characters", "min_frequency", "pad_to_multiple_of", "distill_steps")
         require_range("vocab.held_out_fraction", self.held_out_fraction, 0.0, 0.9)
         if self.kind is VocabKind.path and not self.model:
             raise ConfigError("vocab=path needs vocab.model=FILE, a SentencePiece model.")
         if self.model and self.kind is not VocabKind.path:
             raise ConfigError(f"vocab.model={self.model} is read with vocab=path only, not vocab={self.kind.name}.")
+
+
+def refuse_distilled(vocab: VocabConfig, given: str) -> None:
+    """Raise ConfigError for rows that are to be fitted with a base that is no Hugging Face folder yet."""
+    if vocab.init is RowInit.distilled:
+        raise ConfigError(
+            f"vocab.init=distilled runs the base, and {given} is no Hugging Face folder; convert it first without a "
+            "vocabulary, then `cqlora extend` the folder."
+        )
 
 
 def accept_path(arguments: list[str]) -> list[str]:

@@ -3,7 +3,8 @@
 `subpiece_mean`: the mean of the rows of the pieces that the base would have used. `mean`: that of all rows.
 `sampled`: drawn with the old rows' mean and covariance (Hewitt, "Initializing New Word Embeddings for Pretrained
 Language Models", 2021). `weighted`: the sub-pieces' mean in which a piece counts the less the more new tokens share
-it, drawn towards the base's own Chinese rows; docs/vocabulary.md has the formula and the measurements.
+it, drawn towards the base's own Chinese rows; docs/vocabulary.md has the formula and the
+measurements. `distilled` rows start as `weighted` ones; weights/distill.py fits them.
 """
 
 from collections import Counter
@@ -46,7 +47,7 @@ def initial_rows(base: torch.Tensor, used: int, new: NewTokens, init: RowInit, s
         init: what the rows start from.
         seed: of `sampled`.
     """
-    shares = subpiece_shares(new.subpieces) if init is RowInit.weighted else {}
+    shares = subpiece_shares(new.subpieces) if init in (RowInit.weighted, RowInit.distilled) else {}
     for start in range(0, len(new), _BLOCK_ROWS):
         block = new.subpieces[start : start + _BLOCK_ROWS]
         match init:
@@ -56,7 +57,7 @@ def initial_rows(base: torch.Tensor, used: int, new: NewTokens, init: RowInit, s
                 yield sample_rows(base, used, len(block), seed + start)
             case RowInit.subpiece_mean:
                 yield weighted_rows(base, [[1.0] * len(ids) for ids in block], block)
-            case RowInit.weighted:
+            case RowInit.weighted | RowInit.distilled:
                 weights = [[_COMMON_SHARE / (_COMMON_SHARE + shares[i]) for i in ids] for ids in block]
                 rows = weighted_rows(base, weights, block)
                 yield draw_towards(rows, base, new.chinese_ids, max(0, new.pieces - start))

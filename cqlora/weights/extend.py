@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from cqlora.system.shards import (
     write_shards,
 )
 from cqlora.system.tensor_files import INDEX, SINGLE
-from cqlora.vocab.config import VocabConfig
+from cqlora.vocab.config import RowInit, VocabConfig
 from cqlora.vocab.extension import Extension, extend_tokenizer
 from cqlora.vocab.rows import initial_rows, mean_row
 from cqlora.weights.gguf import GgufModel
@@ -46,6 +46,8 @@ class ExtendedSource:
     base: TensorSource
     extension: Extension
     vocab: VocabConfig
+    fitted: dict[str, torch.Tensor] = field(default_factory=dict)
+    """New rows of a matrix that were fitted, float32 [new tokens, width], in place of what they start from."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -62,19 +64,29 @@ class ExtendedSource:
 
     def extended_rows(self, name: str) -> Iterator[torch.Tensor]:
         """An embedding matrix, extended; the base's matrix is the one tensor held meanwhile."""
-        spec, extension = self.base.specs[name], self.extension
-        dtype = DTYPES[spec.dtype]
-        base = torch.empty(spec.shape, dtype=dtype)
+        base, used = self._read_matrix(name), self.extension.first_row
+        yield base[:used]
+        for rows in [self.fitted[name]] if name in self.fitted else self._initial_rows(base):
+            yield narrow_rows(rows, base.dtype)
+        # The mean row makes the logits of rows that no token uses unremarkable; zeros might stand out.
+        yield narrow_rows(mean_row(base, used).repeat(self.extension.padding_rows, 1), base.dtype)
+
+    def starting_rows(self) -> dict[str, torch.Tensor]:
+        """What the new rows of each embedding matrix start from, float32 [new tokens, width]."""
+        held = [name for name in (INPUT, OUTPUT) if name in self.base.specs]
+        return {name: torch.cat(list(self._initial_rows(self._read_matrix(name)))) for name in held}
+
+    def _initial_rows(self, base: torch.Tensor) -> Iterator[torch.Tensor]:
+        return initial_rows(base, self.extension.first_row, self.extension.new, self.vocab.init, self.vocab.seed)
+
+    def _read_matrix(self, name: str) -> torch.Tensor:
+        spec = self.base.specs[name]
+        base = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
         filled = 0
         for block in self.base.blocks(name):
             base[filled : filled + len(block)] = block
             filled += len(block)
-        used = extension.first_row
-        yield base[:used]
-        for rows in initial_rows(base, used, extension.new, self.vocab.init, self.vocab.seed):
-            yield narrow_rows(rows, dtype)
-        # The mean row makes the logits of rows that no token uses unremarkable; zeros might stand out.
-        yield narrow_rows(mean_row(base, used).repeat(extension.padding_rows, 1), dtype)
+        return base
 
 
 def extend(base: Path, output_dir: Path, vocab: VocabConfig, max_shard_size: int, copy: bool) -> Extension:
@@ -123,6 +135,14 @@ def extend_folder(folder: Path, staging: Path, vocab: VocabConfig, copy: bool) -
         raise ModelError(f"{folder} has no {INPUT}, so it is no LLaMA model; give another base.")
     extension = extend_tokenizer(folder, staging, vocab, reader.specs[INPUT].shape[0])
     extended = ExtendedSource(reader, extension, vocab)
+    if vocab.init is RowInit.distilled:
+        from cqlora.weights.distill import distill_rows
+
+        start = extended.starting_rows()
+        if base.tied:
+            start.pop(OUTPUT, None)
+        fitted = distill_rows(folder, staging, extension.first_row, start, vocab)
+        extended = replace(extended, fitted={OUTPUT: fitted[INPUT]} | fitted)
     base_sha256 = fingerprint_weights(folder)
     digests = hash_tensors(reader.stored.values())
     shards: dict[str, list[TensorSpec]] = {}

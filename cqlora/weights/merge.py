@@ -1,6 +1,6 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 
 from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
+from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
 from cqlora.errors import ConfigError, ModelError
 from cqlora.system.documents import carry_over, read_object_if_there, take, write_json
@@ -19,7 +20,8 @@ from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
-from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training, tuned_prompt
+from cqlora.weights.merge_difference import ModelPair, open_pair, spoken_ends, spoken_prompt, spoken_template
+from cqlora.weights.merge_lineage import MERGED, check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
@@ -45,27 +47,66 @@ class Merge:
     adapters: list[Adapter]
     source: MergedSource
     onto: MergeOnto
+    averaged: bool = False
+    """The adapters are alternatives of which the mean is merged, and not one trained after the other."""
+    pairs: list[ModelPair] = field(default_factory=list)
+    """Models whose differences are added."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, a sentence each."""
+    """What could not be checked, or is worth knowing, a sentence each."""
 
     def config(self) -> dict[str, Any]:
         """`config.json` of the merged model."""
         return self.base.config | {"tie_word_embeddings": self.source.plan.tied}
 
     def template(self) -> str:
-        """The chat template that an adapter was instruction-tuned in, which is not the base's own; empty: none was."""
-        prompt = tuned_prompt(self.adapters)
-        return "" if prompt is None else chat_template(prompt)
+        """The chat template in place of the base's own; empty: the base's stays.
 
-    def changed(self) -> int:
-        """Matrices that an adapter changes."""
-        return sum(bool(self.source.plan.changes.get(name)) for name in self.source.specs)
+        An adapter that was instruction-tuned brings the one that it was tuned in, else a difference that of its model.
+        """
+        prompt = tuned_prompt(self.adapters)
+        if prompt is not None:
+            return chat_template(prompt)
+        spoken = self.spoken()
+        return spoken[0] if spoken else ""
+
+    def spoken(self) -> tuple[str, ModelPair] | None:
+        """The template that a difference brings, and the difference; None where an adapter's or the base's stands."""
+        return spoken_template(self.pairs, self.base) if tuned_prompt(self.adapters) is None else None
+
+    def card(self) -> dict[str, Any]:
+        """What `cqlora.json` says of it; the fingerprint of the weights is yet to come."""
+        card = merged_card(self.base, self.adapters, self.onto, self.averaged, self.source.plan.weight)
+        if self.pairs:
+            card[MERGED] |= {"added": [*card[MERGED].get("added", []), *(pair.describe() for pair in self.pairs)]}
+            card["added_from"] = [[str(pair.model.path), str(pair.minus.path), pair.weight] for pair in self.pairs]
+            spoken = self.spoken()
+            prompt = spoken_prompt(spoken[1]) if spoken else None
+            card |= {} if prompt is None else {"system_prompt": prompt}
+        return card
+
+    def summary(self) -> str:
+        """What was merged and how much of the base it changed, as one sentence."""
+        count, pairs = len(self.adapters), len(self.pairs)
+        told = f"{count} adapter{'s' * (count != 1)} {'averaged and ' if self.averaged else ''}merged"
+        told += f", {pairs} difference{'s' * (pairs != 1)} added" if pairs else ""
+        changed = sum(bool(self.source.plan.changes.get(name)) for name in self.source.specs)
+        return f"{told}, {changed} of {len(self.source.specs)} tensors changed."
 
 
 def plan_merge(
-    base_folder: Path, folders: list[Path], onto: MergeOnto, double_quantization: bool, precision: Precision
+    base_folder: Path,
+    folders: list[Path],
+    onto: MergeOnto,
+    double_quantization: bool,
+    precision: Precision,
+    averaged: bool = False,
+    weight: float = 1.0,
+    differences: Sequence[DifferenceConfig] = (),
 ) -> Merge:
-    """Read headers and cards, and find each adapter weight its place.
+    """Read headers and cards, and find each weight of the adapters and of the differences its place.
+
+    `averaged`: the mean of what the adapters add is merged; `weight` multiplies what they add, the rows of tokens
+    that an extension added excepted; `differences` are added to what comes of it.
 
     Raises:
         ConfigError: onto=nf4 for an adapter that was not trained so.
@@ -77,14 +118,18 @@ def plan_merge(
     reader = ShardReader(base_folder)
     if INPUT not in reader.specs:
         raise ModelError(f"{base_folder} has no {INPUT}, so it is no LLaMA model; give another base.")
-    lineage = check_lineage(base, adapters)
-    plan = MergePlan(tied=is_tied(base, reader))
-    for adapter, apart in zip(adapters, lineage.apart, strict=True):
-        plan.add(adapter, base_folder, reader.specs, apart)
-    form = choose_format(adapters, onto, double_quantization, precision)
-    return Merge(
-        base, adapters, MergedSource(reader, plan, form), onto, lineage.notes + changed_companions(base, adapters)
-    )
+    lineage = check_lineage(base, adapters, averaged, weight)
+    plan = MergePlan(tied=is_tied(base, reader), weight=weight, added_rows=base.added)
+    pairs = [open_pair(difference, base, plan.tied) for difference in differences]
+    if averaged:
+        plan.add(adapters, base_folder, reader.specs)
+    for adapter, apart in () if averaged else zip(adapters, lineage.apart, strict=True):
+        plan.add([adapter], base_folder, reader.specs, apart)
+    for pair in pairs:
+        plan.add_difference(pair)
+    form = choose_format(adapters, onto, double_quantization, precision, averaged)
+    notes = lineage.notes + changed_companions(base, adapters)
+    return Merge(base, adapters, MergedSource(reader, plan, form), onto, averaged, pairs, notes)
 
 
 def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
@@ -110,17 +155,18 @@ def is_tied(base: Base, reader: ShardReader) -> bool:
 
 
 def choose_format(
-    adapters: list[Adapter], onto: MergeOnto, double_quantization: bool, precision: Precision
+    adapters: list[Adapter], onto: MergeOnto, double_quantization: bool, precision: Precision, averaged: bool
 ) -> Nf4Format | None:
     """The NF4 form that the adapter was trained on, where the merge is onto that."""
     if onto is MergeOnto["16bit"]:
         return None
-    if len(adapters) != 1:
+    trainings = [read_training(adapter, double_quantization, precision) for adapter in adapters]
+    if len(adapters) != 1 and not (averaged and all(training == trainings[0] for training in trainings)):
         raise ConfigError(
             f"onto=nf4 takes one adapter and adapter= has {len(adapters)}; merge them one after the other, each into "
             "what the merge before it wrote."
         )
-    trained_on, form = read_training(adapters[0], double_quantization, precision)
+    trained_on, form = trainings[0]
     if trained_on is not Quantization.nf4:
         raise ConfigError(
             f"onto=nf4, but {adapters[0].folder} was trained with model.quantization={trained_on.name}; use onto=16bit."
@@ -135,7 +181,7 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
         ModelError: `output_dir` is already there, the disk is full, or the format has no place for the model.
     """
     with staged_folder(output_dir) as staging:
-        card = merged_card(merge.base, merge.adapters, merge.onto)
+        card = merge.card()
         if options.format is ModelFormat.gguf:
             from cqlora.weights.gguf_write import write_gguf
 
@@ -146,6 +192,8 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
             carry_over(merge.base.path, staging, _REWRITTEN)
             if merge.template():
                 write_template(staging, merge.template())
+            if spoken := merge.spoken():
+                write_ends(staging, config, spoken_ends(spoken[1]))
             write_json(staging / "config.json", config)
             card["weights_sha256"] = combine(config, read_tensors(staging).values(), digests)
         seal_card(staging, card)
@@ -185,3 +233,12 @@ def write_template(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
     write_json(file, read_object_if_there(file) | {"chat_template": template})
+
+
+def write_ends(folder: Path, config: dict[str, Any], ends: list[int]) -> None:
+    """Let a reply end at what ends one of the model whose chat template goes along, beside what ended the base's."""
+    file = folder / "generation_config.json"
+    generation = read_object_if_there(file)
+    own = generation.get("eos_token_id", config.get("eos_token_id"))
+    known = [own] if isinstance(own, int) else list(own or [])
+    write_json(file, generation | {"eos_token_id": list(dict.fromkeys([*known, *ends]))})

@@ -14,12 +14,14 @@ from typing import Any
 
 from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
-from cqlora.base import fingerprint_adapter, read_card
+from cqlora.base import read_card
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_object, shorten, take, take_number
 from cqlora.system.durable import recover_folders
+from cqlora.system.fingerprints import hash_whole
 from cqlora.system.shards import ShardReader
 from cqlora.weights.merge_changes import Change, LowRank, Replacement, TokenRows
+from cqlora.weights.merge_checkpoint import TRAINED, adapter_of_run, is_checkpoint, open_checkpoint
 
 ROWS = "token_adapter.trainable_tokens_delta"
 _NAME = re.compile(
@@ -37,31 +39,51 @@ _MOVED_BASES = ("corda", "lora_ga", "loftq", "mica", "olora", "pissa")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An adapter folder in PEFT's form."""
+    """An adapter folder in PEFT's form, or a checkpoint that holds the same."""
 
     folder: Path
+    described: Path
+    """Folder of the adapter_config.json and cqlora.json that say what it is."""
     config: dict[str, Any]
     card: dict[str, Any]
     """cqlora.json, or nothing beside an adapter that another program wrote."""
     reader: ShardReader
 
+    @property
+    def of_checkpoint(self) -> bool:
+        """Whether it lies in a run's checkpoint, and not in a folder of its own."""
+        return self.folder != self.described
+
     def fingerprint(self) -> str:
         """sha256 that tells the adapter's weights from others."""
-        return fingerprint_adapter(self.folder)
+        return hash_whole(self.folder / (TRAINED if self.of_checkpoint else WEIGHTS))
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Read an adapter's configuration, card and header.
+    """Read the configuration, card and header of an adapter, or of the one in a checkpoint.
 
     Raises:
         ModelError: no adapter, weights that are truncated, or a method that cannot be merged.
     """
     recover_folders(folder.parent)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ModelError(f"adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
-    config = read_object(folder / CONFIG)
-    check_config(config, folder / CONFIG)
+    if is_checkpoint(folder):
+        described = adapter_of_run(folder)
+        config, card, reader = open_checkpoint(folder)
+        adapter = Adapter(folder, described, config, card, reader)
+    else:
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise ModelError(f"adapter={folder} has no {name}; give the adapter/ folder of a finished run.")
+        reader = ShardReader(folder, folder / WEIGHTS)
+        adapter = Adapter(folder, folder, read_object(folder / CONFIG), read_card(folder), reader)
+    refuse_unmergeable(adapter)
+    return adapter
+
+
+def refuse_unmergeable(adapter: Adapter) -> None:
+    """Raise ModelError for an adapter that is damaged, empty, or no change of the base's weights."""
+    config, folder = adapter.config, adapter.folder
+    check_config(config, adapter.described / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ModelError(f"adapter={folder} is of kind {config.get('peft_type')}; only LoRA and its kin can be merged.")
     options = [name for name in _UNMERGEABLE if config.get(name)]
@@ -75,10 +97,8 @@ def open_adapter(folder: Path) -> Adapter:
             f"adapter={folder} was trained on a base that init_lora_weights={init} had changed; save it as a plain "
             "LoRA first (PEFT: path_initial_model_for_weight_conversion)."
         )
-    adapter = Adapter(folder, config, read_card(folder), ShardReader(folder, folder / WEIGHTS))
     if not adapter.reader.specs:
         raise ModelError(f"adapter={folder} holds no weights; give the adapter/ folder of a finished run.")
-    return adapter
 
 
 def check_config(config: dict[str, Any], file: Path) -> None:

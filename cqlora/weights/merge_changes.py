@@ -29,6 +29,22 @@ class Change(Protocol):
         """Whether `other` does the same to whatever matrix."""
 
 
+class RowFeed:
+    """Rows of a matrix as many at a time as are asked for, however the blocks that they come in are cut."""
+
+    def __init__(self, blocks: Iterator[torch.Tensor]) -> None:
+        self._blocks = blocks
+        self._held: list[torch.Tensor] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """The next `count` rows, which the matrix must still have."""
+        while sum(map(len, self._held)) < count:
+            self._held.append(next(self._blocks))
+        joined = self._held[0] if len(self._held) == 1 else torch.cat(self._held)
+        self._held = [joined[count:]] if len(joined) > count else []
+        return joined[:count]
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """`scaling`·B·A added to a matrix; with a magnitude (DoRA) its rows, or columns, are then rescaled to it.

@@ -28,15 +28,17 @@ class Lineage:
     """For each adapter, whether it was trained on the base itself though others are merged before it."""
 
 
-def check_lineage(base: Base, adapters: list[Adapter]) -> Lineage:
+def check_lineage(base: Base, adapters: list[Adapter], averaged: bool = False, weight: float = 1.0) -> Lineage:
     """Refuse an adapter that was trained on something else, or that another one holds already.
 
-    Each adapter belongs to the base, or to what the base becomes with the adapters before it.
+    Each adapter belongs to the base, or to what the base becomes with the adapters before it; those that are to be
+    `averaged` all belong to the base, and may hold the same past, of which their mean holds one.
 
     Raises:
         ModelError: an adapter of another base or tokenizer, or two of which one was continued from the other.
     """
-    refuse_held_twice(adapters)
+    if not averaged:
+        refuse_held_twice(adapters)
     tokenizer, weights = fingerprint_tokenizer(base.path), fingerprint_weights(base.path)
     history, notes, apart = history_of(base), [], []
     for place, adapter in enumerate(adapters):
@@ -44,10 +46,10 @@ def check_lineage(base: Base, adapters: list[Adapter]) -> Lineage:
         if not described:
             check_foreign_tokenizer(adapter, base)
             notes.append(f"{adapter.folder} does not say which base it was trained on; its shapes fit {base.path}.")
-        follows = place > 0 and adapter.card.get("base_merged") == history
-        check_fingerprints(adapter.folder, tokenizer, adapter.card["base_sha256"] if follows else weights)
-        apart.append(place > 0 and described and not follows)
-        history = add_to_history(history, adapter, MergeOnto["16bit"])
+        follows = place > 0 and not averaged and adapter.card.get("base_merged") == history
+        check_fingerprints(adapter.described, tokenizer, adapter.card["base_sha256"] if follows else weights)
+        apart.append(place > 0 and described and not follows and not averaged)
+        history = add_to_history(history, [adapter], MergeOnto["16bit"], weight)
     if any(apart):
         notes.append("adapters that were trained apart on one base: what each adds is added up.")
     return Lineage(notes, apart)
@@ -89,9 +91,14 @@ def history_of(base: Base) -> dict[str, Any]:
     return found if "adapters" in found else {"base_sha256": fingerprint_weights(base.path), "adapters": []}
 
 
-def add_to_history(history: dict[str, Any], adapter: Adapter, onto: MergeOnto) -> dict[str, Any]:
-    """The history once an adapter has been merged."""
-    return {**history, "adapters": [*history["adapters"], {"sha256": adapter.fingerprint(), "onto": onto.value}]}
+def add_to_history(
+    history: dict[str, Any], adapters: list[Adapter], onto: MergeOnto, weight: float = 1.0
+) -> dict[str, Any]:
+    """The history once an adapter, or the mean of several, has been merged."""
+    prints = [adapter.fingerprint() for adapter in adapters]
+    entry: dict[str, Any] = {"sha256": prints[0]} if len(prints) == 1 else {"average_of": prints}
+    entry |= {"onto": onto.value} | ({} if weight == 1 else {"weight": weight})
+    return {**history, "adapters": [*history["adapters"], entry]}
 
 
 def check_foreign_tokenizer(adapter: Adapter, base: Base) -> None:
@@ -114,15 +121,17 @@ def tuned_prompt(adapters: list[Adapter]) -> str | None:
     return tuned[-1].get("system_prompt", "") if tuned else None
 
 
-def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[str, Any]:
+def merged_card(
+    base: Base, adapters: list[Adapter], onto: MergeOnto, averaged: bool = False, weight: float = 1.0
+) -> dict[str, Any]:
     """The card of the merged model, without the fingerprint of weights that are yet to be written.
 
     What the base's card says of its rows stays true: a merge adds and removes none.
     """
     card = {key: value for key, value in read_card(base.path).items() if key != "weights_sha256"}
     history = history_of(base)
-    for adapter in adapters:
-        history = add_to_history(history, adapter, onto)
+    for step in [adapters] if averaged else [[adapter] for adapter in adapters]:
+        history = add_to_history(history, step, onto, weight)
     prompt = tuned_prompt(adapters)
     if prompt is not None:
         card["system_prompt"] = prompt

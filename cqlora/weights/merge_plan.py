@@ -1,6 +1,6 @@
 """Which matrices change and how, over all adapters in a row; and the merged model as a source of tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from cqlora.errors import ModelError
 from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import DTYPES, ShardReader, TensorSpec
 from cqlora.weights.merge_adapter import Adapter, find_changes
+from cqlora.weights.merge_blend import blend
 from cqlora.weights.merge_changes import Change, LowRank, RowStream, TokenRows
+from cqlora.weights.merge_difference import ModelPair
 from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
 
 
@@ -19,6 +21,10 @@ class MergePlan:
     """The changes of each tensor, in order, and whether the embedding matrices are still one."""
 
     tied: bool
+    weight: float = 1.0
+    """By what is multiplied what an adapter adds."""
+    added_rows: range = range(0)
+    """Rows of the embedding matrices that an extension added, which are taken as trained whatever the weight."""
     changes: dict[str, list[Change]] = field(default_factory=dict)
     of_tied_base: bool = field(init=False)
     """Whether they were one in the base."""
@@ -26,8 +32,10 @@ class MergePlan:
     def __post_init__(self) -> None:
         self.of_tied_base = self.tied
 
-    def add(self, adapter: Adapter, base: Path, specs: Mapping[str, TensorSpec], apart: bool = False) -> None:
-        """Put an adapter's changes behind those of the adapters before it.
+    def add(
+        self, adapters: Sequence[Adapter], base: Path, specs: Mapping[str, TensorSpec], apart: bool = False
+    ) -> None:
+        """Put an adapter's changes, or the mean of what several add, behind those that are there already.
 
         An adapter that was trained `apart`, on the base itself, can only be added up with them: what both put in
         place of the base's numbers, or rescale, would be lost of one of them.
@@ -36,15 +44,37 @@ class MergePlan:
             ModelError: see find_changes; or two that were trained apart and cannot be added up.
         """
         shapes = {name: spec.shape for name, spec in specs.items()}
-        found = find_changes(adapter, base, shapes | ({OUTPUT: shapes[INPUT]} if self.tied else {}))
-        if self.tied and not changes_alike(found.get(INPUT, []), found.get(OUTPUT), adapter):
-            self.tied = False
-            self.changes[OUTPUT] = list(self.changes.get(INPUT, []))
+        shapes |= {OUTPUT: shapes[INPUT]} if self.tied else {}
+        found = [find_changes(adapter, base, shapes) for adapter in adapters]
+        if self.tied:
+            self._settle_tying(found, adapters)
         if apart:
-            self._refuse_lost(found, adapter)
-        for name, changes in found.items():
-            if not (self.tied and name == OUTPUT):
-                self.changes.setdefault(name, []).extend(changes)
+            for changes, adapter in zip(found, adapters, strict=True):
+                self._refuse_lost(changes, adapter)
+        for name in dict.fromkeys(name for changes in found for name in changes):
+            alternatives = [changes.get(name, []) for changes in found]
+            whole = self.added_rows if name in (INPUT, OUTPUT) else range(0)
+            self.changes.setdefault(name, []).extend(blend(alternatives, self.weight, whole))
+
+    def add_difference(self, pair: ModelPair) -> None:
+        """Put the difference of two models behind the changes that are there already."""
+        for name, change in pair.changes(of_output=not self.tied):
+            self.changes.setdefault(name, []).append(change)
+
+    def _settle_tying(self, found: list[dict[str, list[Change]]], adapters: Sequence[Adapter]) -> None:
+        """Make the embedding matrices two where an adapter parts them; say the same of all for both or for one."""
+        alike = [
+            changes_alike(changes.get(INPUT, []), changes.get(OUTPUT), adapter)
+            for changes, adapter in zip(found, adapters, strict=True)
+        ]
+        self.tied = all(alike)
+        if not self.tied:
+            self.changes[OUTPUT] = list(self.changes.get(INPUT, []))
+        for changes, same in zip(found, alike, strict=True):
+            if self.tied:
+                changes.pop(OUTPUT, None)
+            elif same and INPUT in changes:
+                changes[OUTPUT] = list(changes[INPUT])
 
     def _refuse_lost(self, found: Mapping[str, list[Change]], adapter: Adapter) -> None:
         parted = self.of_tied_base and not self.tied

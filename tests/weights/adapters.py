@@ -17,11 +17,11 @@ TEXTS = ["长江是亚洲最长的河流。", "The Yangtze is the longest river 
 IDS = torch.arange(40, 140)[None]
 
 
-def write_tiny_base(folder: Path, tied: bool = False) -> Path:
+def write_tiny_base(folder: Path, tied: bool = False, positions: int = 256) -> Path:
     """A random LLaMA of two layers in float32, with grouped queries."""
     shape = ModelConfig(
         name="tiny", path=str(folder), vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=tied,
     )  # fmt: skip
     return drop_card(build_tiny(shape, TEXTS, CHAT_TEMPLATE))
 

@@ -151,7 +151,7 @@ def test_adapters_in_a_row_are_each_merged_into_what_the_ones_before_gave(base, 
 
 
 def trained(
-    base_folder: Path, folder: Path, quantization=Quantization.none, method=AdapterMethod.lora, double=True
+    base_folder: Path, folder: Path, quantization=Quantization.none, method=AdapterMethod.lora, double=True, rank=4
 ) -> Path:
     """An adapter as `cqlora run` saves it, its weights random; what it computed is `folder`/logits."""
     base = read_base(base_folder)
@@ -162,7 +162,7 @@ def trained(
     )  # fmt: skip
     hardware = HardwareConfig(name="cpu", device=Device.cpu)
     model = load_base(base, shape, hardware, torch.device("cpu"), torch.float32)
-    adapted = attach_adapter(model, base, LoraConfig(method=method, rank=4), Embeddings.frozen, "").eval()
+    adapted = attach_adapter(model, base, LoraConfig(method=method, rank=rank), Embeddings.frozen, "").eval()
     generator = torch.Generator().manual_seed(3)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -295,10 +295,12 @@ def test_a_model_tuned_with_a_system_prompt_is_asked_with_it_by_default(untied, 
         assert AutoTokenizer.from_pretrained(both).chat_template == CHAT_TEMPLATE
 
 
-def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_merged(untied, tmp_path):
+@pytest.mark.parametrize("rank", [4, 8])
+def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_merged(rank, untied, tmp_path):
+    """Of whatever rank: so an adapter is gone on with in another one."""
     first = trained(untied, tmp_path / "first")
     between = merge(untied, [first], tmp_path / "between")
-    second = trained(between, tmp_path / "second")
+    second = trained(between, tmp_path / "second", rank=rank)
     seen = load_file(tmp_path / "second.logits")["logits"]
     for number, (base, adapters) in enumerate([(between, [second]), (untied, [first, second])]):
         assert (seen - logits(load(merge(base, adapters, tmp_path / f"merged{number}")))).abs().max() < 1e-4

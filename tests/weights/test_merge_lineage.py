@@ -78,7 +78,7 @@ def test_a_continued_adapter_beside_the_one_that_it_holds_is_refused_in_any_orde
     sibling = trained(base, tmp_path / "sibling", 4, continued=first)
     with pytest.raises(ModelError, match="were continued from one adapter, which would be added twice"):
         plan(base, second, sibling)
-    assert plan(base, third).changed()
+    assert plan(base, third).source.plan.changes
 
 
 def test_what_adapters_that_were_trained_apart_add_is_added_up(base, tmp_path):

@@ -1,0 +1,122 @@
+"""The comparison of recipes: what is held out, what a budget is, what is not computed again, and the table."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import recipes
+from cqlora.data.sources import SAMPLE_DIR
+from tests.conftest import HANG_SECONDS, ROOT
+from tests.weights.adapters import write_tiny_base
+
+KNOWN = yaml.safe_load((ROOT / "benchmarks" / "recipes.yaml").read_text(encoding="utf-8"))
+
+
+def line(recipe: str, zh: float, en: float, seed: int = 1, budget: str = "60s", probe: float = 1.0) -> dict:
+    return {
+        "recipe": recipe, "seed": seed, "budget": budget, "clock": "processor", "steps": 10, "characters": 5000,
+        "zh_bits_per_character": zh, "zh_bits_per_character_error": 0.01, "en_bits_per_byte": en, "probe": probe,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, amount, unit", [("60s", 60, "s"), ("1.5min", 90, "s"), ("2h", 7200, "s"), ("300ch", 300, "ch")]
+)
+def test_a_budget_is_a_time_or_a_number_of_characters(text, amount, unit):
+    budget = recipes.Budget.parse(text)
+    assert (budget.amount, budget.unit) == (amount, unit)
+    assert recipes.Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize("text", ["60", "0s", "-1s", "much", "5 min"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no budget; use 60s"):
+        recipes.Budget.parse(text)
+
+
+def test_the_same_tenth_of_each_file_is_held_out_and_no_document_of_it_trains(tmp_path):
+    files = []
+    for language in ("zh", "en"):
+        files.append(tmp_path / f"{language}.jsonl")
+        documents = [json.dumps({"text": f"document {language} {number % 400}"}) for number in range(500)]
+        files[-1].write_text("\n".join(documents) + "\n")
+    listed = []
+    for folder in ("one", "two"):
+        recipes.split_text(argparse.Namespace(folder=tmp_path / folder, files=files))
+        text = tmp_path / folder / "text"
+        listed.append((text / "held_out.txt").read_text())
+        for language in ("zh", "en"):
+            trains, held = (
+                [json.loads(row)["text"] for row in file.read_text().splitlines()]
+                for file in (text / "train" / f"wiki_{language}.jsonl", text / f"held_out_{language}.jsonl")
+            )
+            assert len(trains) + len(held) == 500 and 20 < len(held) < 90
+            assert not set(trains) & set(held)
+    assert listed[0] == listed[1] and len(listed[0].splitlines()) > 40
+
+
+def test_the_table_has_means_over_seeds_the_best_first_and_all_against_the_base():
+    lines = [
+        line("base", 4.0, 1.0, seed=0, budget=""),
+        line("worse", 3.9, 1.02),
+        line("better", 3.5, 1.0), line("better", 3.7, 1.02, seed=2, probe=0.5),
+    ]  # fmt: skip
+    head, _, base, *rows = recipes.show_table(lines).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, base, *rows)]
+    found = dict(zip(cells[0], cells[2], strict=True))
+    assert [row[0] for row in cells[1:]] == ["untouched base", "`better`", "`worse`"]
+    assert found["Chinese bits per character"] == "3.600 ± 0.100" and found["gain"] == "+0.400"
+    assert found["English bits per byte"] == "1.010" and found["of the base's"] == "+1.0%"
+    assert found["seeds"] == "2" and found["probe, of the base's"] == "-25.0%"
+
+
+def test_a_line_that_was_cut_off_is_computed_again_and_a_whole_one_found(tmp_path):
+    recipes.add_line(tmp_path, line("a", 1.0, 1.0))
+    with (tmp_path / "results.jsonl").open("a") as stream:
+        stream.write('{"recipe": "b", "se')
+    assert recipes.find_line(tmp_path, {"recipe": "a", "seed": 1, "budget": "60s"})
+    assert not recipes.find_line(tmp_path, {"recipe": "a", "seed": 2, "budget": "60s"})
+    recipes.add_line(tmp_path, line("b", 1.0, 1.0))
+    assert [each["recipe"] for each in recipes.read_lines(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
+    recipe = KNOWN[name]
+    assert recipe["about"] and set(recipe) <= {"about", "extend", "run", "trainer"}
+    if "trainer" in recipe:
+        return
+    for verb, overrides in (("run", [*recipes.COMMON, *recipe["run"]]), ("extend", recipe["extend"])):
+        if overrides:
+            command = [sys.executable, "-m", f"cqlora.{verb}", *overrides, "--cfg", "job"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
+def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(tmp_path):
+    base = write_tiny_base(tmp_path / "base", tied=True, positions=4096)
+    files = [SAMPLE_DIR / f"sample_{language}" / "train.jsonl" for language in ("zh", "en")]
+    command = [
+        sys.executable, str(ROOT / "benchmarks" / "recipes.py"), str(base), *map(str, files), "--smoke", "--budget",
+        "4000ch", "--recipes", "no_vocabulary", "recipe_2023", "--folder", str(tmp_path / "out"), "--characters", "400",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    told = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=HANG_SECONDS, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append(done.stdout)
+    lines = [json.loads(row) for row in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [each["recipe"] for each in lines] == ["base", "no_vocabulary", "recipe_2023"]
+    assert all(each["processor_seconds"] > 0 and 2000 < each["characters"] < 8000 for each in lines[1:])
+    assert "no_vocabulary, seed 1, 4000ch" in told[0] and "seed" not in told[1].partition("|")[0]
+    assert (tmp_path / "out" / "recipes.svg").read_text().startswith("<?xml")
