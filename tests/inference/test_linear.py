@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 
 from cqlora.inference.decoder import STEADY_ROWS
-from cqlora.inference.kernel import find_fused_nf4, fused_nf4_product
+from cqlora.inference.kernel import fused_nf4_product, has_fused_nf4
 from cqlora.inference.linear import Dense, FusedNf4, Packed, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import quantise_rows
 from cqlora.weights.nf4 import Nf4Format
@@ -36,7 +36,7 @@ def test_the_kernels_order_is_that_of_bitsandbytes(matrix):
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40])
 def test_the_fused_product_is_the_product(matrix, tokens):
-    if find_fused_nf4() is None:
+    if not has_fused_nf4():
         pytest.skip("this processor or bitsandbytes has no fused NF4 product")
     parts = quantise_rows(lambda: iter([matrix]), (ROWS, COLUMNS), Nf4Format(True, torch.float32))
     inputs = torch.randn(tokens, COLUMNS).bfloat16()
@@ -77,7 +77,7 @@ def test_a_steady_number_of_rows_gives_a_row_the_same_bits_in_every_place_and_co
 def layer_of(kind: str, matrix: torch.Tensor):
     """The matrix in a form, or a skipped test where this processor has it not."""
     if kind == "fused":
-        if find_fused_nf4() is None:
+        if not has_fused_nf4():
             pytest.skip("this processor or bitsandbytes has no fused NF4 product")
         parts = quantise_rows(lambda: iter([matrix]), tuple(matrix.shape), Nf4Format(True, torch.float32))
         scales = parts.scales.view(len(matrix), -1).T.to(torch.bfloat16).contiguous()
