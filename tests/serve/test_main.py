@@ -103,11 +103,10 @@ def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
 
 def test_what_was_loaded_is_spared_from_garbage_collection_before_anybody_is_answered(monkeypatch):
     loaded = [[number] for number in range(1000)]
-    monkeypatch.setattr(ServeConfig, "load_engine", lambda config: loaded)
-    monkeypatch.setattr(
-        serving, "Server", lambda *_: SimpleNamespace(run=lambda sockets: seen.append(gc.get_objects()))
-    )
     seen: list[list[object]] = []
+    server = SimpleNamespace(run=lambda sockets: seen.append(gc.get_objects()))
+    monkeypatch.setattr(ServeConfig, "load_engine", lambda config: loaded)
+    monkeypatch.setattr(serving, "Server", lambda *_: server)
     try:
         serving.run_server(fake_config(), "", None)
     finally:
