@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cqlora.errors import DiskError
 from cqlora.system.durable import replace_file
+from cqlora.system.machine import cache_folder
 from cqlora.system.processor import describe_processor
 from cqlora.system.sealed import hash_document
 
@@ -59,13 +60,12 @@ def is_proven(call: NativeCall) -> bool:
 
 def proof_file(call: NativeCall) -> Path:
     """The empty file in the user's cache folder that stands for a check that was passed."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
         installed = version(call.package)
     except PackageNotFoundError:
         installed = "unknown"
     hidden = {name: os.environ.get(name, "") for name in _HIDING}
-    return root / "cqlora" / "proven" / hash_document([call.check, installed, describe_processor(), hidden])[:32]
+    return cache_folder("proven") / hash_document([call.check, installed, describe_processor(), hidden])[:32]
 
 
 def find_failure(call: NativeCall) -> str:
