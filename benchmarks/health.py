@@ -48,8 +48,8 @@ def watching(url: str) -> Iterator[Answers]:
         assert client.stdout is not None and client.stdin is not None
         client.stdout.readline()
         yield answers
-        told, _ = client.communicate()
-    answers.ours, answers.floor = json.loads(told)
+        printed, _ = client.communicate()
+    answers.ours, answers.floor = json.loads(printed)
 
 
 def main() -> None:
@@ -64,19 +64,19 @@ def main() -> None:
             os.set_blocking(0, False)
             print("asking", flush=True)
         until = time.monotonic() + (seconds or 1e9)
-        while time.monotonic() < until and (seconds is not None or os_read() is None):
+        while time.monotonic() < until and (seconds is not None or is_open()):
             for client, into in zip(clients, took, strict=True):
                 into.append(ask(client))
             time.sleep(max(0.0, PERIOD_SECONDS - took[0][-1] - took[1][-1]))
     print(json.dumps(took) if seconds is None else Answers(*took))
 
 
-def os_read() -> bytes | None:
-    """What stands on standard input: None while it is open and empty."""
+def is_open() -> bool:
+    """Whether standard input has not ended."""
     try:
-        return os.read(0, 1)
+        return os.read(0, 1) != b""
     except BlockingIOError:
-        return None
+        return True
 
 
 def connect(url: str) -> http.client.HTTPConnection:
