@@ -15,7 +15,9 @@ from cqlora.inference.terminal import Conversation, open_terminal, talk
 from cqlora.system.machine import list_gpus
 
 _DEFAULT = Sampling()
-LLAMA_CPP = "On a processor llama.cpp is faster: `cqlora merge` with format=gguf writes the file that it reads."
+LLAMA_CPP = (
+    "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file that it reads."
+)
 
 
 @dataclass(kw_only=True, slots=True)
