@@ -15,7 +15,7 @@ from cqlora.inference.terminal import Conversation, open_terminal, talk
 from cqlora.system.machine import list_gpus
 
 _DEFAULT = Sampling()
-LLAMA_CPP = (
+LLAMA_CPP = "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file it reads."
     "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file that it reads."
 )
 
