@@ -16,8 +16,6 @@ from cqlora.system.machine import list_gpus
 
 _DEFAULT = Sampling()
 LLAMA_CPP = "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file it reads."
-    "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file that it reads."
-)
 
 
 @dataclass(kw_only=True, slots=True)
