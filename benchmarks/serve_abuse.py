@@ -3,8 +3,9 @@
     python benchmarks/serve_abuse.py base=FOLDER [adapter=FOLDER …] [--seconds 60]
 
 The server is a process of its own, started with the key=value arguments. While /health is asked ten times a
-second, these follow each other: 16 clients who ask and hang up, bodies of 4 MB that are made to be costly, bodies
-of as many messages and as long texts as are allowed, 500 connections that send a byte now and then.
+second, beside the bare server of benchmarks/health.py, these follow each other: 16 clients who ask and hang up,
+bodies of 4 MB that are made to be costly, bodies of as many messages and as long texts as are allowed, 500
+connections that send a byte now and then.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Awaitable
 import httpx
 import psutil
 
+from benchmarks.health import watching
 from benchmarks.serve_load import Load, put_under_load
 
 COSTLY = [
@@ -32,19 +34,6 @@ ALLOWED = [
     json.dumps({"prompt": "a" * 400_000, "max_tokens": 1}).encode(),
     json.dumps({"messages": [{"role": "user", "content": [1] * 12_000}] * 4}).encode(),
 ]
-
-
-async def watch_health(url: str, seconds: list[float]) -> None:
-    """Note what each answer takes."""
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
-        while True:
-            began = time.monotonic()
-            try:
-                (await client.get("/health")).raise_for_status()
-            except httpx.HTTPError as error:
-                print(f"  /health failed: {error!r}", flush=True)
-            seconds.append(time.monotonic() - began)
-            await asyncio.sleep(max(0, 0.1 - seconds[-1]))
 
 
 async def send(url: str, bodies: list[bytes], times: int) -> None:
@@ -87,17 +76,13 @@ async def crawl(url: str, connections: int, seconds: float) -> None:
 
 async def measure(what: str, work: Awaitable[None], url: str, process: psutil.Process) -> None:
     """Do the work beside /health, and print what both took."""
-    seconds: list[float] = []
-    watcher = asyncio.create_task(watch_health(url, seconds))
     began, processor = time.monotonic(), sum(process.cpu_times()[:2])
-    await work
-    took, used = time.monotonic() - began, sum(process.cpu_times()[:2]) - processor
-    watcher.cancel()
-    seconds.sort()
+    with watching(url) as answers:
+        await work
+        took, used = time.monotonic() - began, sum(process.cpu_times()[:2]) - processor
     print(
-        f"{what}: {took:.1f} s, {used:.1f} s of the server's processor; /health {len(seconds)} times, median "
-        f"{seconds[len(seconds) // 2] * 1e3:.1f} ms, 99% {seconds[len(seconds) * 99 // 100] * 1e3:.1f}, most "
-        f"{seconds[-1] * 1e3:.1f}; memory {process.memory_info().rss / 2**20:.0f} MiB",
+        f"{what}: {took:.1f} s, {used:.1f} s of the server's processor; {answers}; "
+        f"memory {process.memory_info().rss / 2**20:.0f} MiB",
         flush=True,
     )
 
@@ -105,7 +90,7 @@ async def measure(what: str, work: Awaitable[None], url: str, process: psutil.Pr
 async def abuse(url: str, process: psutil.Process, seconds: float) -> None:
     """All of it, one after the other."""
     load = Load(max_tokens=64, hang_up=0.42)
-    await measure("nothing", asyncio.sleep(3), url, process)
+    await measure("nothing", asyncio.sleep(10), url, process)
     await measure("16 clients", put_under_load(url, load, 16, seconds, process), url, process)
     quarter = len(load.memory) // 4
     print(f"  memory by quarter {[max(load.memory[n * quarter :][:quarter]) >> 20 for n in range(4)]} MiB", flush=True)
@@ -113,7 +98,7 @@ async def abuse(url: str, process: psutil.Process, seconds: float) -> None:
     await measure("4 MB bodies", send(url, COSTLY, 5), url, process)
     await measure("bodies as large as allowed", send(url, ALLOWED, 5), url, process)
     await measure("500 slow connections", crawl(url, 500, seconds / 2), url, process)
-    await measure("nothing", asyncio.sleep(3), url, process)
+    await measure("nothing", asyncio.sleep(10), url, process)
 
 
 def main() -> int:

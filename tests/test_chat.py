@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cqlora.chat import ChatConfig, chat
+import cqlora.chat
+from cqlora.chat import LLAMA_CPP, ChatConfig, chat
 from cqlora.engine import LlamaEngine
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
@@ -189,6 +190,20 @@ def test_without_a_terminal_there_is_no_traceback(redirections, environment, bas
 def test_lines_from_a_pipe_are_answered(base, tmp_path):
     done = run_verb(tmp_path, "chat", f"base={base}", "max_new_tokens=3", "temperature=0", expect=0)
     assert done.stdout.startswith(HELP)
+
+
+@pytest.mark.parametrize(
+    "device, gpus, is_sent",
+    [("cpu", 1, True), ("auto", 0, True), ("auto", 1, False), ("cuda", 1, False), ("cuda:0", 1, False)],
+)
+def test_who_computes_on_a_processor_is_sent_to_llama_cpp_in_one_line(device, gpus, is_sent, base, monkeypatch):
+    terminal = Script()
+    monkeypatch.setattr(ChatConfig, "load_engine", lambda config: Parrot())
+    monkeypatch.setattr(cqlora.chat, "list_gpus", lambda: ("a GPU",) * gpus)
+    monkeypatch.setattr(cqlora.chat, "open_terminal", lambda: terminal)
+    monkeypatch.setattr(cqlora.chat, "leave", lambda: None)
+    chat(ChatConfig(base=str(base), device=device))
+    assert terminal.written == f"{HELP}\n" + f"{LLAMA_CPP}\n" * is_sent
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ ARROWS = {
     "__main__": {"cli"},
     "architectures": {"errors"},
     "base": {"errors", "system"},
-    "chat": {"cli", "config", "engine_config", "inference"},
+    "chat": {"cli", "config", "engine_config", "inference", "system"},
     "cli": {"config", "errors", "launch", "system"},
     "config": {"errors", "system"},
     "convert": {"cli", "config", "vocab", "weights"},

@@ -20,8 +20,9 @@ from cqlora.inference.attention import Alone, Attention, Together
 from cqlora.inference.cache import KeyValueCache, Shelf
 from cqlora.inference.linear import Linear
 
-_STEADY_ROWS = 4
-"""Matrix products give a row the same bits in any batch whose rows are a multiple of this, and not in others."""
+STEADY_ROWS = 4
+"""Libraries choose the kernel of a product by how many rows it has, and each kernel adds up in an order of its own:
+where the number of rows is always this one, so is the kernel."""
 _SCORED_ROWS = 256
 """Positions whose logits exist at once when tokens are scored."""
 
@@ -103,17 +104,22 @@ class Decoder:
         """float32 (segments, vocab_size): logits after the last token of each; the caches grow by the tokens.
 
         `steady` is for segments of one token: their logits are the same to the last bit whatever other segments
-        there are, at the price of a few empty rows, and of attention one by one. Without it the caches on `shelf`,
-        where one is given, are those of the first segments, of one token each.
+        there are, at the price of passes of STEADY_ROWS rows, some of them empty, and of attention one by one.
+        Without it the caches on `shelf`, where one is given, are those of the first segments, of one token each.
         """
         if steady:
-            hidden = self._run(segments, _each(segments), -len(segments) % _STEADY_ROWS)
-            return self.weights.head(hidden)[: len(segments)].float().cpu()
+            starts = range(0, len(segments), STEADY_ROWS)
+            return torch.cat([self._steady_logits(segments[n : n + STEADY_ROWS]) for n in starts])
         together = len(shelf.caches) if shelf else 0
         first = [Together(shelf)] if shelf and together else []
         hidden = self._run(segments, [*first, *_each(segments[together:])])
         ends = torch.tensor([len(segment.ids) for segment in segments], device=self.device).cumsum(0) - 1
         return self.weights.head(hidden[ends]).float().cpu()
+
+    def _steady_logits(self, segments: Sequence[Segment]) -> torch.Tensor:
+        """As next_logits, of at most STEADY_ROWS segments of one token, in a pass of exactly so many rows."""
+        hidden = self._run(segments, _each(segments), STEADY_ROWS - len(segments))
+        return self.weights.head(hidden)[: len(segments)].float().cpu()
 
     @torch.inference_mode()
     def all_logits(self, ids: Sequence[int]) -> torch.Tensor:

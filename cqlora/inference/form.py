@@ -9,7 +9,7 @@ import torch
 
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.architecture import Architecture
-from cqlora.inference.kernel import ROWS_TOGETHER, find_fused_nf4
+from cqlora.inference.kernel import ROWS_TOGETHER, has_fused_nf4
 from cqlora.system.processor import suits_bfloat16_matrices
 from cqlora.weights.nf4 import GROUP
 
@@ -23,7 +23,6 @@ class Layout(Enum):
 
     dense = "dense"
     fused_nf4 = "fused_nf4"
-    bitsandbytes_nf4 = "bitsandbytes_nf4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,6 @@ class Form:
         held = {
             Layout.dense: f"NF4 numbers unpacked to {dtype}" if self.unpacked else f"matrices in {dtype}",
             Layout.fused_nf4: f"matrices in NF4, multiplied by a fused kernel in {dtype}",
-            Layout.bitsandbytes_nf4: f"matrices in NF4, multiplied by bitsandbytes in {dtype}",
         }
         return f"{held[self.layout]} on {self.device}"
 
@@ -63,8 +61,7 @@ def choose_form(architecture: Architecture, quantised: bool, dtype: str, device:
         ModelError: the model does not fit in memory in any form.
     """
     if device.type == "cuda":
-        layout = Layout.bitsandbytes_nf4 if quantised else Layout.dense
-        return Form(layout, _named(dtype) or torch.bfloat16, device)
+        return Form(Layout.dense, _named(dtype) or torch.bfloat16, device, unpacked=quantised)
     free = psutil.virtual_memory().available
     forms = _candidates(architecture, quantised, dtype, device)
     fitting = [form for form in forms if needed_bytes(architecture, form) < free]
@@ -91,7 +88,7 @@ def _candidates(architecture: Architecture, quantised: bool, dtype: str, device:
     asked = _named(dtype)
     order = [torch.bfloat16, torch.float32] if suits_bfloat16_matrices() else [torch.float32, torch.bfloat16]
     forms = [Form(Layout.dense, kind, device, unpacked=quantised) for kind in ([asked] if asked else order)]
-    if quantised and asked is not torch.float32 and fits_kernel(architecture) and find_fused_nf4():
+    if quantised and asked is not torch.float32 and fits_kernel(architecture) and has_fused_nf4():
         forms.insert(0, Form(Layout.fused_nf4, torch.bfloat16, device))
     return forms
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cqlora.inference.proof import NativeCall, is_proven
 from cqlora.system.processor import may_fuse_nf4
 from cqlora.weights.nf4 import GROUP
 
@@ -19,9 +20,12 @@ ROWS_TOGETHER = 32
 """The kernel takes matrices whose rows are a multiple of this and whose columns are one of GROUP."""
 
 
-def find_fused_nf4() -> Any:
-    """The library's function; None where the processor or the installed bitsandbytes lacks it, or it is hidden."""
-    return _load_product() if may_fuse_nf4() else None
+FUSED_NF4 = NativeCall("bitsandbytes' fused NF4 product", "bitsandbytes", "cqlora.inference.checks:check_fused_nf4")
+
+
+def has_fused_nf4() -> bool:
+    """Whether the processor and the installed bitsandbytes have the product, it is not hidden, and it is right."""
+    return may_fuse_nf4() and _load_product() is not None and is_proven(FUSED_NF4)
 
 
 @cache

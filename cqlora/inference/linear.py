@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from cqlora.inference.kernel import fused_nf4_product
+from cqlora.inference.proof import NativeCall, is_proven
 from cqlora.system.processor import packs_bfloat16
 
 ROW_STEP = 16
 """oneDNN makes and keeps a bfloat16 kernel of over half a megabyte for each number of rows that a matrix meets: prompts
 of every length would make a server grow by hundreds of megabytes, so they are met in steps of this."""
+
+
+PACKED = NativeCall("oneDNN's product by packed matrices", "torch", "cqlora.inference.checks:check_packed")
 
 
 class Linear(Protocol):
@@ -91,31 +95,16 @@ class FusedNf4:
         return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
 
 
-@dataclass(frozen=True, slots=True)
-class BitsandbytesNf4:
-    """An NF4 matrix in bitsandbytes' own order, multiplied by its own function: the form on a GPU."""
-
-    packed: torch.Tensor
-    """uint8 (out · in / 2, 1)."""
-    state: Any
-    """bitsandbytes' QuantState."""
-    low_rank: AdapterTerm | None
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """See Linear."""
-        from bitsandbytes import matmul_4bit
-
-        outputs: torch.Tensor = matmul_4bit(inputs, self.packed.t(), quant_state=self.state)
-        return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
-
-
 def pack_dense(linear: Linear) -> Linear:
     """The layer in oneDNN's own order, where it is of a kind that has one here; else as it is."""
     if not isinstance(linear, Dense) or linear.weight.device.type != "cpu" or linear.weight.dtype != torch.bfloat16:
         return linear
-    if not packs_bfloat16():
-        return linear
-    return Packed(torch.ops.mkldnn._reorder_linear_weight(linear.weight, ROW_STEP))
+    return pack_matrix(linear) if packs_bfloat16() and is_proven(PACKED) else linear
+
+
+def pack_matrix(dense: Dense) -> Packed:
+    """The bfloat16 matrix in oneDNN's own order."""
+    return Packed(torch.ops.mkldnn._reorder_linear_weight(dense.weight, ROW_STEP))
 
 
 def _in_steps(inputs: torch.Tensor) -> torch.Tensor:

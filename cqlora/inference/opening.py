@@ -11,7 +11,7 @@ from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantizat
 from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
 from cqlora.inference.decoder import Decoder, Weights
-from cqlora.inference.form import Form, Layout, choose_form
+from cqlora.inference.form import Form, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights, pack_weights
@@ -58,7 +58,7 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
     quantised = is_nf4 or onto is not None
     form = choose_form(architecture, quantised, request.dtype, request.device, base.path)
     # A GPU quantises in seconds what a processor takes minutes for, and a 16-bit model would be kept twice.
-    kept = request.cache and quantised and form.layout is not Layout.bitsandbytes_nf4 and form.device.type == "cpu"
+    kept = request.cache and quantised and form.device.type == "cpu"
     file = snapshot_file(identify(request, onto, form)) if kept else None
     if file is not None and file.is_file():
         weights = map_snapshot(file)

@@ -70,10 +70,14 @@ class Conversation:
             raise DataError(f"{file} cannot be written ({reason}); give another file.") from error
 
 
-def talk(conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal) -> None:
+def talk(
+    conversation: Conversation, engine: Callable[[], Speaker], sampling: Sampling, terminal: Terminal, hint: str = ""
+) -> None:
     """Read lines until the input ends; `engine` waits for the model, and raises what its loading raised."""
     with suppress(EOFError):
         terminal.write(HELP)
+        if hint:
+            terminal.write(hint)
         read_lines(conversation, engine, sampling, terminal)
 
 

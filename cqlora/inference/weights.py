@@ -10,12 +10,11 @@ from cqlora.errors import ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
-from cqlora.inference.linear import AdapterTerm, BitsandbytesNf4, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
+from cqlora.inference.linear import AdapterTerm, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
 from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.weights.merge_changes import LowRank
 from cqlora.weights.merge_plan import MergedSource
-from cqlora.weights.nf4 import GROUP
 
 NORM = "model.norm.weight"
 
@@ -117,10 +116,8 @@ def build_linear(model: Model, names: list[str], form: Form) -> Linear:
     parts = [model.parts(name) for name in names]
     packed, scales = (torch.cat([getattr(part, field) for part in parts]) for field in ("packed", "scales"))
     low_rank = join_low_rank(model, names, parts, form)
-    if form.layout is Layout.fused_nf4:
-        by_row = scales.view(len(packed), -1)
-        return FusedNf4(pack_for_kernel(packed), by_row.T.to(torch.bfloat16).contiguous(), low_rank)
-    return bitsandbytes_linear(packed, scales, parts[0].codes, low_rank, form)
+    by_row = scales.view(len(packed), -1)
+    return FusedNf4(pack_for_kernel(packed), by_row.T.to(torch.bfloat16).contiguous(), low_rank)
 
 
 def join_low_rank(model: Model, names: list[str], parts: list[Nf4Parts], form: Form) -> AdapterTerm | None:
@@ -158,17 +155,3 @@ def dora_scale(model: Model, name: str, change: LowRank) -> torch.Tensor | None:
     merged = torch.addmm(model.parts(name).dense(), up, down, alpha=change.scaling)
     scale: torch.Tensor = magnitude / torch.linalg.norm(merged, dim=1)
     return scale
-
-
-def bitsandbytes_linear(
-    packed: torch.Tensor, scales: torch.Tensor, codes: torch.Tensor, low_rank: AdapterTerm | None, form: Form
-) -> BitsandbytesNf4:
-    """The layer in bitsandbytes' own order on the form's device."""
-    from bitsandbytes.functional import QuantState
-
-    rows, pairs = packed.shape
-    state = QuantState(
-        absmax=scales.to(form.device), shape=torch.Size((rows, 2 * pairs)), dtype=form.dtype,
-        blocksize=GROUP, quant_type="nf4", code=codes.to(form.device),
-    )  # fmt: skip
-    return BitsandbytesNf4(packed.reshape(-1, 1).to(form.device), state, low_rank)

@@ -1,6 +1,7 @@
 """uvicorn around the application: loads the model, says where it listens, ends in order."""
 
 import asyncio
+import gc
 import logging
 import socket
 import threading
@@ -31,7 +32,18 @@ def run_server(config: ServeConfig, key: str, listener: socket.socket) -> None:
     """Load the model and serve it at `listener` until a signal; replies under way may finish first."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cqlora").setLevel(logging.INFO)
-    Server(config.load_engine(), config, key).run(sockets=[listener])
+    server = Server(config.load_engine(), config, key)
+    spare_from_collection()
+    server.run(sockets=[listener])
+
+
+def spare_from_collection() -> None:
+    """Take what lives as long as the server out of what Python's garbage collector looks through.
+
+    A full collection holds every thread up: over the 220,000 objects of torch and a loaded model for 80 ms and more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class Server(uvicorn.Server):

@@ -5,6 +5,7 @@ What torch and oneDNN choose by themselves is hidden from them by ATEN_CPU_CAPAB
 """
 
 import os
+import platform
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from cqlora.errors import ConfigError
 SWITCH = "CQLORA_CPU_FEATURES"
 """Environment variable with one of Features' names."""
 
+_FLAGS = ("flags", "Features")
+"""How /proc/cpuinfo calls them on x86 and on Arm."""
 _UNITS = {"avx512_bf16", "amx_bf16", "bf16"}
 _ONEDNN_WITHOUT_UNITS = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
@@ -65,7 +68,8 @@ def packs_bfloat16() -> bool:
         return False
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return ask is not None and bool(ask())
 
 
 def may_fuse_nf4() -> bool:
@@ -73,11 +77,20 @@ def may_fuse_nf4() -> bool:
     return read_features() is Features.all
 
 
+def describe_processor() -> list[str]:
+    """What tells a kind of processor from others: its name, and what it has."""
+    return [platform.machine(), *(_first_line(names) for names in (("model name", "CPU part"), _FLAGS))]
+
+
 @cache
 def _has_units() -> bool:
+    return bool(_UNITS & set(_first_line(_FLAGS).split()))
+
+
+def _first_line(names: tuple[str, ...]) -> str:
+    """The first line of /proc/cpuinfo that begins with one of these; "" where there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return bool(_UNITS & set(flags.split()))
+        return ""
+    return next((line for line in text.splitlines() if line.startswith(names)), "")

@@ -25,7 +25,7 @@ def machine(monkeypatch):
         memory = SimpleNamespace(available=gib * (1 << 30))
         monkeypatch.setattr("cqlora.inference.form.psutil.virtual_memory", lambda: memory)
         monkeypatch.setattr("cqlora.inference.form.suits_bfloat16_matrices", lambda: bfloat16)
-        monkeypatch.setattr("cqlora.inference.form.find_fused_nf4", lambda: fused or None)
+        monkeypatch.setattr("cqlora.inference.form.has_fused_nf4", lambda: fused)
 
     return set_up
 
@@ -72,7 +72,7 @@ def test_a_type_that_is_asked_for_is_taken_and_another_is_refused(machine):
         choose(False, "int3")
 
 
-def test_nf4_stays_on_a_gpu(machine):
+def test_nf4_is_unpacked_on_a_gpu(machine):
     machine(gib=1)
-    assert choose(True, device=torch.device("cuda")) == (Layout.bitsandbytes_nf4, torch.bfloat16)
+    assert choose(True, device=torch.device("cuda")) == (Layout.dense, torch.bfloat16)
     assert choose(False, device=torch.device("cuda")) == (Layout.dense, torch.bfloat16)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, quantize_4bit
 
-from cqlora.inference.kernel import find_fused_nf4, fused_nf4_product
-from cqlora.inference.linear import Dense, Packed, pack_dense, pack_for_kernel
+from cqlora.inference.decoder import STEADY_ROWS
+from cqlora.inference.kernel import fused_nf4_product, has_fused_nf4
+from cqlora.inference.linear import Dense, FusedNf4, Packed, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import quantise_rows
 from cqlora.weights.nf4 import Nf4Format
 
@@ -35,7 +36,7 @@ def test_the_kernels_order_is_that_of_bitsandbytes(matrix):
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 40])
 def test_the_fused_product_is_the_product(matrix, tokens):
-    if find_fused_nf4() is None:
+    if not has_fused_nf4():
         pytest.skip("this processor or bitsandbytes has no fused NF4 product")
     parts = quantise_rows(lambda: iter([matrix]), (ROWS, COLUMNS), Nf4Format(True, torch.float32))
     inputs = torch.randn(tokens, COLUMNS).bfloat16()
@@ -54,6 +55,38 @@ def test_a_packed_matrix_gives_a_row_the_same_bits_in_any_batch_and_those_of_the
     expected = inputs.bfloat16().float() @ matrix.bfloat16().float().T
     assert (together - expected).norm() / expected.norm() < 0.003
     assert all(torch.equal(packed(inputs[:rows]), packed(inputs[:16])[:rows]) for rows in range(1, 17))
+
+
+SHAPES = [(ROWS, COLUMNS), (960, 576), (576, 1536)]
+"""The last two are SmolLM2's: the library that multiplies goes another way where there is more to do."""
+
+
+@pytest.mark.parametrize("rows,columns", SHAPES)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed", "fused"])
+def test_a_steady_number_of_rows_gives_a_row_the_same_bits_in_every_place_and_company(kind, rows, columns):
+    layer = layer_of(kind, torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)))
+    row = torch.randn(columns)
+    found = []
+    for place in range(STEADY_ROWS):
+        company = torch.randn(STEADY_ROWS, columns)
+        company[place] = row
+        found.append(layer(company)[place])
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def layer_of(kind: str, matrix: torch.Tensor):
+    """The matrix in a form, or a skipped test where this processor has it not."""
+    if kind == "fused":
+        if not has_fused_nf4():
+            pytest.skip("this processor or bitsandbytes has no fused NF4 product")
+        parts = quantise_rows(lambda: iter([matrix]), tuple(matrix.shape), Nf4Format(True, torch.float32))
+        scales = parts.scales.view(len(matrix), -1).T.to(torch.bfloat16).contiguous()
+        return FusedNf4(pack_for_kernel(parts.packed), scales, None)
+    dense = Dense(matrix if kind == "float32" else matrix.bfloat16())
+    layer = pack_dense(dense) if kind == "packed" else dense
+    if kind == "packed" and layer is dense:
+        pytest.skip("this processor multiplies no bfloat16 numbers")
+    return layer
 
 
 def test_a_float32_matrix_stays_as_it_is(matrix):

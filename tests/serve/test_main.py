@@ -1,17 +1,22 @@
 """The verb: what it refuses before it loads anything, and its life as a process."""
 
+import gc
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import openai
 import pytest
 
 from cqlora.engine import LlamaEngine
 from cqlora.errors import ConfigError
+from cqlora.serve import server as serving
+from cqlora.serve.config import ServeConfig
 from tests.conftest import HANG_SECONDS, ROOT, run_verb
 from tests.serve.fake import fake_config, running
 from tests.weights.adapters import write_adapter
@@ -94,6 +99,20 @@ def test_an_adapter_is_served_with_its_base(tiny, tmp_path):
     alone = LlamaEngine(tiny, "", use_lora=False).generate(messages, max_new_tokens=12, temperature=0.0)
     joined = LlamaEngine(adapter, tiny).generate(messages, max_new_tokens=12, temperature=0.0)
     assert reply.choices[0].message.content == joined != alone
+
+
+def test_what_was_loaded_is_spared_from_garbage_collection_before_anybody_is_answered(monkeypatch):
+    loaded = [[number] for number in range(1000)]
+    seen: list[list[object]] = []
+    server = SimpleNamespace(run=lambda sockets: seen.append(gc.get_objects()))
+    monkeypatch.setattr(ServeConfig, "load_engine", lambda config: loaded)
+    monkeypatch.setattr(serving, "Server", lambda *_: server)
+    try:
+        serving.run_server(fake_config(), "", None)
+    finally:
+        gc.unfreeze()
+        logging.getLogger("cqlora").setLevel(logging.NOTSET)
+    assert not {id(each) for each in seen[0]} & {id(each) for each in loaded}
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tiny):

@@ -1,6 +1,7 @@
 """The queue and the thread behind it, with an engine that can be held still."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
@@ -161,20 +162,35 @@ def test_when_step_after_step_fails_the_engine_is_dead_and_every_later_request_i
     with_scheduler(engine, test)
 
 
-def test_a_step_that_hangs_ends_at_the_time_limit_and_shows_in_the_health():
+def test_a_reply_whose_step_hangs_ends_at_the_time_limit():
     engine = FakeEngine()
 
     async def test(scheduler):
-        scheduler.check_health()
         engine.open.clear()
         with pytest.raises(Failure) as late:
             await read(scheduler.submit(prompt("a"), SAMPLING))
         assert (late.value.status_code, late.value.code) == (504, "timeout")
-        with pytest.raises(Failure) as ill:
-            scheduler.check_health()
-        assert ill.value.code == "stalled"
 
     with_scheduler(engine, test, timeout=0.1)
+
+
+def test_a_step_that_hangs_shows_in_the_health_as_soon_as_it_takes_longer_than_the_time_limit(monkeypatch):
+    engine, clock = FakeEngine(), SimpleNamespace(now=1000.0)
+    monkeypatch.setattr("cqlora.serve.scheduler.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def test(scheduler):
+        scheduler.check_health()
+        engine.open.clear()
+        scheduler.submit(prompt("a"), SAMPLING)
+        await until(lambda: scheduler._stepping_since is not None)
+        clock.now += 64.0
+        scheduler.check_health()
+        clock.now += 0.5
+        with pytest.raises(Failure) as ill:
+            scheduler.check_health()
+        assert (ill.value.status_code, ill.value.code) == (503, "stalled")
+
+    with_scheduler(engine, test, timeout=64.0)
 
 
 def test_stopping_takes_no_more_and_lets_the_others_finish():

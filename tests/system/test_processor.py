@@ -9,7 +9,7 @@ import cqlora.system.processor as processor
 from cqlora.config.choices import Device, Precision
 from cqlora.errors import ConfigError
 from cqlora.inference.form import Layout, choose_form
-from cqlora.inference.kernel import find_fused_nf4
+from cqlora.inference.kernel import has_fused_nf4
 from cqlora.inference.linear import Dense, pack_dense
 from cqlora.launch.settle import choose_precision
 from cqlora.model.load import COMPUTE_DTYPES
@@ -37,7 +37,7 @@ def test_training_plan_and_engine_follow_the_switch(features, precision, set_fea
     monkeypatch.setattr("cqlora.inference.form.needed_bytes", lambda architecture, form: 0)
     set_features(features)
     assert choose_precision(Device.cpu, probe_machine(look_for_gpus=False)) is precision
-    assert find_fused_nf4() is None
+    assert not has_fused_nf4()
     for quantised in (True, False):
         form = choose_form(SEVEN_B, quantised, "auto", CPU, Path("model"))
         assert (form.layout, form.dtype) == (Layout.dense, COMPUTE_DTYPES[precision])
