@@ -14,6 +14,7 @@ from cqlora.config.choices import Device, GgufType, MergeOnto, ModelFormat, Prec
 from cqlora.config.differences import parse_differences
 from cqlora.errors import ConfigError
 from cqlora.launch.settle import choose_precision
+from cqlora.system.companions import ACCEPT, check_accepted
 from cqlora.system.machine import probe_machine
 from cqlora.weights.sizes import parse_size
 
@@ -41,6 +42,9 @@ class MergeConfig:
     [{model:CHAT,minus:BASE,weight:0.5}]."""
     output_dir: str = MISSING
     """Folder that the merged model is written to."""
+    accept_changed: list[str] = field(default_factory=list)
+    """Files beside the base's weights that may be others than when it was written or the adapter trained, such as
+    [generation_config.json]; they go along as they are now."""
     onto: MergeOnto = MergeOnto["16bit"]
     """What the adapter is added to: the base's own weights, or what their NF4 form stood for in training."""
     format: ModelFormat = ModelFormat.safetensors
@@ -65,6 +69,7 @@ class MergeConfig:
         parse_size("max_shard_size", self.max_shard_size)
         require_positive(self, "last")
         require_range("adapter_weight", self.adapter_weight, 0.01, 2.0)
+        check_accepted("accept_changed", self.accept_changed)
         self.add = parse_differences(self.add)
         self._check_adapters()
         if self.measure and not Path(self.measure).is_file():
@@ -115,7 +120,7 @@ class MergeConfig:
 
 def merge(config: MergeConfig) -> None:
     """Merge, say what came out, and measure it where asked to."""
-    from cqlora.weights.merge import plan_merge, write_merge
+    from cqlora.weights.merge import check_what_goes_along, plan_merge, write_merge
     from cqlora.weights.merge_checkpoint import last_checkpoints
     from cqlora.weights.merge_lineage import read_training
 
@@ -126,6 +131,7 @@ def merge(config: MergeConfig) -> None:
         Path(config.base), averaged or list(map(Path, config.adapter)), config.onto, config.double_quantization,
         config.precision, bool(averaged), config.adapter_weight, config.add,
     )  # fmt: skip
+    check_what_goes_along(planned, ACCEPT.replace("{key}", "accept_changed"), config.accept_changed)
     for note in planned.notes:
         print(f"note: {note}")
     if config.measure:

@@ -1,11 +1,14 @@
 """metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
-from cqlora.system.durable import replace_file
+from cqlora.system.durable import replace_file, sync
 from cqlora.system.journal import append_object, read_objects, tell_damage, to_line
+from cqlora.system.refusals import described_as_sentence
+from cqlora.system.sealed import hash_file
 
 METRICS_FILE = "metrics.jsonl"
 MEAN_LOSS = "eval/loss"
@@ -28,6 +31,22 @@ def is_row(row: dict[str, Any]) -> bool:
     """Whether an object is a line of a record."""
     known = isinstance(row.get("step"), int) and "kind" in row
     return known and (row["kind"] == "event" or "loss" in row)
+
+
+def measure_metrics(run_folder: Path) -> dict[str, Any]:
+    """Bytes and sha256 of metrics.jsonl as it is now, once the disk has it: what a checkpoint says of it."""
+    file = run_folder / METRICS_FILE
+    if not file.is_file():
+        return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    with described_as_sentence(file):
+        sync(file)
+        return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def begins_as(file: Path, measured: dict[str, Any]) -> bool:
+    """Whether a file's first bytes are those that were measured."""
+    with described_as_sentence(file), file.open("rb") as stream:
+        return bool(hashlib.sha256(stream.read(measured["bytes"])).hexdigest() == measured["sha256"])
 
 
 def rewind_metrics(run_folder: Path, step: int) -> None:

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
+from cqlora.base import CARD, Base, check_companions, read_base, read_card, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import carry_over, read_object_if_there, take, write_json
+from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.model_config import INPUT, OUTPUT
@@ -128,23 +128,21 @@ def plan_merge(
     for pair in pairs:
         plan.add_difference(pair)
     form = choose_format(adapters, onto, double_quantization, precision, averaged)
-    notes = lineage.notes + changed_companions(base, adapters)
-    return Merge(base, adapters, MergedSource(reader, plan, form), onto, averaged, pairs, notes)
+    return Merge(base, adapters, MergedSource(reader, plan, form), onto, averaged, pairs, lineage.notes)
 
 
-def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
-    """A sentence for each file beside the weights that was changed since an adapter was trained.
+def check_what_goes_along(merge: Merge, remedy: str, accepted: Sequence[str] = ()) -> None:
+    """Refuse a base whose companions are not as they were when it, or an adapter on it, was written.
+
+    An adapter that was trained on what the base became with others has seen companions of that.
 
     Raises:
-        ModelError: one of them is damaged.
+        ModelError: see above; `remedy` and `accepted` are those of `check_companions`.
     """
-    now = hash_companions(base.path)
-    known = take(adapters[-1].card, "companions", adapters[-1].folder / CARD, dict, default={}) if adapters else {}
-    return [
-        f"{base.path / name} was changed after {adapters[-1].folder} was trained, and goes along as it is now."
-        for name in sorted(known.keys() | (now.keys() if known else ()))
-        if known.get(name) != now.get(name)
-    ]
+    base, merged = merge.base.path, read_card(merge.base.path).get(MERGED)
+    on_it = [adapter.folder for adapter in merge.adapters if adapter.card.get("base_merged") == merged]
+    for folder in (base, *on_it):
+        check_companions(base, folder, remedy, accepted)
 
 
 def is_tied(base: Base, reader: ShardReader) -> bool:

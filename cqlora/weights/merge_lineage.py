@@ -128,7 +128,7 @@ def merged_card(
 
     What the base's card says of its rows stays true: a merge adds and removes none.
     """
-    card = {key: value for key, value in read_card(base.path).items() if key != "weights_sha256"}
+    card = {key: value for key, value in read_card(base.path).items() if key not in ("weights_sha256", "companions")}
     history = history_of(base)
     for step in [adapters] if averaged else [[adapter] for adapter in adapters]:
         history = add_to_history(history, step, onto, weight)
