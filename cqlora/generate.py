@@ -91,8 +91,12 @@ def generate(config: GenerateConfig) -> None:
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
                 display.show("documents", done, config.documents)
-    source = f"+data.sources.own={{kind:text,path:{output},replay:true}}"
-    print(f"{output} holds {config.documents:,} documents; to replay them add: data.replay=0.2 '{source}'")
+    # A source cannot be added on the command line.
+    source = json.dumps({"kind": "text", "path": str(output.absolute()), "replay": True}, ensure_ascii=False)
+    print(
+        f"{output} holds {config.documents:,} documents; to replay them write this under `sources:` of a data file of "
+        f"yours (docs/data.md) and add data.replay=0.2 to the run:\n  own: {source}"
+    )
 
 
 def take_up(config: GenerateConfig, output: Path, weights: str) -> set[int]:

@@ -78,11 +78,13 @@ def test_what_cannot_be_meant_is_refused(settings):
 
 def test_what_it_prints_replays_the_documents(base, workspace, tmp_path):
     told = run_verb(tmp_path, "generate", f"base={base}", "output=own.jsonl", "documents=40", "max_tokens=60").stdout
-    arguments = told.partition("add: ")[2].replace("'", "").split()
-    assert arguments[0] == "data.replay=0.2"
-    prepared = run_verb(tmp_path, "prepare", "stage=pretrain", f"model.path={base}", "hardware=cpu", "tracking=none",
-                        *arguments).stdout  # fmt: skip
-    assert "own" in prepared
+    assert "add data.replay=0.2 to the run" in told
+    mine = tmp_path / "my_configs" / "data" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    sample = "  sample_zh: {kind: wiki, language: zh, stages: [pretrain]}\n"
+    mine.write_text(f"name: mine\nsources:\n{sample}{told.splitlines()[-1]}\n", encoding="utf-8")
+    run_verb(tmp_path, "prepare", "stage=pretrain", f"model.path={base}", "hardware=cpu", "tracking=none", "data=mine",
+             "data.replay=0.2", "--config-dir", "my_configs")  # fmt: skip
     summary = json.loads(next(tmp_path.glob("cache/*/summary.json")).read_text())
     tokens = {name: found["tokens"] for name, found in summary["sources"].items()}
     assert summary["sources"]["own"]["kept"]["train"] > 0 and tokens["own"] > 0
