@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-fast test-processors test-slurm test-llama-cpp check clean
+.PHONY: demo test test-fast test-processors test-slurm test-llama-cpp check site clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
@@ -13,18 +13,16 @@ demo: $(INSTALLED)
 PARALLEL := --numprocesses=auto --dist=worksteal
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(COVERAGE)
 
 # Nothing that trains or starts programs: under two minutes on two cores.
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-# The rooms that choose by the processor, as on one without AVX512 and as on one that multiplies bfloat16 (emulated
-# where it does not): what `make test` runs with what is there.
+# What chooses by the processor, as on one without AVX512 or one that multiplies bfloat16 (emulated where it does not),
+# whichever this one is not.
 test-processors: $(INSTALLED)
-	CQLORA_CPU_FEATURES=plain ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 \
-		$(BIN)/python -m pytest $(PARALLEL) -m processor
-	CQLORA_CPU_FEATURES=bfloat16 $(BIN)/python -m pytest $(PARALLEL) -m processor
+	$(BIN)/python -m tests.processors $(PARALLEL)
 
 # Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
 test-slurm: $(INSTALLED)
@@ -40,6 +38,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages and the Python reference in both languages, in site/; a warning is an error, and every link is followed.
+site: $(INSTALLED)
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs site
+	$(BIN)/python -m sphinx -E -W --keep-going -q -t chinese docs site/zh-CN
+	$(BIN)/python docs/check_links.py site
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -48,4 +52,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

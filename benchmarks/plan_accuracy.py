@@ -259,7 +259,7 @@ def plan_cpu_run(arguments: list[str]) -> float:
 
     from cqlora.config.schema import CONFIG_DIR, register_schemas
     from cqlora.launch.settle import look_ahead, settle
-    from cqlora.plan import plan_memory
+    from cqlora.plan.memory import plan_memory
 
     register_schemas()
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):

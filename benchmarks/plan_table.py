@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from cqlora.config.choices import Checkpointing
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.launch.settle import look_ahead, settle
-from cqlora.plan import Option, suggest_layouts
 from cqlora.plan.estimate import GIB
+from cqlora.plan.layouts import Option, suggest_layouts
 
 MODELS = ("llama2_7b", "llama2_13b", "llama_33b", "llama_65b", "llama2_70b")
 MACHINES = ("1x4090", "2x4090", "1xa100_40g", "4xa100_40g", "1xa100", "4xa100", "8xh100")

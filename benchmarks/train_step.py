@@ -91,7 +91,7 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     from cqlora.config.schema import HardwareConfig, LoraConfig, PretrainConfig
     from cqlora.model.adapters import attach_adapter
     from cqlora.model.batch import build_batch
-    from cqlora.model.fused.blocks import fuse_blocks
+    from cqlora.model.fused import fuse_blocks
     from cqlora.model.load import load_base
     from cqlora.model.objective import Objective
     from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
@@ -101,7 +101,8 @@ def train_with_cqlora(options: argparse.Namespace) -> None:
     model = load_base(base, model_config(base), HardwareConfig(name="cpu", device=Device.cpu), device, dtype)
     model = attach_adapter(model, base, LoraConfig(rank=16, alpha=16), Embeddings.frozen, "")
     objective = Objective(model, dtype, autocast=not fuse_blocks(model)).train()
-    optimizer = build_optimizer(objective, PretrainConfig(name="pretrain"), device)
+    stage = PretrainConfig(name="pretrain", sequence_length=2048, global_batch_size=1)
+    optimizer = build_optimizer(objective, stage, device)
     trained = [p for p in objective.parameters() if p.requires_grad]
     flops = count_flops_per_token(model)
     limit = 0.0

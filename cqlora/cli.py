@@ -22,6 +22,7 @@ VERBS = {
     "fetch": "bring the small real base model",
     "convert": "raw Meta weights to a Hugging Face folder",
     "extend": "add a Chinese vocabulary to a base",
+    "evaluate": "held-out text, an in-context probe, C-Eval and CMMLU, generations, of models side by side",
     "merge": "put adapters into their base: safetensors, GGUF or NF4",
     "prepare": "build a run's token cache and say what is in it",
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",

@@ -9,15 +9,16 @@ import torch
 from cqlora.base import CARD, read_card
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.records import Turn
-from cqlora.data.tokenizer import PlainTokenizer, read_json
+from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
 from cqlora.inference.damage import described_as_damage
-from cqlora.inference.decoder import Segment
+from cqlora.inference.decoder import Query, Scores, Segment
 from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
+from cqlora.system.documents import read_object_if_there
 
 Messages = Sequence[Mapping[str, object]]
 
@@ -94,6 +95,10 @@ class LlamaEngine:
                 texts[id(reply)] += text
         return [texts[id(reply)] for reply in replies]
 
+    def score(self, queries: Sequence[Query]) -> list[Scores]:
+        """The log-probabilities of given tokens after given ones, all queries in one pass."""
+        return self._decoder.score(queries)
+
     def open_batch(self, slots: int) -> ContinuousBatch:
         """A batch of up to `slots` replies that come and go."""
         return ContinuousBatch(
@@ -113,6 +118,19 @@ class LlamaEngine:
         if self.system_prompt and turns[0].role != "system":
             turns = [Turn("system", self.system_prompt), *turns]
         return ChatEncoder(self._tokenizer).encode_prompt(turns)
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of a whole document, between the tokens that begin and end one in training."""
+        return [*self.encode_text(text), self._tokenizer.special.document_end]
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Ids of the parts of one document, each encoded by itself, the first with the token that begins one."""
+        return self._tokenizer.encode_parts(parts)
+
+    @property
+    def knows_turns(self) -> bool:
+        """Whether the tokenizer has the tokens of a conversation's turns."""
+        return self._tokenizer.special.turn_start is not None and self._tokenizer.special.turn_end is not None
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
@@ -178,7 +196,7 @@ def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:
     special = tokenizer.special
     found = {special.document_end, special.turn_end}
     for name in ("config.json", "generation_config.json"):
-        named = read_json(folder / name).get("eos_token_id")
+        named = read_object_if_there(folder / name).get("eos_token_id")
         found |= set(named) if isinstance(named, list) else {named}
     return frozenset(token for token in found if token is not None)
 

@@ -4,14 +4,17 @@ Tests may run in several processes at once (`make test`). Fixtures of a session 
 make is shared through the workspace (`runs.build_once`), which is one for all.
 """
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+Done = subprocess.CompletedProcess[str]
 HANG_SECONDS = 3600
 """After this long something hangs. No test may depend on being quicker: other programs may have most of the machine."""
 
@@ -31,8 +34,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared / "workspace"
 
 
-PROCESSOR_ROOMS = ("inference", "model", "system", "test_engine", "test_chat", "test_model", "test_merge", "test_nf4")
-"""Folders and modules of tests whose code chooses by the processor: `make test-processors` runs them both ways."""
+PROCESSOR_TESTS = (
+    "inference/",
+    "model/",
+    "serve/test_model.py",
+    "system/test_processor.py",
+    "test_chat.py",
+    "test_engine.py",
+    "weights/test_merge.py",
+    "weights/test_nf4.py",
+)
+"""Tests whose code chooses by the processor: `make test-processors` runs them as on others."""
 
 SLOW_FIXTURES = {"workspace", "uninterrupted", "work", "served_page"}
 SLOW_MODULES = (
@@ -41,6 +53,7 @@ SLOW_MODULES = (
     "test_page",
     "test_cluster",
     "test_chat",
+    "test_full_disks",
     "test_launch",
     "test_run",
     "test_python_page",
@@ -53,10 +66,10 @@ SLOW_MODULES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by where they lie and what they need, so that new ones need no thought."""
     for item in items:
-        parts = {*item.path.relative_to(ROOT / "tests").parts, item.path.stem}
-        if parts.intersection(PROCESSOR_ROOMS):
+        path = item.path.relative_to(ROOT / "tests")
+        if path.as_posix().startswith(PROCESSOR_TESTS):
             item.add_marker(pytest.mark.processor)
-        if parts.intersection(SLOW_MODULES) or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        if path.stem in SLOW_MODULES or SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
@@ -75,9 +88,7 @@ def _hide_features_from_bitsandbytes() -> None:
     bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
-def run_verb(
-    workspace: Path, verb: str, *arguments: str, expect: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run_verb(workspace: Path, verb: str, *arguments: str, expect: int = 0, **environment: str) -> Done:
     """Run `python -m cqlora.VERB …` as a user would, and check its exit code."""
     done = subprocess.run(
         [sys.executable, "-m", f"cqlora.{verb}", *arguments],
@@ -90,3 +101,21 @@ def run_verb(
     )
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@pytest.fixture
+def call_verb(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """`run_verb` in this process, where nothing heavy is loaded; a command of its own imports for a second."""
+
+    def call(folder: Path, verb: str, *arguments: str, expect: int = 0) -> Done:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [f"cqlora {verb}", *arguments])
+        module = importlib.import_module(f"cqlora.{verb}")
+        program = importlib.import_module(f"cqlora.{verb}.__main__") if hasattr(module, "__path__") else module
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        printed, code = capfd.readouterr(), int(ended.value.code or 0)
+        assert code == expect, f"exit code {code}\n{printed.out}\n{printed.err}"
+        return subprocess.CompletedProcess(sys.argv, code, printed.out, printed.err)
+
+    return call

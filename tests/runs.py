@@ -173,14 +173,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def build_base(workspace: Path, folder: Path, tied: bool) -> Path:
-    """A tiny base of its own in `folder`."""
+    """A tiny base of its own in `folder`: a copy of one that is built once."""
     from cqlora.data.chat import CHAT_TEMPLATE
     from cqlora.data.sources import SAMPLE_DIR
     from cqlora.model.tiny import build_tiny, read_sample_texts
 
-    config = typed_run(workspace, "stage=pretrain").model
-    config.path, config.tie_word_embeddings = str(folder), tied
-    return build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+    def build(built: Path) -> None:
+        config = typed_run(workspace, "stage=pretrain").model
+        config.path, config.tie_word_embeddings = str(built), tied
+        build_tiny(config, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE)
+
+    return shutil.copytree(build_once(workspace / f"base-{'tied' if tied else 'untied'}", build), folder)
 
 
 def extend_tiny(workspace: Path, folder: Path, tied: bool) -> Path:

@@ -82,7 +82,7 @@ def test_a_folder_that_was_there_before_stays_though_the_run_is_refused(workspac
     assert folder.is_dir() and not list(folder.iterdir())
 
 
-def test_a_run_folder_that_cannot_be_is_one_sentence(workspace, tmp_path):
+def test_a_run_folder_that_cannot_be_is_one_sentence(call_verb, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     for folder, words in (
@@ -95,7 +95,7 @@ def test_a_run_folder_that_cannot_be_is_one_sentence(workspace, tmp_path):
     ):
         for key in ("hydra.run.dir", "hydra.sweep.dir"):
             swept = ["--multirun"] if key == "hydra.sweep.dir" else []
-            done = run_verb(workspace, "run", *SMALL, *SHORT, f"{key}={folder}", *swept, expect=2)
+            done = call_verb(tmp_path, "run", *SMALL, *SHORT, f"{key}={folder}", *swept, expect=2)
             assert done.stderr.startswith("error: the run cannot be written to ") and done.stderr.count("\n") == 1
             assert words in done.stderr and "choose another folder" in done.stderr
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "link"]

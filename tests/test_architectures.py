@@ -20,7 +20,7 @@ from cqlora.launch.preflight import check_run
 from cqlora.launch.settle import look_around
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.batch import build_batch
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import load_base
 from cqlora.model.objective import Objective
 from tests.conftest import run_verb

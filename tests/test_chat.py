@@ -95,7 +95,7 @@ def test_ctrl_c_stops_a_reply_keeps_what_was_said_and_does_not_end_the_program()
     assert parrot.heard[1][1] == {"role": "assistant", "text": "Once upon"}
 
 
-def test_a_conversation_that_is_too_long_is_told_and_the_message_taken_back():
+def test_a_conversation_that_is_too_long_is_reported_and_the_message_taken_back():
     parrot = Parrot(DataError("the prompt has 9 tokens."))
     conversation = Conversation()
     assert "error: the prompt has 9 tokens. /reset" in converse(parrot, "long", conversation=conversation)
@@ -158,7 +158,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("line", STRANGE, ids=ascii)
-def test_whatever_is_pasted_ends_nothing(line, base, tmp_path, monkeypatch):
+def test_no_pasted_text_ends_the_conversation(line, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = LlamaEngine(base, "", use_lora=False)
     script = Script("hello", line, "/reset", "hello")
@@ -199,7 +199,7 @@ def test_lines_from_a_pipe_are_answered(base, tmp_path):
      (["base={base}", "prefix_cache_gib=-1"], "prefix_cache_gib=-1", 2)],
     ids=["base", "adapter", "temperature", "dtype", "device", "prefix cache"],
 )  # fmt: skip
-def test_mistakes_are_told_before_the_prompt(arguments, described, code, base, tmp_path):
+def test_mistakes_are_reported_before_the_prompt(arguments, described, code, base, tmp_path):
     done = run_verb(tmp_path, "chat", *(argument.format(base=base) for argument in arguments), expect=code)
     assert described in done.stderr and done.stderr.count("\n") == 1 and HELP not in done.stdout
 

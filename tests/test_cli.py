@@ -30,30 +30,32 @@ from tests.conftest import run_verb
         (["stage=sft", "hardware=4xa100"], "hardware=cpu"),
     ],
 )
-def test_a_mistake_is_one_sentence(workspace, arguments, words):
-    done = run_verb(workspace, "run", *arguments, expect=2)
+def test_a_mistake_is_one_sentence(tmp_path, call_verb, arguments, words):
+    done = call_verb(tmp_path, "run", *arguments, expect=2)
     assert words in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not done.stdout
 
 
-def test_help_and_cfg_load_neither_torch_nor_transformers_nor_wandb(workspace):
+def test_help_and_cfg_load_neither_torch_nor_transformers_nor_wandb(tmp_path):
     code = (
-        "import sys, atexit\n"
-        "heavy = {'torch', 'transformers', 'wandb', 'peft'}\n"
-        "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
-        "from cqlora.run import main\nmain()"
+        "import contextlib, sys\n"
+        "from cqlora.run import main\n"
+        "for flags in (['--help'], ['stage=pretrain', '--cfg', 'job'], ['stage=pretrain', 'hardware=4xa100']):\n"
+        "    sys.argv[1:] = flags\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    print('LOADED', sorted({'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules)), flush=True)\n"
     )
-    for flags in (["--help"], ["stage=pretrain", "--cfg", "job"], ["stage=pretrain", "hardware=4xa100"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False, cwd=workspace
-        )
-        assert "LOADED []" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.count("LOADED []") == 3, done.stderr
+    shown, composed, nothing, rest = done.stdout.split("LOADED []\n")
+    assert "experiment:" in shown and "lora:" in composed and "hardware=cpu" in done.stderr and not nothing + rest
 
 
-def test_help_lists_every_group_without_a_stage(workspace):
-    output = run_verb(workspace, "run", "--help").stdout
+def test_help_lists_every_group_without_a_stage(tmp_path, call_verb):
+    output = call_verb(tmp_path, "run", "--help").stdout
     for group in ("model:", "data:", "stage:", "hardware:", "tracking:", "experiment:"):
         assert group in output
 

@@ -2,15 +2,17 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_verb
+from tests.conftest import ROOT, Done
 
 ENGLISH = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if ".zh-CN" not in page.name)]
-PAIRS = [page for page in ENGLISH if page.name != "architecture.md"]
-"""architecture.md is for those who change the code, and stands in English alone."""
+ALONE = ("architecture.md", "contributing.md", "changelog.md")
+"""For those who change the code: in English alone."""
+PAIRS = [page for page in ENGLISH if page.name not in ALONE]
 
 NOT_RUN = {
     "cqlora VERB": "a form, not a command",
@@ -64,7 +66,8 @@ def commands(page: Path) -> list[str]:
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(\$ |nohup )", "", line).strip()
             first = line.split(" ")[0]
-            if first in {"cqlora", "python", "torchrun", "srun", "sbatch"} or line.startswith(tuple(NOT_RUN)):
+            starts = first != line and first in {"cqlora", "python", "torchrun", "srun", "sbatch"}
+            if starts or line.startswith(tuple(NOT_RUN)):
                 found.append(re.sub(r"\s+#.*$", "", line))
     text = page.read_text(encoding="utf-8")
     return found + re.findall(r"`(python -m cqlora\.(?!reference)\w+ [^`]+|cqlora \w+ [^`]+=[^`]+)`", text)
@@ -129,19 +132,35 @@ def test_every_relative_link_leads_somewhere(page: Path):
 @pytest.mark.parametrize("readme", [ROOT / "README.md", ROOT / "README.zh-CN.md"], ids=lambda page: page.name)
 def test_every_page_is_linked_from_the_readme_of_its_language(readme: Path):
     text = readme.read_text(encoding="utf-8")
-    pages = PAIRS if readme.name == "README.md" else map(in_chinese, PAIRS)
+    pages = [*PAIRS, ROOT / "docs" / "architecture.md"] if readme.name == "README.md" else map(in_chinese, PAIRS)
     missing = [page.name for page in pages if page.parent == ROOT / "docs" and f"docs/{page.name}" not in text]
     assert not missing
 
 
 @pytest.mark.parametrize("command", COMPOSED)
-def test_every_command_composes_as_it_is_printed(command: str, desk: Path):
+def test_every_command_composes_as_it_is_printed(command: str, desk: Path, call_verb: Callable[..., Done]):
     found = composable(command)
     assert found is not None, f"{command!r} is neither of this package nor listed in NOT_RUN"
     verb, arguments = found
     arguments = [argument for argument in arguments if argument not in LEFT_OUT]
-    assert run_verb(desk, verb, *map(first_of_sweep, arguments), "--cfg", "job").stdout
+    assert call_verb(desk, verb, *map(first_of_sweep, arguments), "--cfg", "job").stdout
 
 
-def test_there_are_commands_to_look_at():
+def test_the_site_reads_both_languages_in_the_same_order_and_leaves_no_page_out():
+    orders = [
+        [page for block in code_blocks(index) for page in re.findall(r"^\w+$", block, re.M)]
+        for index in (ROOT / "docs" / "index.md", ROOT / "docs" / "index.zh-CN.md")
+    ]
+    english, chinese = ([page for page in order if f"{page}.md" not in ALONE] for order in orders)
+    assert english == [page for page in chinese if page != "changes"]
+    assert {*orders[0], "index"} == {page.stem for page in ENGLISH} - {"README"}
+
+
+def test_every_file_that_contributing_names_is_there():
+    named = re.findall(r"`([\w.-]+/[\w./-]+\.\w+|\.ci/run)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).is_file() and "NAME" not in name]
+
+
+def test_the_documentation_has_commands_to_check():
     assert len(COMPOSED) > 30

@@ -116,7 +116,7 @@ def test_both_end_tokens_end_a_reply_and_are_not_in_it(engine, base, end, monkey
     [([], "no message"), ([{"role": "bot", "text": "a"}], "role='bot'; use one of system, user, assistant"),
      ([{"role": "user"}], "message 1 .user. has no body"), ([{"role": "user", "text": 3}], "a body of type int")],
 )  # fmt: skip
-def test_messages_that_cannot_be_read_are_told(engine, messages, message):
+def test_messages_that_cannot_be_read_are_reported(engine, messages, message):
     with pytest.raises(DataError, match=message):
         engine.encode_messages(messages)
 
@@ -136,7 +136,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character_and_whole_ones_st
      ({"quantization": "int3"}, "quantization=int3 is unknown; use auto, nf4, none."),
      ({"dtype": "int3"}, "dtype=int3 is unknown; use auto, float32, bfloat16.")],
 )  # fmt: skip
-def test_a_form_that_cannot_be_had_is_told(form, message, base, monkeypatch):
+def test_a_form_that_cannot_be_had_is_reported(form, message, base, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
         LlamaEngine(base, "", use_lora=False, **form)
@@ -215,7 +215,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("make, message", MISTAKES, ids=[message for _, message in MISTAKES])
-def test_what_cannot_be_loaded_is_told_in_one_sentence(make, message, base, adapter, tmp_path):
+def test_what_cannot_be_loaded_is_described_in_one_sentence(make, message, base, adapter, tmp_path):
     model, base_dir, use_lora = make(base, adapter, tmp_path)
     with pytest.raises(CqloraError, match=message) as caught:
         LlamaEngine(model, base_dir, use_lora=use_lora)
@@ -268,7 +268,7 @@ FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_c
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_folders_are_told_in_one_sentence_or_harm_nothing(name, base, adapter, tmp_path):
+def test_damaged_folders_are_described_in_one_sentence_or_harm_nothing(name, base, adapter, tmp_path):
     dice = random.Random(FILES.index(name))
     given = Path(shutil.copytree(adapter, tmp_path / "adapter")), Path(shutil.copytree(base, tmp_path / "base"))
     (given[1] / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')

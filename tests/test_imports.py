@@ -17,8 +17,10 @@ ARROWS = {
     "config": {"errors", "system"},
     "convert": {"cli", "config", "vocab", "weights"},
     "data": {"base", "config", "errors", "system"},
-    "engine": {"base", "data", "errors", "inference"},
+    "engine": {"base", "data", "errors", "inference", "system"},
     "engine_config": {"base", "config", "engine", "errors", "inference", "lineage"},
+    "evaluate": {"cli", "config", "errors", "evaluation", "system", "train"},
+    "evaluation": {"base", "config", "data", "engine", "errors", "inference", "lineage", "system"},
     "extend": {"cli", "config", "errors", "vocab", "weights"},
     "fetch": {"base", "cli", "config", "weights"},
     "inference": {"architectures", "base", "config", "data", "errors", "system", "weights"},
@@ -49,15 +51,26 @@ ARROWS = {
     "serve.__main__": {"cli", "errors", "serve"},
     "sweep": {"config", "errors", "system"},
     "system": {"errors"},
-    "train": {"base", "config", "data", "errors", "lineage", "model", "plan", "random_base", "system"},
+    "train": {
+        "base",
+        "config",
+        "data",
+        "errors",
+        "evaluation",
+        "lineage",
+        "model",
+        "plan",
+        "random_base",
+        "system",
+    },
     "vocab": {"base", "config", "data", "errors", "system"},
     "weights": {"architectures", "base", "config", "data", "errors", "lineage", "model", "system", "vocab"},
 }
 """Room → the rooms that it imports. A room is a package, or a module beside them; a verb is one too, `plan`, `report`
 and `serve` by their `__main__`."""
 
-HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets"}
-WITH_TORCH = {"engine", "inference", "model", "train", "vocab", "weights", "system.shards"}
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets", "lm_eval"}
+WITH_TORCH = {"engine", "evaluation.harness", "inference", "model", "train", "vocab", "weights", "system.shards"}
 """What may load it when it is imported; all else may inside of functions only."""
 
 

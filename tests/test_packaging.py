@@ -6,7 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cqlora import __version__
 from tests.conftest import ROOT, run_verb
 
 EXPECTED = {file.relative_to(ROOT).as_posix() for file in (ROOT / "configs").rglob("*.yaml")}
@@ -19,6 +21,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     return next(out.glob("*.whl"))
+
+
+def test_who_cites_the_project_cites_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
 
 
 def where_configs_are_found(python_path: Path, cwd: Path) -> Path:
@@ -45,6 +52,7 @@ def test_a_wheel_holds_every_group_file_the_sample_and_the_page(wheel):
     pages = [file for room in ("serve", "report") for file in (ROOT / "cqlora" / room / "page").rglob("*")]
     assert {file.relative_to(ROOT).as_posix() for file in pages if file.is_file()} <= names
     assert {"cqlora/serve/page/vendor/purify.LICENSE.txt", "cqlora/report/page/vendor/echarts.LICENSE.txt"} <= names
+    assert "cqlora/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "configs/"))]
 
 

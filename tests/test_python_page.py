@@ -19,6 +19,8 @@ assert folder == Path("outputs/first").absolute(), folder
 assert list(steps.index) == list(range(1, 21)) and steps["loss"].notna().all(), steps
 assert list(held_out.index) == [0, 20] and held_out.notna().all(axis=None), held_out
 assert held_out.columns.tolist() == [("sample_dialog", "en"), ("sample_dialog", "zh")], held_out
+assert [model["name"] for model in record["models"]] == ["tiny", "tiny+first"]
+assert (folder / "evaluation.json").is_file()
 assert engine.encode_messages(messages) == inputs["input_ids"][0].tolist()
 """
 """What the page says of its names, and that both ways to load the adapter ask it the same."""

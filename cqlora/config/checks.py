@@ -1,4 +1,4 @@
-"""What fields of any schema are checked for, each in one sentence that names the key as a user types it."""
+"""Checks of any schema's fields; each error is one sentence that names the key as a user types it."""
 
 import dataclasses
 import math
@@ -102,6 +102,7 @@ def node_name(config: Any) -> str:
 
 
 _WHOLE_PROGRAMS = tuple(
-    f"{verb}Config" for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch")
+    f"{verb}Config"
+    for verb in ("Run", "Plan", "Chat", "Serve", "Engine", "Merge", "Convert", "Extend", "Fetch", "Evaluate")
 )
 """Schemas whose keys stand at the top of a command line."""

@@ -151,7 +151,7 @@ def _name_missing_value(key: str) -> str:
 
 def _name_unknown_choice(error: MissingConfigException, place_of: Place) -> str:
     missing, options = str(error.missing_cfg_file), list(error.options or [])
-    parts = 2 if missing.startswith("hydra/") else 1
+    parts = 2 if missing.startswith(("hydra/", "hardware/gpu/")) else 1
     group, choice = "/".join(missing.split("/")[:parts]), "/".join(missing.split("/")[parts:])
     within = re.match(r"In '(.+?)':", str(error))
     place = place_of(choice.rpartition("/")[2], within[1]) if within else ""
@@ -162,7 +162,7 @@ def _name_unknown_choice(error: MissingConfigException, place_of: Place) -> str:
     if within and (CONFIG_DIR / choice.split("/")[0]).is_dir() and "/" in choice:
         inner, _, name = choice.partition("/")
         return f"{place_of(name, within[1])}{missing} does not exist; did you mean `- override /{inner}: {name}`?"
-    return place + _refuse_choice(group, choice, options)
+    return place + _refuse_choice(group, choice, [] if group == "hardware/gpu" else options)
 
 
 def _hint_at_choice(group: str, choice: str, options: list[str]) -> str:

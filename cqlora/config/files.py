@@ -73,6 +73,6 @@ def walk_down(node: Any, parts: list[str]) -> int | None:
 
 
 def name_file(file: Path) -> str:
-    """The file as it is seen from here."""
+    """The file's path from the working folder, where it lies below it."""
     relative = os.path.relpath(file)
     return str(file) if relative.startswith("..") else relative

@@ -90,6 +90,7 @@ FOREIGN_KEYS = {
     "fp32": "hardware.precision=float32",
     "dtype": "hardware.precision",
     "torch_dtype": "hardware.precision",
+    "gpu": "hardware=NAME of your machine",
     "gpus": "hardware.processes_per_node, or hardware=NAME of your machine",
     "num_gpus": "hardware.processes_per_node, or hardware=NAME of your machine",
     "n_gpu": "hardware.processes_per_node, or hardware=NAME of your machine",

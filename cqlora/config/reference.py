@@ -30,6 +30,7 @@ SCHEMAS = {
     "fetch": ("cqlora.fetch", "FetchConfig"),
     "convert": ("cqlora.convert", "ConvertConfig"),
     "extend": ("cqlora.extend", "ExtendConfig"),
+    "evaluate": ("cqlora.evaluation.config", "EvaluateConfig"),
     "merge": ("cqlora.merge", "MergeConfig"),
     "chat": ("cqlora.chat", "ChatConfig"),
     "serve": ("cqlora.serve.config", "ServeConfig"),
@@ -39,8 +40,9 @@ SCHEMAS = {
 
 _TYPES = {int: "integer", float: "number", bool: "true or false", str: "text"}
 _CHINESE_TYPES = {
-    "integer": "整数", "number": "数值", "true or false": "true 或 false", "text": "文本", "list of text": "列表",
-    " or null": "，或 null", "text or list": "文本或列表", "required": "必填", " or ": "、",
+    "list of integers": "整数列表", "list of text": "列表", "group": "配置组", "integer": "整数", "number": "数值",
+    "true or false": "true 或 false", "text": "文本", " or null": "，或 null", "text or list": "文本或列表",
+    "required": "必填", " or ": "、",
 }  # fmt: skip
 
 
@@ -109,14 +111,16 @@ def name_type(hint: Any) -> str:
         (inner,) = (part for part in typing.get_args(hint) if part is not type(None))
         return f"{name_type(inner)} or null"
     if typing.get_origin(hint) is list:
-        return "list of text"
+        return "list of integers" if typing.get_args(hint) == (int,) else "list of text"
+    if dataclasses.is_dataclass(hint):
+        return "group"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return ", ".join(f"`{choice.name}`" for choice in hint)
     return _TYPES.get(hint, "text or list")
 
 
 def name_default(field: "dataclasses.Field[Any]") -> str:
-    """A default as it is typed; `required` where there is none."""
+    """A default as it is typed, or the key whose value it is; `required` where there is none."""
     made = field.default_factory
     value = made() if made is not dataclasses.MISSING else field.default
     if value is MISSING or value == MISSING or value is dataclasses.MISSING:
@@ -126,7 +130,9 @@ def name_default(field: "dataclasses.Field[Any]") -> str:
     if isinstance(value, bool) or value is None:
         return f"`{str(value).lower()}`".replace("none", "null")
     if isinstance(value, list):
-        return f"`[{','.join(value)}]`"
+        return f"`[{','.join(map(str, value))}]`"
+    if isinstance(value, str) and value.startswith("${"):
+        return f"`{value[2:-1]}`"
     return f"`{value}`" if value != "" else '`""`'
 
 
@@ -143,11 +149,16 @@ def render_help(config_name: str, schema: type, folders: list[Path]) -> str:
 
 
 def list_groups(config_name: str) -> list[str]:
-    """The groups that a program's configuration is composed of."""
+    """The groups that a program's configuration is composed of, those of the files that it includes among them."""
     import yaml
 
-    defaults = yaml.safe_load((CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
-    return [group for entry in defaults if isinstance(entry, dict) for group in entry]
+    file = CONFIG_DIR / f"{config_name}.yaml"
+    if not file.is_file():
+        return []
+    groups: list[str] = []
+    for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]:
+        groups += list(entry) if isinstance(entry, dict) else list_groups(entry)
+    return [group for group in groups if not group.startswith("override ")]
 
 
 def describe_entry(entry: Entry) -> str:
@@ -163,7 +174,7 @@ def render_page(language: str, meanings: dict[str, str]) -> str:
     about = _CHINESE_ABOUT if chinese else _ENGLISH_ABOUT
     head = "| 键 | 类型 | 默认值 | 含义 |" if chinese else "| key | type | default | meaning |"
     parts = [title, about]
-    for verb in ("run", "plan", "convert", "extend", "merge", "chat", "serve", "report", "fetch"):
+    for verb in ("run", "plan", "convert", "extend", "evaluate", "merge", "chat", "serve", "report", "fetch"):
         entries = list(list_entries(load_schema(verb)))
         if verb == "plan":
             run = {entry.key for entry in list_entries(load_schema("run"))}
@@ -179,7 +190,7 @@ def row_of(entry: Entry, chinese: dict[str, str] | None) -> str:
     kind, default, meaning = entry.type, entry.default, entry.meaning
     if chinese is not None:
         meaning = chinese[entry.field]
-        for english, translated in _CHINESE_TYPES.items():
+        for english, translated in sorted(_CHINESE_TYPES.items(), key=lambda pair: -len(pair[0])):
             kind, default = (kind if kind.startswith("`") else kind.replace(english, translated)), default
         default = _CHINESE_TYPES["required"] if default == "required" else default
     escaped = meaning.replace("|", "\\|")

@@ -94,6 +94,14 @@ def to_plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
 def list_changes(config: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose value is not the default of their schema; those without a default are not among them."""
     changed: list[str] = []

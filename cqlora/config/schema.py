@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 from cqlora.config.checks import check_fields, require_divides, require_positive, require_range, require_used
 from cqlora.config.choices import (
@@ -257,11 +257,11 @@ class StageConfig:
 
     name: str = MISSING
     """pretrain or sft."""
-    sequence_length: int = 2048
+    sequence_length: int = II("model.sequence_length")
     """Tokens in a pack."""
     allow_beyond_positions: bool = False
     """Train at a sequence_length above the base's max_position_embeddings."""
-    global_batch_size: int = 32
+    global_batch_size: int = II("hardware.global_batch_size")
     """Packs per optimizer step, over accumulation steps and workers."""
     max_steps: int | None = None
     """Optimizer steps; null trains for epochs."""
@@ -273,7 +273,7 @@ class StageConfig:
     """Learning rate of trained embedding rows; null is learning_rate."""
     schedule: Schedule = Schedule.cosine
     """What the learning rate does after warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: int = 5
     """Optimizer steps of linear warm-up from zero."""
     min_learning_rate_ratio: float = 0.1
     """Where a decaying schedule ends, as a share of learning_rate."""
@@ -299,6 +299,14 @@ class StageConfig:
     """null evaluates at the start and at the end only."""
     eval_tokens: int = 16_384
     """Held-out tokens per source at each evaluation; 0 takes all."""
+    eval_characters: int | None = None
+    """In place of eval_tokens, held-out characters per source in whole documents, the same ones for every vocabulary;
+    0 takes all."""
+    eval_probe: bool = False
+    """At each evaluation also measure how much examples in context help, by translations to and from Chinese."""
+    max_forgetting: float | None = 0.05
+    """Rise of English held-out loss, or of the probe's, over that of the run's start, as a share of it, from which an
+    evaluation is marked in the record and told; null tells nothing."""
     checkpoint_every_steps: int = 50
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
@@ -320,8 +328,10 @@ class StageConfig:
         for key in ("max_steps", "epochs", "eval_every_steps", "embeddings_learning_rate"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
-        for key in ("warmup_steps", "weight_decay", "eval_tokens"):
-            require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        for key in ("warmup_steps", "weight_decay", "eval_tokens", "eval_characters", "max_forgetting"):
+            if getattr(self, key) is not None:
+                require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        require_used(self, "eval_tokens", self.eval_characters is None, "stage.eval_characters=null")
         for key in ("adam_beta1", "adam_beta2", "min_learning_rate_ratio"):
             require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)
         require_used(self, "epochs", self.max_steps is None or self.epochs is None, "stage.max_steps=null")

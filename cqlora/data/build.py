@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cqlora.config.choices import Deduplication
-from cqlora.config.schema import RunConfig
+from cqlora.config.schema import DataConfig, RunConfig
 from cqlora.data.chunks import EncodedBatch
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
@@ -99,13 +99,15 @@ def build_cache(
         ModelError: conversations with a base that lacks the chat tokens.
     """
     much = promises_much(locations)
-    sizes = sample_sizes(config, list(locations))
+    sizes = sample_sizes(config.data, list(locations))
     with Workers(count_workers(config.data.workers)) as workers, ThreadPoolExecutor(1) as beside:
         if much:
             workers.start_early(collect_batch)
         settings = encode_settings(config, base_folder)
         proof = beside.submit(open_encoder(settings).tokenizer.prove_fast) if much else None
-        gathered = gather_sources(config, locations, sizes, staging, kept_rejections, workers, progress)
+        gathered = gather_sources(
+            config.data, locations, sizes, config.seed, staging, kept_rejections, workers, progress
+        )
         total = sum(len(each.index) for each in gathered)
 
         def drop_near(chosen: list[Chosen]) -> None:
@@ -126,17 +128,18 @@ def build_cache(
     return description
 
 
-def sample_sizes(config: RunConfig, names: list[str]) -> dict[str, int | None]:
+def sample_sizes(data: DataConfig, names: list[str]) -> dict[str, int | None]:
     """Records to take of each source; None takes all."""
-    evenly = config.data.sample_evenly
+    evenly = data.sample_evenly
     shares = even_shares(evenly, names) if evenly is not None else {}
-    return {name: sample_size(config.data.sources[name], shares.get(name)) for name in names}
+    return {name: sample_size(data.sources[name], shares.get(name)) for name in names}
 
 
 def gather_sources(
-    config: RunConfig,
+    data: DataConfig,
     locations: dict[str, Location],
     sizes: dict[str, int | None],
+    seed: int,
     staging: Path,
     kept_rejections: Path,
     workers: Workers,
@@ -146,17 +149,17 @@ def gather_sources(
     found = []
     for location in locations.values():
         require_hub(location)
-    unique = config.data.clean.deduplicate is not Deduplication.none
-    held_out = (config.data.val_fraction, config.data.test_fraction)
+    unique = data.clean.deduplicate is not Deduplication.none
+    held_out = (data.val_fraction, data.test_fraction)
     with (staging / "rejected.jsonl").open("w", encoding="utf-8") as rejections:
-        log = RejectionLog(rejections, config.data.max_rejected_fraction, kept_rejections)
+        log = RejectionLog(rejections, data.max_rejected_fraction, kept_rejections)
         for number, (name, location) in enumerate(locations.items()):
-            source = config.data.sources[name]
+            source = data.sources[name]
             gathered = Gathered(name, source, staging / f"source-{number}.spool", np.zeros(0))
             with gathered.spool.open("wb") as stream:
-                spool = Spool(stream, records_to_keep(sizes[name]), config.seed, unique, held_out)
+                spool = Spool(stream, records_to_keep(sizes[name]), seed, unique, held_out)
                 rows = read_rows(location, source)
-                for read in collect_source(gathered, rows, config.data.clean, spool, log, workers):
+                for read in collect_source(gathered, rows, data.clean, spool, log, workers):
                     progress(f"reading {name}", read, None)
             found.append(gathered)
     return found
@@ -171,7 +174,7 @@ def promises_much(locations: dict[str, Location]) -> bool:
 def count_tokens(settings: EncodeSettings, gathered: Gathered, numbers: np.ndarray) -> np.ndarray:
     """int64 (records,): tokens of the numbered records of a source."""
     entries = gathered.index[numbers]
-    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], measured=0)
+    task = EncodeTask(str(gathered.spool), entries["offset"], entries["length"], numbers)
     batch = encode_task(settings, task)
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(numbers)).astype(np.int64)
 
@@ -182,15 +185,6 @@ def summarize_losses(chosen: list[Chosen]) -> str:
     for each in chosen:
         losses += each.gathered.rejected + each.gathered.dropped + each.left_out
     return ", ".join(f"{reason} {number}" for reason, number in losses.most_common(6)) or "there was none"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTask:
-    """An encoding task, of which source and which of its records."""
-
-    source: int
-    numbers: np.ndarray
-    encode: EncodeTask
 
 
 class CacheWriter:
@@ -235,7 +229,7 @@ class CacheWriter:
         writer = SplitWriter(self.staging / split, self.dtype)
         total = sum(int((each.kept & (each.splits == number)).sum()) for each in self.chosen)
         done = 0
-        encode = partial(encode_source_task, self.settings)
+        encode = partial(encode_task, self.settings)
         with ExitStack() as stack:
             results = self.workers.map_in_order(encode, self.tasks(number))
             stack.callback(results.close)  # type: ignore[attr-defined]
@@ -251,7 +245,7 @@ class CacheWriter:
         self.progress(f"packing {split}", writer.documents, writer.documents)
         return writer.finish(self.sequence_length, self.seed)
 
-    def tasks(self, split: int) -> Iterator[SourceTask]:
+    def tasks(self, split: int) -> Iterator[EncodeTask]:
         """The split's records in batches, each of one source; held-out ones in the order of a hash."""
         for source, each in enumerate(self.chosen):
             index = each.gathered.index
@@ -270,9 +264,11 @@ class CacheWriter:
                     spool=str(each.gathered.spool),
                     offsets=entries["offset"],
                     lengths=entries["length"],
+                    numbers=numbers[start:end],
+                    source=source,
                     measured=min(measured, end - start),
                 )
-                yield SourceTask(source, numbers[start:end], task)
+                yield task
                 measured -= task.measured
                 start = end
 
@@ -300,11 +296,6 @@ class CacheWriter:
                 for split, found in splits.items()
             },
         }
-
-
-def encode_source_task(settings: EncodeSettings, task: SourceTask) -> EncodedBatch:
-    """encode_task for a task that knows its source."""
-    return encode_task(settings, task.encode)
 
 
 def list_groups(chosen: list[Chosen]) -> list[tuple[int, int]]:

@@ -1,16 +1,15 @@
 """The token cache: found by what it was made from, built once, trusted only when every byte is as it was written."""
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cqlora.base import Base, fingerprint_tokenizer
+from cqlora.config.run_yaml import to_plain
 from cqlora.config.schema import RunConfig
 from cqlora.data.build import ReportProgress, build_cache
 from cqlora.data.chat import TEMPLATE_VERSION
@@ -23,7 +22,7 @@ from cqlora.errors import DataError
 from cqlora.system.documents import write_json
 from cqlora.system.durable import hold, make_folder, stage, write_durably
 from cqlora.system.refusals import described_as_sentence
-from cqlora.system.sealed import read_sealed, seal_document
+from cqlora.system.sealed import hash_document, read_sealed, seal_document
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
     files = hash_files([file.path for location in locations.values() for file in location.files], cache_dir)
     sources = {}
     for name, location in locations.items():
-        source = plain(asdict(config.data.sources[name]))
+        source = to_plain(asdict(config.data.sources[name]))
         sources[name] = {
             **{key: value for key, value in source.items() if key not in ("path", "stages", "dataset", "subset")},
             "files": [[file.path.name, file.split, files[file.path]] for file in location.files],
@@ -124,16 +123,9 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
         "order": list(sources),
         "sample_evenly": config.data.sample_evenly,
         "held_out": [config.data.val_fraction, config.data.test_fraction],
-        "clean": plain(asdict(config.data.clean)),
+        "clean": to_plain(asdict(config.data.clean)),
     }
-    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """The value with enumerations by name, as JSON can hold it."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    return value.value if isinstance(value, Enum) else value
+    return hash_document(choices)
 
 
 def build_folder(

@@ -2,11 +2,11 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cqlora.data.workers import count_workers
 from cqlora.errors import DiskError
 from cqlora.system.durable import replace_file
 from cqlora.system.sealed import hash_file, read_sealed, seal_document
@@ -55,7 +55,7 @@ def digest_files(files: Iterable[Path], tick: Callable[[int], None] = lambda don
     blocks = [(file, start) for file, size in sizes.items() for start in range(0, size, BLOCK_BYTES)]
     joined = {file: hashlib.sha256() for file in sizes}
     done = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with ThreadPoolExecutor(count_workers(None)) as pool:
         for (file, start), digest in zip(blocks, pool.map(_digest_block, blocks), strict=True):
             joined[file].update(digest)
             done += min(BLOCK_BYTES, sizes[file] - start)

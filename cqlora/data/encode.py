@@ -79,12 +79,17 @@ def open_encoder(settings: EncodeSettings) -> RecordEncoder:
 
 @dataclass(frozen=True, slots=True)
 class EncodeTask:
-    """Records that lie one after another, or anywhere, in a spool file."""
+    """Some records of a source, which lie anywhere in its spool file."""
 
     spool: str
     offsets: np.ndarray
     lengths: np.ndarray
-    measured: int
+    numbers: np.ndarray
+    """int64 (records,): which of the source's records they are."""
+    source: int = 0
+    """Which of the sources it is."""
+    measured: int = 0
+    """How many of them, the first, tokens per Han character are measured on."""
 
 
 def encode_task(settings: EncodeSettings, task: EncodeTask) -> EncodedBatch:

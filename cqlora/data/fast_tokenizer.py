@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from cqlora.data.byte_level import byte_letters
+from cqlora.data.byte_level import piece_bytes
 from cqlora.data.sources.location import SAMPLE_DIR
 from cqlora.data.text_tokens import StockTokens
 
@@ -49,20 +49,23 @@ class FastTokens:
         ends = self._byte_ends(number)
         if ends is None:
             return self._stock(number).count_over(0, marked)
-        widths = [len(character.encode()) for character in self._texts[number]]
-        before = np.concatenate([[0], np.cumsum(np.repeat(marked, widths))])
-        return int(np.count_nonzero(np.diff(before[ends], prepend=0)))
+        starts = np.maximum(ends - self._tokenizer.widths[self._ids_of(number)], 0)
+        before = np.cumsum(np.repeat(marked, [len(character.encode()) for character in self._texts[number]]))
+        before = np.concatenate([[0], before])
+        return int(np.count_nonzero(before[ends] > before[starts]))
 
     def _byte_ends(self, number: int) -> np.ndarray | None:
         """int64 (tokens,): the byte of a text's UTF-8 at which each of its tokens ends.
 
         None where the tokens do not spell the text, as when the vocabulary lacks one of its bytes.
         """
-        ids = self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
-        ends = np.cumsum(self._tokenizer.widths[ids], dtype=np.int64)
+        ends = np.cumsum(self._tokenizer.widths[self._ids_of(number)], dtype=np.int64)
         # As `tokenizers` has it, a space put before a text belongs to its first character.
         unwritten = int(ends[-1]) - len(self._texts[number].encode()) if len(ends) else 0
         return np.maximum(ends - unwritten, unwritten) if unwritten in (0, 1) else None
+
+    def _ids_of(self, number: int) -> np.ndarray:
+        return self.ids[int(self.offsets[number]) : int(self.offsets[number + 1])]
 
     def _stock(self, number: int) -> StockTokens:
         encoding = self._tokenizer.stock.encode(self._texts[number], add_special_tokens=False)
@@ -158,16 +161,10 @@ def spell_tokens(document: dict[str, Any]) -> list[bytes]:
     """The bytes of text under each id of a byte-level or SentencePiece vocabulary."""
     vocabulary: dict[str, int] = document["model"]["vocab"]
     matched = {token["id"]: token["content"] for token in document.get("added_tokens") or [] if not token["special"]}
-    byte_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
     byte_level = is_byte_level(document)
     words = [b""] * (max([*vocabulary.values(), *matched], default=-1) + 1)
     for piece, token in vocabulary.items():
-        if byte_level:
-            words[token] = piece.translate(byte_of).encode("latin-1", "replace")
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            words[token] = bytes([int(piece[3:5], 16)])
-        else:
-            words[token] = piece.replace("▁", " ").encode()
+        words[token] = piece_bytes(piece, byte_level)
     for token, text in matched.items():
         words[token] = text.encode()
     return words

@@ -1,4 +1,4 @@
-"""Hashes that decide, the same on every machine and day: who is held out, sampled, a duplicate."""
+"""Hashes that decide, alike on every machine, which texts are held out, sampled or equal."""
 
 import hashlib
 

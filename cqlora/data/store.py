@@ -138,19 +138,36 @@ class Split:
         start, end = self._pack_offsets[number : number + 2].tolist()
         return self.gather(self._pack_documents[start:end])
 
-    def packs_of(self, source_id: int, max_tokens: int = 0) -> list[Pack]:
-        """Packs of one source's documents, in their order on disk, until `max_tokens` (0: all) are reached.
+    def packs_of(self, source_id: int, max_tokens: int = 0, max_characters: int = 0) -> list[Pack]:
+        """Packs of one source's documents, in their order on disk, until a limit (0: none) is reached.
 
-        Held-out documents lie in the order of a hash, so the first of them are a fair sample.
+        Held-out documents lie in the order of a hash, so the first of them are a fair sample. A limit in tokens cuts
+        between chunks; one in characters between documents, so that it takes the same ones of every vocabulary.
         """
         documents = np.flatnonzero(self._columns["source_ids"] == source_id)
-        lengths = self._columns["lengths"][documents]
         if max_tokens:
-            reached = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), max_tokens)) + 1
-            documents, lengths = documents[:reached], lengths[:reached]
+            total = np.cumsum(self._columns["lengths"][documents], dtype=np.int64)
+            documents = documents[: int(np.searchsorted(total, max_tokens)) + 1]
+        if max_characters:
+            documents = self.take_whole(documents, max_characters)
+        lengths = self._columns["lengths"][documents]
         packing = pack_documents(lengths, self.sequence_length)
         bounds = zip(packing.offsets[:-1].tolist(), packing.offsets[1:].tolist(), strict=True)
         return [self.gather(documents[packing.documents[start:end]]) for start, end in bounds]
+
+    def take_whole(self, chunks: np.ndarray, max_characters: int) -> np.ndarray:
+        """The first chunks that have `max_characters`, and the others of the document that the last is cut from."""
+        total = np.cumsum(self._columns["characters"][chunks], dtype=np.int64)
+        taken = int(np.searchsorted(total, max_characters)) + 1
+        # A document begins with a control token, and a later chunk of one with a word.
+        while taken < len(chunks) and self.first_token(chunks[taken]) != self.first_token(chunks[0]):
+            taken += 1
+        return chunks[:taken]
+
+    def first_token(self, chunk: int) -> int:
+        """The id that a chunk begins with."""
+        shard, where = self.locate(int(chunk))
+        return int(self._tokens[shard][where.start])
 
     def gather(self, documents: np.ndarray) -> Pack:
         """A pack of these documents."""

@@ -1,6 +1,7 @@
 """A base's tokenizer as the encoder needs it: plain text never yields a control token."""
 
 import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from cqlora.data.fast_tokenizer import FastTokenizer, agrees
 from cqlora.data.text_tokens import StockTokens, TextTokens
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object, read_object_if_there, read_text, take
+from cqlora.system.documents import first_words, read_object, read_object_if_there, read_text, take
 
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
@@ -110,6 +111,11 @@ class PlainTokenizer:
         ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
         return [ids[start:end] for start, end in pairwise(bounds)]
 
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """The ids of the parts of one document, each encoded by itself, the first with the token that begins one."""
+        first, *others = self.encode_segments(list(parts))
+        return [[self.special.document_start, *first], *others]
+
     def prove_fast(self) -> bool:
         """Whether the faster library is there, reads this tokenizer, and gives the same ids as the tokenizer itself."""
         try:
@@ -129,7 +135,7 @@ def parse_tokenizer(text: str, folder: Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = first_words(error)
         raise ModelError(f"{folder / 'tokenizer.json'} holds no tokenizer ({reason}); fetch it again.") from error
 
 
@@ -157,8 +163,8 @@ def read_special_names(folder: Path) -> dict[str, str]:
     says null means it: the tokenizer has none.
     """
     names = {"turn_start": TURN_START, "turn_end": TURN_END}
-    settings = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    config = read_json(folder / "config.json")
+    settings = [read_object_if_there(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    config = read_object_if_there(folder / "config.json")
     for kind in ("bos", "eos", "pad", "unk"):
         stated = next((setting for setting in settings if f"{kind}_token" in setting), None)
         if stated is not None:
@@ -176,13 +182,8 @@ def token_of_id(folder: Path, ids: Any) -> str | None:
     if not isinstance(wanted, int):
         return None
     file = folder / "tokenizer.json"
-    added = take(read_json(file), "added_tokens", file, list, default=[])
+    added = take(read_object_if_there(file), "added_tokens", file, list, default=[])
     return next((token["content"] for token in added if token["id"] == wanted), None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, or an empty one where there is no file."""
-    return read_object_if_there(file)
 
 
 def token_text(token: Any) -> str | None:

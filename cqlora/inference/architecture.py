@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cqlora.architectures import Part, require_known
+from cqlora.architectures import Part, find_head_dim, require_known
 from cqlora.errors import ModelError
 from cqlora.weights.rotary import base_frequencies, read_rope, scale_frequencies
 
@@ -59,7 +59,7 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
         intermediate=config["intermediate_size"],
         heads=heads,
         key_value_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=find_head_dim(config),
         vocab_size=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
         epsilon=config.get("rms_norm_eps", 1e-6),

@@ -62,7 +62,7 @@ class KeyValueCache:
 class Shelf:
     """Short sequences side by side in one tensor, so that one operator serves all of them.
 
-    The rows that are taken are the first ones; the last moves where one is left.
+    Rows in use are always the first ones: when one is freed, the last moves into its place.
     """
 
     def __init__(self, rows: int) -> None:

@@ -8,9 +8,12 @@ fifth of bfloat16's time there, stay on one thread, and lose nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from cqlora.inference.architecture import Architecture, rotary_frequencies
 from cqlora.inference.attention import Alone, Attention, Together
@@ -19,6 +22,8 @@ from cqlora.inference.linear import Linear
 
 _STEADY_ROWS = 4
 """Matrix products give a row the same bits in any batch whose rows are a multiple of this, and not in others."""
+_SCORED_ROWS = 256
+"""Positions whose logits exist at once when tokens are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,25 @@ class Segment:
 
     cache: KeyValueCache
     ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A sequence, and the tokens whose probabilities after its last positions are asked for."""
+
+    ids: Sequence[int]
+    targets: Sequence[Sequence[int]]
+    """Alternatives of k tokens each: the j-th of them is one that may follow the first len(ids) - k + j + 1 ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a query comes to."""
+
+    log_probabilities: NDArray[np.float32]
+    """(alternatives, k), natural logarithms."""
+    likeliest: NDArray[np.int64]
+    """(k,): the likeliest token at each position."""
 
 
 class Decoder:
@@ -96,6 +120,29 @@ class Decoder:
         """float32 (tokens, vocab_size): logits after every token of one sequence."""
         segments = [Segment(self.new_cache(), ids)]
         return self.weights.head(self._run(segments, _each(segments))).float()
+
+    @torch.inference_mode()
+    def score(self, queries: Sequence[Query]) -> list[Scores]:
+        """The log-probabilities of given tokens, all queries in one pass."""
+        segments = [Segment(self.new_cache(), query.ids) for query in queries]
+        hidden = self._run(segments, _each(segments))
+        ends = list(accumulate(len(query.ids) for query in queries))
+        return [
+            self._score_rows(hidden[end - len(query.targets[0]) : end], query)
+            for query, end in zip(queries, ends, strict=True)
+        ]
+
+    def _score_rows(self, hidden: torch.Tensor, query: Query) -> Scores:
+        """Scores of a query from its (k, hidden) last states, with the logits of a few of them at once."""
+        targets = torch.tensor(query.targets, device=self.device)
+        log_probabilities, likeliest = torch.empty(targets.shape), torch.empty(targets.shape[1], dtype=torch.int64)
+        for first in range(0, len(hidden), _SCORED_ROWS):
+            rows = slice(first, first + _SCORED_ROWS)
+            logits = self.weights.head(hidden[rows]).float()
+            likeliest[rows] = logits.argmax(dim=1).cpu()
+            chosen = logits.gather(1, targets[:, rows].T) - logits.logsumexp(dim=1, keepdim=True)
+            log_probabilities[:, rows] = chosen.T.cpu()
+        return Scores(log_probabilities.numpy(), likeliest.numpy())
 
     def _run(self, segments: Sequence[Segment], attentions: Sequence[Attention], empty_rows: int = 0) -> torch.Tensor:
         """(tokens of all segments and empty rows, hidden): after the last norm."""

@@ -1,6 +1,5 @@
 """What the engine is given: the folders of an adapter and its base, or of a merged model, checked and read."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cqlora.inference.form import Form, Layout, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights, pack_weights
+from cqlora.system.sealed import hash_file
 from cqlora.system.shards import ShardReader
 from cqlora.weights.merge import is_tied, plan_merge
 from cqlora.weights.merge_adapter import open_adapter
@@ -135,5 +135,5 @@ def identify(request: Request, onto: Nf4Format | None, form: Form) -> dict[str, 
         files += [request.model_dir / "adapter_config.json", request.model_dir / CARD]
     for file in files:
         if file.is_file():
-            identity[str(len(identity))] = hashlib.sha256(file.read_bytes()).hexdigest()
+            identity[str(len(identity))] = hash_file(file)
     return identity

@@ -7,8 +7,6 @@ another's.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,8 @@ from cqlora.errors import ModelError
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.linear import Dense, restore_linear, tensors_of
 from cqlora.system.durable import remove_leftovers, staged_file
+from cqlora.system.machine import cache_folder
+from cqlora.system.sealed import hash_document
 from cqlora.system.shards import TensorSpec, dtype_name, write_shard
 
 _VERSION = 5
@@ -30,9 +30,7 @@ _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 
 def snapshot_file(identity: dict[str, str]) -> Path:
     """Where the snapshot of what `identity` names lies, whether or not it is there."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    identity_json = json.dumps({"version": _VERSION, **identity}, sort_keys=True)
-    return root / "cqlora" / "engine" / f"{hashlib.sha256(identity_json.encode()).hexdigest()[:32]}.safetensors"
+    return cache_folder("engine") / f"{hash_document({'version': _VERSION, **identity})[:32]}.safetensors"
 
 
 def write_snapshot(weights: Weights, file: Path) -> None:

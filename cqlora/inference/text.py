@@ -5,11 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cqlora.data.byte_level import byte_letters
+from cqlora.data.byte_level import piece_bytes
 from cqlora.errors import ModelError
-
-_BYTE_PIECE_LENGTH = len("<0x00>")
-_BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class TokenBytes:
@@ -27,11 +24,8 @@ class TokenBytes:
         """
         document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         decoders = _decoder_types(document.get("decoder") or {})
-        if "ByteLevel" in decoders:
-            self._of_piece = _byte_level_bytes
-        elif "ByteFallback" in decoders or "Metaspace" in decoders:
-            self._of_piece = _sentencepiece_bytes
-        else:
+        self._byte_level = "ByteLevel" in decoders
+        if {"ByteLevel", "ByteFallback", "Metaspace"}.isdisjoint(decoders):
             raise ModelError(
                 f"the tokenizer in {folder} decodes by {', '.join(decoders) or 'nothing'}; the engine reads byte-level "
                 "BPE and SentencePiece tokenizers, so convert the model with one of these."
@@ -48,7 +42,7 @@ class TokenBytes:
         if token in self._added:
             return self._added[token]
         piece = self._pieces.get(token)
-        return b"" if piece is None else self._of_piece(piece)
+        return b"" if piece is None else piece_bytes(piece, self._byte_level)
 
 
 class ReplyText:
@@ -93,15 +87,3 @@ def _overlap(text: str, stop: str) -> int:
 
 def _decoder_types(decoder: dict[str, Any]) -> list[str]:
     return [part["type"] for part in [*decoder.get("decoders", []), decoder] if "type" in part]
-
-
-def _sentencepiece_bytes(piece: str) -> bytes:
-    if len(piece) == _BYTE_PIECE_LENGTH and piece.startswith("<0x") and piece.endswith(">"):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace("▁", " ").encode()
-
-
-def _byte_level_bytes(piece: str) -> bytes:
-    if all(character in _BYTE_OF for character in piece):
-        return bytes(_BYTE_OF[character] for character in piece)
-    return piece.encode()

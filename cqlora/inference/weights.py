@@ -12,9 +12,9 @@ from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
 from cqlora.inference.linear import AdapterTerm, BitsandbytesNf4, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.weights.merge_changes import LowRank
 from cqlora.weights.merge_plan import MergedSource
-from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import GROUP
 
 NORM = "model.norm.weight"

@@ -187,7 +187,7 @@ def raise_failure(workers: list[WorkerProcess], received: list[int]) -> None:
 
 
 def describe_end(code: int) -> str:
-    """How a worker ended that did not say why."""
+    """How a worker ended that reported no error."""
     if code == -signal.SIGKILL:
         return "was killed by SIGKILL (by somebody, or by the system for want of memory)"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

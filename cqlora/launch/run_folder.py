@@ -106,7 +106,7 @@ def hold_run_folder(run_folder: Path, given: bool) -> Iterator[Path]:
 
 
 def lock_writable(folder: Path) -> int | None:
-    """As try_lock, with a sentence for a folder in which nothing can be written."""
+    """As try_lock, with a ConfigError for a folder in which nothing can be written."""
     try:
         return try_lock(folder)
     except OSError as error:
@@ -142,7 +142,7 @@ def release(folder: Path, descriptor: int) -> None:
 
 
 def describe_refusal(error: OSError, folder: Path) -> str:
-    """Why a folder cannot be that of a run."""
+    """The sentence for a folder in which no run can be written."""
     reason = (error.strerror or str(error)).lower()
     for each in (folder.absolute(), *folder.absolute().parents):
         if os.path.islink(each) and not os.path.exists(each):

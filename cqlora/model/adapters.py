@@ -56,7 +56,7 @@ def continue_adapter(model: PreTrainedModel, base: Base, lora: LoraConfig, folde
     """Load an adapter to train on, as it was but for its dropout; `launch.continuation` has compared the rest."""
     check_fingerprints(folder, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
     config = PeftLoraConfig.from_pretrained(folder)
-    # Before the layers are made: without dropout they are made to have none, and fuse.
+    # Before the layers are made: only layers made without dropout can be fused.
     config.lora_dropout = lora.dropout
     adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
     if keep_masters(adapted):
@@ -115,11 +115,6 @@ def added_row_indices(base: Base) -> list[int]:
     if base.first_added_row is None:
         raise ModelError(f"{base.path} has no added rows; extend it with `cqlora extend` first.")
     return list(range(base.first_added_row, base.first_added_row + base.added_rows))
-
-
-def count_trainable(model: nn.Module) -> int:
-    """Trainable parameters, each counted once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def save_adapter(
@@ -189,7 +184,7 @@ def describe_training(model: PeftModel, rank_factor: int) -> dict[str, Any]:
 
 
 def write_card(folder: Path, base: Base, trained_on: dict[str, Any], said: dict[str, Any]) -> None:
-    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and what `said` says."""
+    """Say beside an adapter which base and tokenizer it belongs to, how that base was held, and what else is `said`."""
     card = {
         "base": str(base.path),
         "base_sha256": fingerprint_weights(base.path),

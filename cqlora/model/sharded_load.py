@@ -18,6 +18,7 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from cqlora.base import Base
 from cqlora.errors import ModelError
+from cqlora.system.model_config import OUTPUT
 from cqlora.system.shards import ShardReader
 
 Fill = Callable[[nn.Module], None]
@@ -54,7 +55,7 @@ def lay_out_base(
             (outside if block is None else places[id(block)]).append(place)
             setattr(module, name, _stand_in(parameter, device))
     if base.tied:
-        outside = [place for place in outside if place[0] != "lm_head.weight"]
+        outside = [place for place in outside if place[0] != OUTPUT]
     check_names(ShardReader(base.path), [*outside, *(place for block in places.values() for place in block)])
     _read(base, outside, device, dtype)
     model.tie_weights()

@@ -145,10 +145,9 @@ def _held(work: Workload) -> dict[str, float]:
     packed, constants = packed_bytes(work, _own_blocks(work) * block_parameters(work.model))
     norms = norm_parameters(work.model) * work.program.embedding_bytes
     share = 0.0 if work.cpu_offload else 1 / work.shards
-    constant_share = share if work.program.shards_constants else 1.0
     trained = trainable_parameters(work) * _own_share(work)
     return {
-        "weights": (packed + norms) * share + constants * constant_share,
+        "weights": (packed + norms) * share + constants,
         "embeddings": _own_embeddings(work) * share,
         "adapter": trained * work.program.adapter_bytes * share,
         "optimizer": trained * work.program.optimizer_bytes * share,
@@ -177,7 +176,7 @@ def _own_embeddings(work: Workload) -> float:
 
 
 def _passing(work: Workload) -> tuple[dict[str, float], str]:
-    """What comes and goes, at the moment of a step when it is most."""
+    """Memory that comes and goes within a step, by part, at the step's worst moment."""
     if not work.training:
         return dict.fromkeys(("gradients", "activations", "logits", "gathered", "buffers"), 0.0), "loading"
     moments = {
@@ -282,10 +281,11 @@ def _gathered(work: Workload) -> float:
     """Whole blocks that a sharded model holds beside its shards."""
     if work.shards == 1:
         return 0.0
-    packed, constants = packed_bytes(work, block_parameters(work.model))
+    packed, _ = packed_bytes(work, block_parameters(work.model))
     adapter = adapter_parameters(work.model, work.lora) * work.program.adapter_bytes
-    unit = packed + constants * work.program.shards_constants + adapter / work.model.num_hidden_layers
-    units = work.model.num_hidden_layers if work.program.keeps_units else work.program.units_in_flight
+    unit = packed + adapter / work.model.num_hidden_layers
+    # Two at once: the one at work and the next.
+    units = work.model.num_hidden_layers if work.program.keeps_units else 2
     # An offloaded shard is copied to the device before it is gathered.
     staging = 1 + 1 / work.shards if work.cpu_offload else 1.0
     return staging * (units * unit + _gathered_root(work))

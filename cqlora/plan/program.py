@@ -44,12 +44,8 @@ class Program:
     """Per position and token of the vocabulary at the loss: float32 logits, and their slopes in 16 bits."""
     logits_kept_bytes: int = 0
     """Of those, what stays while the blocks run backward."""
-    shards_constants: bool = False
-    """Sharding splits the quantisation constants too."""
     flattens_units: bool = False
     """Wrapping copies each unit's parameters into one flat tensor before it is split (FSDP1)."""
-    units_in_flight: int = 2
-    """Blocks gathered at once by a sharded model: the one at work and the next."""
     keeps_units: bool = False
     """Blocks once gathered stay whole until the step ends."""
     gradient_copies: int = 1

@@ -45,7 +45,6 @@ class TimePlan:
     tokens_per_step: int
     steps: int | None
     """Optimizer steps of the whole run; None where the data's size is not known."""
-    steps_per_epoch: float | None
 
     @property
     def step_seconds(self) -> float:
@@ -56,11 +55,6 @@ class TimePlan:
     def tokens_per_second(self) -> float:
         """Tokens of all workers together."""
         return self.tokens_per_step / self.step_seconds
-
-    @property
-    def epoch_seconds(self) -> float | None:
-        """One pass over the data."""
-        return None if self.steps_per_epoch is None else self.steps_per_epoch * self.step_seconds
 
     @property
     def run_seconds(self) -> float | None:
@@ -84,7 +78,7 @@ def plan_time(config: RunConfig, rows: Rows | None = None, tokens: int | None = 
     steps = config.stage.max_steps
     if steps is None and per_epoch is not None:
         steps = max(1, round(per_epoch * (config.stage.epochs or 1.0)))
-    return TimePlan(parts=parts, tokens_per_step=per_step, steps=steps, steps_per_epoch=per_epoch)
+    return TimePlan(parts=parts, tokens_per_step=per_step, steps=steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -120,7 +120,7 @@ def _other_machines(config: RunConfig, rows: Rows | None) -> list[Option]:
 
 
 def _is_described(hardware: HardwareConfig) -> bool:
-    """Whether a group says all of its GPUs that settling a run would else ask the machine for."""
+    """Whether a group names all figures of its GPUs that settling a run would otherwise ask the machine for."""
     return hardware.gpu_memory_gib > 0 and hardware.device is Device.cuda and hardware.precision is not Precision.auto
 
 
@@ -159,8 +159,11 @@ def _size(model: ModelConfig) -> int:
 
 
 def _read_group(group: str, schema: type) -> Iterator[Any]:
-    """The typed choices of a configuration group; those that build on others are left to Hydra."""
+    """The typed choices of a configuration group, each with the files that it is built on; those for Slurm, which
+    submit another choice, are left out."""
     for file in sorted(Path(CONFIG_DIR, group).glob("*.yaml")):
-        values = OmegaConf.load(file)
-        if "defaults" not in values:
-            yield OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        values: Any = OmegaConf.load(file)
+        parts = [each.partition("@") for each in values.pop("defaults", [])]
+        if all(package == "_here_" for _, _, package in parts):
+            beneath = [OmegaConf.load(file.parent / f"{name}.yaml") for name, _, _ in parts]
+            yield OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *beneath, values))

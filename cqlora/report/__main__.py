@@ -14,7 +14,7 @@ def report(config: ReportConfig) -> None:
     """Write the page and say where it is, or serve it until Ctrl-C."""
     folders = [Path(folder) for folder in config.folder]
     if config.watch:
-        # What cannot be shown is told before anything listens.
+        # What cannot be shown is reported before anything listens.
         describe(folders)
         watch(folders, config.port)
         return

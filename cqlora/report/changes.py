@@ -7,21 +7,13 @@ from omegaconf import open_dict
 
 from cqlora.config.composition import compose_alone
 from cqlora.config.diagnosis import to_schema
-from cqlora.config.run_yaml import describe_config
+from cqlora.config.run_yaml import describe_config, flatten
 from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import ConfigError
 
 GROUPS = ("model", "data", "stage", "hardware")
 _MEASURED = {f"hardware.{name}" for name in ("host_memory_gib", "gpu_memory_gib", "gpus_per_node")}
 """What a run reads of its machine where it is 0."""
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 def describe_settings(config: RunConfig) -> list[dict[str, Any]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.base import read_base
-from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, describe_config, load_run_yaml
+from cqlora.config.run_yaml import LOCK_FILE, RUN_FILE, describe_config, flatten, load_run_yaml
 from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import ConfigError, CqloraError, ModelError
 from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
-from cqlora.report.changes import describe_settings, flatten
+from cqlora.report.changes import describe_settings
 from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values
 from cqlora.system.documents import read_object
 from cqlora.system.metrics import METRICS_FILE, read_metrics
@@ -91,7 +91,7 @@ def last_change(folder: Path) -> str:
 
 
 def read_config(folder: Path, notes: list[str]) -> RunConfig | None:
-    """The run's frozen configuration; None, with a note, where it cannot be read."""
+    """The run's settled configuration; None, with a note, where it cannot be read."""
     try:
         return load_run_yaml(folder / RUN_FILE)
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""JSON objects in a model's or an adapter's folder, whatever a user or a disk has done to them."""
+"""JSON and small files of a model's or an adapter's folder, checked, since users and disks damage them."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         document = _parse(text)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} cannot be read as JSON ({_reason(error)}); fetch it again.") from error
+        raise ModelError(f"{file} cannot be read as JSON ({first_words(error)}); fetch it again.") from error
     if not isinstance(document, dict):
         raise ModelError(f"{file} holds a JSON {type(document).__name__} and no object; fetch it again.")
     return document
@@ -45,7 +45,7 @@ def read_text(file: Path) -> str:
             raise ModelError(f"{file} has {size:,} bytes, more than any such file needs; fetch it again.")
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read as text ({_reason(error)}); fetch it again.") from error
+        raise ModelError(f"{file} cannot be read as text ({first_words(error)}); fetch it again.") from error
 
 
 def read_object_if_there(file: Path) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def _finite(text: str) -> float:
     return number
 
 
-def _reason(error: Exception) -> str:
+def first_words(error: BaseException) -> str:
+    """What an error says, on one line and cut where it is long."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return " ".join(str(error).split())[:120]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from cqlora.errors import DiskError, ModelError
 from cqlora.system.durable import replace_file
+from cqlora.system.machine import cache_folder
 from cqlora.system.sealed import hash_document, read_sealed, seal_document
 from cqlora.system.tensor_files import StoredTensor, open_plain
 
@@ -135,8 +136,7 @@ def _state_of(stream: Any) -> dict[str, int]:
 
 
 def _place(state: dict[str, int], kind: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "cqlora" / "fingerprints" / f"{state['device']:x}-{state['inode']:x}.{kind}.json"
+    return cache_folder("fingerprints") / f"{state['device']:x}-{state['inode']:x}.{kind}.json"
 
 
 def _recall(place: Path, state: dict[str, int]) -> dict[str, str] | None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from shutil import which
 
 from cqlora.system.processor import suits_bfloat16
@@ -50,6 +51,11 @@ def probe_machine(look_for_gpus: bool = True) -> Machine:
         bfloat16_units=suits_bfloat16(),
         flash_attention=_has_flash_attention(),
     )
+
+
+def cache_folder(kind: str) -> Path:
+    """Where this user's caches of a kind lie, whether or not they are there (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cqlora" / kind
 
 
 def list_gpus() -> tuple[Gpu, ...]:

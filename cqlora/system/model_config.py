@@ -7,7 +7,10 @@ from typing import Any
 from cqlora.errors import ModelError
 from cqlora.system.documents import shorten, take, take_number
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INPUT, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+"""The two embedding matrices in a LLaMA's files; a tied model has the first alone."""
+DERIVED = "rotary_emb.inv_freq"
+"""End of the names of frequencies that old LLaMA folders store though the configuration gives them."""
 _SIZES = {
     "vocab_size": 1 << 31, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 10_000,
     "num_attention_heads": 1 << 16,
@@ -50,18 +53,18 @@ def check_tensors(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]],
     Raises:
         ModelError: a tensor is missing, of another shape, or of a layer that the model does not have.
     """
-    wanted: dict[str, tuple[int, ...]] = {_EMBEDDING: (config["vocab_size"], config["hidden_size"])}
+    wanted: dict[str, tuple[int, ...]] = {INPUT: (config["vocab_size"], config["hidden_size"])}
     if config["model_type"] == "llama":
         # First, so that a huge count of layers in a damaged file costs nothing.
         _check_count(config["num_hidden_layers"], shapes, folder)
         wanted |= dict(_llama_shapes(config))
         if not config.get("tie_word_embeddings"):
-            wanted[_HEAD] = wanted[_EMBEDDING]
+            wanted[OUTPUT] = wanted[INPUT]
     packed = "quantization_config" in config
     for name, shape in wanted.items():
         if name not in shapes:
             raise ModelError(f"{folder} has no {name} though its config.json asks for it; fetch the model again.")
-        if shapes[name] != shape and not (packed and name not in (_EMBEDDING, _HEAD)):
+        if shapes[name] != shape and not (packed and name not in (INPUT, OUTPUT)):
             raise ModelError(
                 f"{folder} has {name} of shape {list(shapes[name])} and its config.json asks for {list(shape)}; they "
                 "are not of one model, fetch both again."

@@ -217,7 +217,7 @@ class StepDisplay(_Display):
 class StageDisplay(_Display):
     """A bar for each named part of a preparation, such as reading and encoding."""
 
-    def __init__(self, is_main: bool) -> None:
+    def __init__(self, is_main: bool, first: str = "opening the token cache") -> None:
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -228,7 +228,7 @@ class StageDisplay(_Display):
         )
         super().__init__(bar, is_main)
         if self.lines is not None:
-            self.lines.update("opening the token cache")
+            self.lines.update(first)
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, part: str, done: int, total: int | None) -> None:

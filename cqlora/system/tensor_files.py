@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object, shorten, take
+from cqlora.system.documents import first_words, read_object, shorten, take
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPE_BYTES = {
@@ -107,7 +107,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
         _check_filled(tensors, 8 + length, size)
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = first_words(error)
         raise ModelError(f"{file} cannot be read ({reason}); it is truncated or damaged, fetch it again.") from error
     return tensors
 

@@ -1,4 +1,4 @@
-"""One worker among the workers of a run: its rank, its device, what it says to the others."""
+"""One worker among the workers of a run: its rank, its device, what it exchanges with the others."""
 
 import os
 import random
@@ -34,7 +34,7 @@ class Worker:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """All workers, for what is said on the host and may have to be waited for; None when alone."""
+    """The process group for exchanges on the host, with a long time limit; None for a worker that is alone."""
 
     @property
     def is_main(self) -> bool:
@@ -60,7 +60,7 @@ class Worker:
             dist.barrier(group=self.group)
 
     def first(self, make: Callable[[], T]) -> T:
-        """What `make` gives, called by rank 0 alone before the others call it: it builds, they open."""
+        """What `make` returns: rank 0 calls it first, which may build something, then the others, which open it."""
         if self.is_main:
             made = make()
             self.wait()

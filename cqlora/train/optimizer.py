@@ -68,7 +68,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, states: dict[str, Any]) -> 
 
 
 def lend_gradients(optimizer: torch.optim.Optimizer, shards: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Let a step see the gradients of sharded parameters at the plain tensors that it updates.
+    """Give the plain tensors that a step updates the gradients of the sharded parameters, for that step.
 
     AdamW works element by element, so each worker updates its shards alone, also by bitsandbytes' kernels,
     which know no sharded tensors.

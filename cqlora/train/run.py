@@ -9,13 +9,12 @@ from typing import Any
 
 from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
 from cqlora.config.choices import AdapterMethod
-from cqlora.config.run_yaml import RUN_FILE, describe_config, write_run_yaml
+from cqlora.config.run_yaml import RUN_FILE, write_run_yaml
 from cqlora.config.schema import SETTLED, RunConfig
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
 from cqlora.errors import DataError
-from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
@@ -28,6 +27,8 @@ from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
 from cqlora.train.distributed import Worker, seed_everything, start_worker
+from cqlora.train.export import describe_card
+from cqlora.train.forgetting import encode_probe
 from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
@@ -67,7 +68,7 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
     total_steps = count_total_steps(config, cache)
     identity = worker.first(lambda: identify(config, base, cache, total_steps))
     start = find_start(config.stage.resume, run_folder, identity, worker)
-    lineage = describe_lineage(config.stage.init_adapter) | {"adapter": describe_adapter(config)}
+    card = describe_card(config)
 
     dtype = COMPUTE_DTYPES[config.hardware.precision]
     with show_part(f"loading the base {base.path}", worker.is_main):
@@ -86,21 +87,15 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
         optimizer = build_optimizer(module, config.stage, worker.device)
 
-        trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder)
+        probe = encode_probe(base, config.seed) if config.stage.eval_probe else []
+        trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder, probe)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
         trainer.fit()
         with finish_first():
-            save_final(config, trainer, base, lineage, run_folder)
+            save_final(config, trainer, base, card, run_folder)
             if config.tracking.log_adapter and worker.is_main:
                 metrics.log_adapter(run_folder / "adapter")
-
-
-def describe_adapter(config: RunConfig) -> dict[str, Any]:
-    """The settled values that an adapter was trained with, for its card."""
-    lora = describe_config(config)["lora"]
-    names = ("method", "rank", "alpha", "dropout", "target_modules")
-    return {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
 
 
 @contextmanager
@@ -158,14 +153,12 @@ def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int)
     return describe_identity(config, fingerprints, total_steps)
 
 
-def save_final(config: RunConfig, trainer: Trainer, base: Base, lineage: dict[str, Any], run_folder: Path) -> None:
+def save_final(config: RunConfig, trainer: Trainer, base: Base, card: dict[str, Any], run_folder: Path) -> None:
     """Write adapter/; every worker takes part in gathering it, rank 0 writes."""
     model = unwrap(trainer.module).model
     state = adapter_state(model)
     if config.lora.method is AdapterMethod.pissa:
         state = convert_to_lora(model, state, run_folder)
     if trainer.worker.is_main:
-        prompt = getattr(config.stage, "system_prompt", "")
-        card = lineage | ({"system_prompt": prompt} if prompt else {})
         save_adapter(model, run_folder / "adapter", base, state, config.stage.name, card)
     trainer.worker.wait()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from cqlora.config.choices import Schedule, Strategy
-from cqlora.config.run_yaml import describe_config
+from cqlora.config.run_yaml import describe_config, flatten
 from cqlora.config.schema import SETTLED_KEYS, RunConfig
 from cqlora.errors import CheckpointError, TrainingError
 from cqlora.model.placement import local_part
@@ -40,6 +40,9 @@ _FREE_TO_CHANGE = {
     "stage.epochs",
     "stage.eval_every_steps",
     "stage.eval_tokens",
+    "stage.eval_characters",
+    "stage.eval_probe",
+    "stage.max_forgetting",
     "stage.checkpoint_every_steps",
     "stage.keep_last",
     "stage.resume",
@@ -68,24 +71,16 @@ def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_ste
     identity: dict[str, Any] = {**fingerprints, "world_size": config.hardware.world_size}
     if config.stage.schedule is not Schedule.constant:
         identity["total_steps"] = total_steps
-
-    def collect(values: dict[str, Any], prefix: str) -> None:
-        for key, value in values.items():
-            if prefix + key in _FREE_TO_CHANGE:
-                continue
-            if isinstance(value, dict):
-                collect(value, f"{prefix}{key}.")
-            else:
-                identity[prefix + key] = value
-
-    collect(describe_config(config), "")
-    return identity
+    values = flatten(describe_config(config))
+    return identity | {
+        key: value for key, value in values.items() if not {key, key.partition(".")[0]} & _FREE_TO_CHANGE
+    }
 
 
 def require_same_run(identity: dict[str, Any], folder: Path) -> None:
     """Raise CheckpointError, naming what differs, unless the checkpoint is of a run with this identity."""
     stored = _read_state(folder)["identity"]
-    # Of an older cqlora, which left it to the worker; `cqlora.launch.settle` has compared what it came to there.
+    # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
     if different:

@@ -16,7 +16,7 @@ from accelerate.utils import is_tensorboard_available
 
 from cqlora.base import read_card
 from cqlora.config.choices import Goal, Tracker, TrackingMode
-from cqlora.config.run_yaml import describe_config, list_changes
+from cqlora.config.run_yaml import describe_config, flatten, list_changes
 from cqlora.config.schema import RunConfig, TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
@@ -111,7 +111,9 @@ def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
         tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
         tracker.start()
-        tracker.store_init_configuration(as_scalars(flatten(describe_config(config))))
+        # TensorBoard takes no nested values and no lists.
+        values = flatten(describe_config(config)).items()
+        tracker.store_init_configuration({k: v if isinstance(v, str | int | float) else str(v) for k, v in values})
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
@@ -193,16 +195,3 @@ def define_metrics(run: Any, config: RunConfig) -> None:
     for metric, goal in config.sweep.goals.items():
         best = "min" if goal is Goal.minimize else "max"
         run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last", goal=goal.name)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted keys, as they are typed."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def as_scalars(flat: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """Values as TensorBoard takes them."""
-    return {key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in flat.items()}

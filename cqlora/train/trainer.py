@@ -5,7 +5,7 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from cqlora.system.progress import StepDisplay
 from cqlora.system.signals import finish_first
 from cqlora.train.checkpoint import CheckpointStore, step_of
 from cqlora.train.distributed import Worker
+from cqlora.train.forgetting import ProbePattern, find_forgotten, read_start
 from cqlora.train.optimizer import set_learning_rate
 from cqlora.train.resumption import Start
 from cqlora.train.state import Counters, restore_state, save_state
@@ -67,6 +68,7 @@ class Trainer:
         cache: TokenCache,
         metrics: MetricsLog,
         run_folder: Path,
+        probe: Sequence[ProbePattern] = (),
     ) -> None:
         self.config = config
         self.worker = worker
@@ -75,6 +77,7 @@ class Trainer:
         self.cache = cache
         self.metrics = metrics
         self.run_folder = run_folder
+        self.probe = probe
         self.store = CheckpointStore(run_folder / "checkpoints", config.stage.keep_last)
         self.split = cache.splits["train"]
         self.order = StepOrder(len(self.split), config.stage.global_batch_size, config.seed)
@@ -179,7 +182,7 @@ class Trainer:
     def evaluate(self, display: StepDisplay) -> None:
         """Evaluate every source's held-out text and log it."""
         rows = []
-        for source, result in self.evaluate_sources("val", self.config.stage.eval_tokens, display):
+        for source, result in self.evaluate_sources("val", display):
             row = {
                 "kind": "eval",
                 "step": self.counters.step,
@@ -195,11 +198,29 @@ class Trainer:
             display.show_evaluation(row)
             rows.append(row)
         self.metrics.log_mean(rows)
+        for row in self.score_probe():
+            self.metrics.log(row)
+            rows.append(row)
+        self.tell_forgetting(rows)
 
-    def evaluate_sources(self, split: str, max_tokens: int, display: StepDisplay) -> Iterator[tuple[Any, Evaluation]]:
+    def score_probe(self) -> Iterator[dict[str, Any]]:
+        """A line for each pattern of the in-context probe; every worker computes all of it."""
+        for pattern in self.probe:
+            yield {"kind": "probe", "step": self.counters.step} | pattern.score(self.module, self.worker.device)
+
+    def tell_forgetting(self, rows: list[dict[str, Any]]) -> None:
+        """Mark, and say, what has become dearer than it may since the run's start."""
+        most = self.config.stage.max_forgetting
+        if most is not None and self.worker.is_main:
+            for found in find_forgotten(read_start(self.run_folder), rows, most):
+                self.metrics.event(self.counters.step, "forgetting", **found)
+
+    def evaluate_sources(self, split: str, display: StepDisplay) -> Iterator[tuple[Any, Evaluation]]:
         """Each source of a split with its evaluation, shared among the workers; sources without text are left out."""
+        stage = self.config.stage
+        limits = (stage.eval_tokens, 0) if stage.eval_characters is None else (0, stage.eval_characters)
         for source_id, source in enumerate(self.cache.sources):
-            packs = self.cache.splits[split].packs_of(source_id, max_tokens) if split in self.cache.splits else []
+            packs = self.cache.splits[split].packs_of(source_id, *limits) if split in self.cache.splits else []
             labels = count_labels(packs)
             if not labels:
                 continue

@@ -11,11 +11,11 @@ import torch
 
 from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card
 from cqlora.data.chat import CHAT_TEMPLATE
-from cqlora.data.tokenizer import read_json
 from cqlora.errors import ModelError
-from cqlora.system.documents import carry_over, write_json
+from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine, hash_tensors
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import (
     DTYPES,
     ShardReader,
@@ -31,7 +31,6 @@ from cqlora.vocab.extension import Extension, extend_tokenizer
 from cqlora.vocab.rows import initial_rows, mean_row
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_tokenizer import write_gguf_tokenizer
-from cqlora.weights.names import INPUT, OUTPUT
 
 _REWRITTEN = {CARD, INDEX, "config.json", "vocab_report.json"}
 _TOKENIZER_FILES = {
@@ -153,14 +152,14 @@ def write_descriptions(
     """Write config.json, generation_config.json, the chat template and the card of an extended base."""
     extension = extended.extension
     config = config | {"vocab_size": extension.matrix_rows}
-    generation = read_json(staging / "generation_config.json")
+    generation = read_object_if_there(staging / "generation_config.json")
     if extension.pad_token_id is not None:
         config["pad_token_id"] = generation["pad_token_id"] = extension.pad_token_id
     if extension.turn_end_id is not None:
         eos = generation.get("eos_token_id", config.get("eos_token_id"))
         known = [eos] if isinstance(eos, int) else list(eos or [])
         generation["eos_token_id"] = list(dict.fromkeys([*known, extension.turn_end_id]))
-    settings = read_json(staging / "tokenizer_config.json")
+    settings = read_object_if_there(staging / "tokenizer_config.json")
     if "chat_template" not in settings and not (staging / "chat_template.jinja").is_file():
         settings["chat_template"] = CHAT_TEMPLATE
         write_json(staging / "tokenizer_config.json", settings)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from cqlora.errors import ModelError
-from cqlora.system.model_config import check_config, check_tensors
+from cqlora.system.documents import first_words
+from cqlora.system.model_config import INPUT, OUTPUT, check_config, check_tensors
 from cqlora.system.shards import BLOCK_BYTES, DTYPES, TensorSpec
 from cqlora.weights.gguf_header import check_header
 from cqlora.weights.rotary import base_frequencies, interleaved_to_halves, scale_frequencies
@@ -31,9 +32,9 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    "token_embd.weight": INPUT,
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": OUTPUT,
 }
 ROPE_FACTORS = "rope_freqs.weight"
 
@@ -130,7 +131,7 @@ class GgufModel:
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "dtype": {"F16": "float16", "BF16": "bfloat16"}[self.dtype],
-            "vocab_size": self.specs["model.embed_tokens.weight"].shape[0],
+            "vocab_size": self.specs[INPUT].shape[0],
             "hidden_size": int(self.field("llama.embedding_length")),
             "intermediate_size": int(self.field("llama.feed_forward_length")),
             "num_hidden_layers": int(self.field("llama.block_count")),
@@ -143,7 +144,7 @@ class GgufModel:
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            "tie_word_embeddings": "lm_head.weight" not in self.specs,
+            "tie_word_embeddings": OUTPUT not in self.specs,
             "use_cache": True,
         }
         return config | self.special_ids()
@@ -189,8 +190,7 @@ def described_as_damage(file: Path) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ModelError(f"{file} has a field that cannot be read ({reason}); fetch it again.") from error
+        raise ModelError(f"{file} has a field that cannot be read ({first_words(error)}); fetch it again.") from error
 
 
 def llama3_rope_factors(parameters: dict[str, Any], head_dim: int) -> np.ndarray:
@@ -211,8 +211,7 @@ def _open(file: Path) -> Any:
         with np.errstate(all="ignore"):
             return GGUFReader(file)
     except Exception as error:  # the package says nothing of what a damaged file ends in
-        reason = " ".join(str(error).split())[:120]
-        raise ModelError(f"{file} cannot be read as a GGUF file ({reason}); fetch it again.") from error
+        raise ModelError(f"{file} cannot be read as a GGUF file ({first_words(error)}); fetch it again.") from error
 
 
 def _rename(file: Path, name: str) -> str:

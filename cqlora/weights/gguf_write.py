@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqlora.architectures import Part, require_known
+from cqlora.architectures import Part, find_head_dim, require_known
 from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
+from cqlora.system.model_config import DERIVED
 from cqlora.system.shards import TensorSource, TensorSpec
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
 from cqlora.weights.gguf_vocabulary import add_vocabulary
-from cqlora.weights.names import DERIVED
 from cqlora.weights.rotary import halves_to_interleaved, read_rope
 
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
@@ -77,10 +77,10 @@ def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
+    writer.add_key_length(find_head_dim(config))
+    writer.add_value_length(find_head_dim(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_dimension_count(find_head_dim(config))
     rope = rope_parameters(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
@@ -103,12 +103,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 def rope_factors(config: dict[str, Any]) -> np.ndarray | None:
     """Llama 3.1's scaling, which a GGUF file holds as a tensor; None for a model without it."""
     rope = rope_parameters(config)
-    return llama3_rope_factors(rope, head_dim(config)).astype(np.float32) if rope["rope_type"] == "llama3" else None
-
-
-def head_dim(config: dict[str, Any]) -> int:
-    """Dimensions of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return (
+        llama3_rope_factors(rope, find_head_dim(config)).astype(np.float32) if rope["rope_type"] == "llama3" else None
+    )
 
 
 def gguf_name(name: str) -> str:
@@ -152,7 +149,7 @@ def gather(source: TensorSource, spec: TensorSpec, config: dict[str, Any], kind:
         first += len(rows)
     if spec.name.endswith(("q_proj.weight", "k_proj.weight")):
         # Each row is stored by itself, so they may be put into llama.cpp's order afterwards.
-        return halves_to_interleaved(torch.from_numpy(stored), head_dim(config)).numpy()
+        return halves_to_interleaved(torch.from_numpy(stored), find_head_dim(config)).numpy()
     return stored
 
 

@@ -11,17 +11,16 @@ import torch
 from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import chat_template
-from cqlora.data.tokenizer import read_json
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import carry_over, take, write_json
+from cqlora.system.documents import carry_over, read_object_if_there, take, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
 from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
-from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
 
@@ -185,4 +184,4 @@ def write_template(folder: Path, template: str) -> None:
     """Put a chat template in place of the folder's own."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     file = folder / "tokenizer_config.json"
-    write_json(file, read_json(file) | {"chat_template": template})
+    write_json(file, read_object_if_there(file) | {"chat_template": template})

@@ -17,9 +17,9 @@ from cqlora.config.choices import MergeOnto, Quantization
 from cqlora.errors import DataError
 from cqlora.model.fused.linear import keep_trainable_layout
 from cqlora.model.load import nf4_config
+from cqlora.system.model_config import DERIVED, INPUT, OUTPUT
 from cqlora.weights.merge import Merge
 from cqlora.weights.merge_plan import MergedSource
-from cqlora.weights.names import DERIVED, INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format
 
 WINDOW = 512

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from cqlora.errors import ModelError
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import DTYPES, ShardReader, TensorSpec
 from cqlora.weights.merge_adapter import Adapter, find_changes
 from cqlora.weights.merge_changes import Change, LowRank, RowStream, TokenRows
-from cqlora.weights.names import INPUT, OUTPUT
 from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
 
 

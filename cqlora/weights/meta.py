@@ -17,13 +17,14 @@ import torch
 
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_object, shorten, take, take_number
+from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import BLOCK_BYTES, TensorSpec, dtype_name, split_rows
 from cqlora.weights.rotary import interleaved_to_halves
 
 _NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "tok_embeddings.weight": INPUT,
     "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "output.weight": OUTPUT,
 }
 _LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -133,7 +134,7 @@ class MetaCheckpoint:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192,
             }
-        embedding = self.specs["model.embed_tokens.weight"]
+        embedding = self.specs[INPUT]
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -162,13 +163,13 @@ class MetaCheckpoint:
 
     @property
     def _meta_name(self) -> dict[str, str]:
-        names = {"model.embed_tokens.weight": "tok_embeddings.weight"}
+        names = {INPUT: "tok_embeddings.weight"}
         for layer in range(self.params.n_layers):
             for meta, name in _LAYER_NAMES.items():
                 names[f"model.layers.{layer}.{name}.weight"] = f"layers.{layer}.{meta}.weight"
         names["model.norm.weight"] = "norm.weight"
         if not self.tied:
-            names["lm_head.weight"] = "output.weight"
+            names[OUTPUT] = "output.weight"
         return names
 
     def _split_dim(self, name: str) -> int | None:
@@ -177,7 +178,7 @@ class MetaCheckpoint:
             return None
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             return 1
-        if name == "model.embed_tokens.weight":
+        if name == INPUT:
             return 0 if self.parts[0]["tok_embeddings.weight"].shape[1] == self.params.dim else 1
         return 0
 

@@ -93,7 +93,7 @@ def dequantise(matrix: Nf4Matrix) -> Iterator[torch.Tensor]:
 
 
 def through_nf4(rows: RowStream, shape: tuple[int, ...], form: Nf4Format) -> RowStream:
-    """The matrix that NF4 makes of another."""
+    """A matrix quantised to NF4 and dequantised again."""
     return lambda: dequantise(quantise(rows, shape, form))
 
 

@@ -69,6 +69,11 @@ MISTAKES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "missing group": ("experiment/mine", HEADER + "defaults:\n  - override /modle: tiny", ("line 3", "mean model?")),
     "missing override": ("experiment/mine", HEADER + "defaults:\n  - model: tiny", ("line 3", "override /model: tiny")),
     "missing file": ("hardware/mine", "defaults: [4xa100, nothere]\nname: a", ("line 1", "hardware=nothere")),
+    "missing GPU": (
+        "hardware/mine",
+        "defaults: [gpu/h101@_here_]\nname: a",
+        ("line 1", "did you mean hardware/gpu=h100? Choices: a100_40g, a100_80g, h100"),
+    ),
     "defaults no list": ("experiment/mine", HEADER + "defaults: 5", ("mine.yaml", "defaults must be a list")),
     "binary": ("data/mine", b"\x89PNG\x00\x01", ("mine.yaml", "UTF-8")),
     "zeros": ("data/mine", b"\x00" * 40, ("mine.yaml", "no YAML")),

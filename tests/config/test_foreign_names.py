@@ -59,6 +59,7 @@ def refusal(*arguments: str) -> str:
         ("quantization_bit=4", "model.quantization=nf4"),
         ("bf16=true", "did you mean hardware.precision=bfloat16?"),
         ("gpus=4", "hardware.processes_per_node"),
+        ("gpu=h100", "did you mean hardware=NAME of your machine?"),
         ("experiment=seed_recipe_65b_base", "did you mean experiment=recipe_2023_65b_base?"),
         ("stage.learning_rate=1,2", "add --multirun"),
         ("seed=null", "seed=null is no value"),

@@ -1,5 +1,6 @@
 """Every key has a meaning, in both languages; the pages of keys and `--help` are made of them."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,22 +55,26 @@ def test_a_page_names_type_default_and_meaning_of_a_key():
 def test_each_verbs_help_shows_its_own_keys_and_groups_and_loads_nothing_heavy(tmp_path: Path):
     groups = {"run": "model:", "plan": "hardware:", "prepare": "data:", "convert": "vocab:", "extend": "vocab:"}
     code = (
-        "import sys, atexit, importlib\n"
-        "heavy = {'torch', 'transformers', 'wandb', 'peft'}\n"
-        "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
-        "verb = sys.argv.pop(1)\n"
-        "package = verb in ('plan', 'report', 'serve')\n"
-        "importlib.import_module(f'cqlora.{verb}.__main__' if package else f'cqlora.{verb}').main()"
+        "import contextlib, importlib, sys\n"
+        "for verb in sys.argv[1:]:\n"
+        "    sys.argv = [verb, '--help']\n"
+        "    module = importlib.import_module(f'cqlora.{verb}')\n"
+        "    program = importlib.import_module(f'cqlora.{verb}.__main__') if hasattr(module, '__path__') else module\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        program.main()\n"
+        "    print('LOADED', sorted({'torch', 'transformers', 'wandb', 'peft'} & set(sys.modules)), flush=True)\n"
     )
-    for verb in VERBS:
-        done = subprocess.run(
-            [sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True, check=False, cwd=tmp_path
-        )
-        assert "LOADED []" in done.stdout, (verb, done.stdout[-300:], done.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *VERBS], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    *told, rest = done.stdout.split("LOADED []\n")
+    assert len(told) == len(VERBS) and not rest, (rest, done.stderr)
+    for verb, shown in zip(VERBS, told, strict=True):
         for entry in list_entries(load_schema(verb)):
-            assert f"\n  {entry.key}  (" in done.stdout, (verb, entry.key)
-        assert ("experiment:" in done.stdout) == (verb in ("run", "plan", "prepare"))
-        assert groups.get(verb, "Keys") in done.stdout and "schema/" not in done.stdout
+            assert f"\n  {entry.key}  (" in shown, (verb, entry.key)
+        assert ("experiment:" in shown) == (verb in ("run", "plan", "prepare"))
+        assert groups.get(verb, "Keys") in shown and "schema/" not in shown
     assert not list(tmp_path.iterdir())
 
 

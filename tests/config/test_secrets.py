@@ -200,7 +200,7 @@ def test_a_key_whose_name_says_that_it_holds_a_secret_is_refused_whatever_it_hol
         refuse_secrets([argument])
 
 
-def test_names_of_secrets_are_told_from_names_of_counts_tokens_and_paths():
+def test_names_of_secrets_differ_from_names_of_counts_tokens_and_paths():
     secret = "DB_PASS AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY apiKey hf_token PGPASSWORD GITHUB_PAT SSH_KEY private_key"
     innocent = "max_tokens tokenizer pad_token HF_TOKEN_PATH compass bypass key num_key_value_heads keep_last"
     assert all(map(is_secret_name, secret.split()))

@@ -107,7 +107,7 @@ def test_evaluation_packs_hold_one_source_in_a_fixed_order_up_to_max_tokens(byte
     assert all((a.token_ids == b.token_ids).all() for a, b in zip(some, again, strict=True))
 
 
-def test_a_source_without_a_language_is_told_apart_by_script(byte_base: Base, make_config: MakeConfig):
+def test_a_source_without_a_language_is_recognised_by_script(byte_base: Base, make_config: MakeConfig):
     made = prepare_cache(make_config(DIALOGS, stage="sft", length=1024), byte_base)
     assert {source.language for source in made.sources} >= {"zh", "en"}
     assert {source.name for source in made.sources} == {"sample_dialog"}
@@ -235,7 +235,7 @@ def write_with_bad_rows(file: Path, good: int) -> Path:
     return file
 
 
-def test_bad_rows_are_told_by_file_line_and_reason_and_the_rest_goes_on(
+def test_bad_rows_are_reported_by_file_line_and_reason_and_the_rest_goes_on(
     tmp_path: Path, byte_base: Base, make_config: MakeConfig
 ):
     file = write_with_bad_rows(tmp_path / "bad.jsonl", good=400)

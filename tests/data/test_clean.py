@@ -106,7 +106,7 @@ def test_records_are_refused_by_rule(record, language, switches, reason):
         ("1234", "mixed"),
     ],
 )
-def test_language_is_told_by_script(text: str, language: str):
+def test_language_is_found_by_script(text: str, language: str):
     assert detect_language(text) == language
 
 

@@ -54,7 +54,7 @@ def test_nf4_stays_where_the_fused_kernel_is_and_is_unpacked_once_elsewhere(mach
     assert str(choose_form(SEVEN_B, False, "auto", CPU, Path("model"))) == "matrices in float32 on cpu"
 
 
-def test_less_memory_takes_the_smaller_type_and_too_little_is_told(machine):
+def test_less_memory_takes_the_smaller_type_and_too_little_is_reported(machine):
     machine(gib=20, fused=False, bfloat16=False)
     assert choose(False) == (Layout.dense, torch.bfloat16)
     machine(gib=5, fused=False)

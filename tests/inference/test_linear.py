@@ -45,7 +45,7 @@ def test_the_fused_product_is_the_product(matrix, tokens):
     assert (found.float() - expected).norm() / expected.norm() < 0.01
 
 
-def test_a_packed_matrix_gives_a_row_the_same_bits_in_any_company_and_those_of_the_product(matrix):
+def test_a_packed_matrix_gives_a_row_the_same_bits_in_any_batch_and_those_of_the_product(matrix):
     packed = pack_dense(Dense(matrix.bfloat16()))
     if not isinstance(packed, Packed):
         pytest.skip("this processor multiplies no bfloat16 numbers")

@@ -79,7 +79,9 @@ def test_a_snapshot_lets_no_other_tokenizer_through(base, nf4_adapter, tmp_path)
         open_cached(nf4_adapter, changed)
 
 
-def test_a_damaged_snapshot_is_told_and_a_full_disk_is_done_without(base, nf4_adapter, tmp_path, monkeypatch, caplog):
+def test_a_damaged_snapshot_is_reported_and_a_full_disk_is_done_without(
+    base, nf4_adapter, tmp_path, monkeypatch, caplog
+):
     expected = open_cached(nf4_adapter, base)
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes()[:2000])

@@ -15,7 +15,7 @@ from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.launch.continuation import read_fixed
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.load import load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from tests.conftest import run_verb
@@ -47,6 +47,21 @@ def make_adapter(workspace, folder, embeddings=Embeddings.frozen, **lora) -> str
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def find_adapter(workspace, tmp_path_factory):
+    """Adapters that are only read, each made once: the folder that it lies in, and its base's path."""
+    made = {}
+
+    def find(embeddings=Embeddings.frozen, **lora):
+        key = (embeddings, str(lora))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("adapter")
+            made[key] = folder, make_adapter(workspace, folder, embeddings, **lora)
+        return made[key]
+
+    return find
+
+
 def continued(workspace, folder, path, *overrides):
     return typed_run(workspace, "stage=sft", f"model.path={path}", f"stage.init_adapter={folder / 'adapter'}",
                      *overrides)  # fmt: skip
@@ -75,21 +90,21 @@ CONTRADICTIONS = [
     "override, lora, embeddings, message", CONTRADICTIONS, ids=[f"{c[0]} {c[3][:24]}" for c in CONTRADICTIONS]
 )
 def test_what_contradicts_the_adapter_is_refused_with_both_values_and_what_to_type(
-    override, lora, embeddings, message, workspace, tmp_path
+    override, lora, embeddings, message, workspace, find_adapter
 ):
-    path = make_adapter(workspace, tmp_path, embeddings, **lora)
+    folder, path = find_adapter(embeddings, **lora)
     with pytest.raises(ConfigError) as refused:
-        continued(workspace, tmp_path, path, override)
+        continued(workspace, folder, path, override)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("embeddings", [Embeddings.frozen, Embeddings.lora, Embeddings.full, Embeddings.new_rows])
-def test_embeddings_left_to_auto_are_the_adapters(embeddings, workspace, tmp_path):
-    path = make_adapter(workspace, tmp_path, embeddings)
-    config = continued(workspace, tmp_path, path)
+def test_embeddings_left_to_auto_are_the_adapters(embeddings, workspace, find_adapter):
+    folder, path = find_adapter(embeddings)
+    config = continued(workspace, folder, path)
     assert config.stage.embeddings is embeddings
     _, model = adapted_model(config.model, config.lora, config.stage.embeddings, config.stage.init_adapter)
-    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    kept = load_file(folder / "adapter" / "adapter_model.safetensors")
     again = adapter_state(model)
     assert again.keys() == kept.keys()
     assert all(torch.equal(again[name], kept[name]) for name in kept)
@@ -142,7 +157,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_adapter_is_told_in_one_sentence(damage, workspace, tmp_path):
+def test_a_damaged_adapter_is_described_in_one_sentence(damage, workspace, tmp_path):
     path = make_adapter(workspace, tmp_path)
     DAMAGES[damage](tmp_path / "adapter")
     with pytest.raises(ModelError, match="is damaged"):

@@ -79,7 +79,7 @@ def test_each_worker_has_its_place_and_threads_and_all_the_same_meeting_point(wo
     assert {each[6] for each in environments} == {"4"}
 
 
-def test_the_error_that_came_first_is_told_and_not_those_that_followed_from_it(work):
+def test_the_error_that_came_first_is_reported_and_not_those_that_followed_from_it(work):
     with pytest.raises(ConfigError, match=r"^worker 1 was asked for the impossible$"):
         work(
             """
@@ -119,7 +119,7 @@ def test_a_worker_that_is_killed_is_named_with_what_it_said_last_and_those_that_
     assert_gone(*(int((tmp_path / f"pid{rank}").read_text()) for rank in range(3)))
 
 
-def test_a_signal_is_passed_on_and_what_the_workers_make_of_it_is_told(work):
+def test_a_signal_is_passed_on_and_what_the_workers_make_of_it_is_reported(work):
     def lines(code: int) -> str:
         return f"""
             def leave(number, frame):

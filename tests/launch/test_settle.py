@@ -17,7 +17,7 @@ from cqlora.config.schema import CONFIG_DIR, SETTLED, SETTLED_KEYS, RunConfig, r
 from cqlora.errors import CheckpointError
 from cqlora.launch.preflight import check_run
 from cqlora.launch.settle import Given, describe_machine, look_ahead, look_around, read_earlier, settle
-from cqlora.plan import Rows
+from cqlora.plan.workload import Rows
 from cqlora.system.machine import Gpu, Machine
 from tests.runs import SMALL, adapter_sha256, events, finish_run, losses, read_state, typed_run
 

@@ -14,7 +14,7 @@ from cqlora.config.choices import AdapterMethod, Attention, Device, Embeddings, 
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ConfigError, ModelError
-from cqlora.model.adapters import adapter_state, attach_adapter, count_trainable, save_adapter
+from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import load_base
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.tiny import build_tiny
@@ -24,6 +24,11 @@ CPU = torch.device("cpu")
 HARDWARE = HardwareConfig(name="cpu", device=Device.cpu)
 TEXTS = ["长江是亚洲最长的河流。", "The Yangtze is the longest river in Asia."] * 20
 FIRST, ADDED = 400, 50
+
+
+def count_trainable(model) -> int:
+    """Trainable parameters, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def shape(folder: Path, tied: bool, quantization: Quantization = Quantization.none) -> ModelConfig:

@@ -11,7 +11,7 @@ from cqlora.config.choices import Device, Embeddings, Quantization
 from cqlora.config.schema import HardwareConfig, LoraConfig
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import find_head, load_base
-from cqlora.plan import plan_memory
+from cqlora.plan.memory import plan_memory
 from tests.runs import adapter_sha256, build_base, finish_run, losses, typed_run
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from cqlora.config.schema import LoraConfig, ModelConfig
 from cqlora.model.attention import DOCUMENTS, document_kwargs
-from cqlora.model.fused.blocks import fuse_blocks
+from cqlora.model.fused import fuse_blocks
 from cqlora.model.tiny import llama_config
 from cqlora.plan.activations import kept_per_token
 from cqlora.plan.program import Program

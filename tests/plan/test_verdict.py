@@ -1,10 +1,16 @@
 """What fits, what does not, and what would."""
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from cqlora.config.choices import Checkpointing
-from cqlora.plan import Fit, judge, plan_memory, suggest_layouts
+from cqlora.config.schema import CONFIG_DIR, HardwareConfig
 from cqlora.plan.estimate import GIB
+from cqlora.plan.fit import Fit
+from cqlora.plan.layouts import suggest_layouts
+from cqlora.plan.memory import plan_memory
+from cqlora.plan.verdict import _read_group, judge
 from tests.plan.runs import compose_run
 
 BASE = "experiment=chinese_llama_65b_base"
@@ -80,7 +86,7 @@ def test_auto_plans_what_it_resolves_to() -> None:
     assert plan_memory(auto) == plan_memory(none)
 
 
-def test_layouts_are_told_fastest_first_and_all_fit() -> None:
+def test_layouts_are_reported_fastest_first_and_all_fit() -> None:
     options = suggest_layouts(compose_run(BASE, "hardware=4xa100"))
     assert len(options) > 5
     assert all(option.memory.fit is Fit.fits for option in options)
@@ -99,3 +105,12 @@ def test_checkpoints_on_disk_count_parameters_and_states_of_those_kept_and_one_m
     trained = 799_539_200
     assert memory.disk == trained * (3 * 12 + 4)
     assert memory.disk / GIB == pytest.approx(29.8, abs=0.1)
+
+
+def test_the_machines_that_a_plan_names_are_those_that_hydra_composes() -> None:
+    machines = {machine.name: machine for machine in _read_group("hardware", HardwareConfig)}
+    files = {file.stem for file in (CONFIG_DIR / "hardware").glob("*.yaml")}
+    assert set(machines) == {name for name in files if not name.startswith("slurm_")}
+    for name, machine in machines.items():
+        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+            assert machine == OmegaConf.to_object(compose("config", ["stage=pretrain", f"hardware={name}"]).hardware)

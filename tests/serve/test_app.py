@@ -135,7 +135,7 @@ def test_bodies_that_are_not_json_or_too_large_are_refused(served, content, head
     assert response.status_code == status and response.json()["error"]["message"]
 
 
-def test_a_body_that_is_not_utf_8_is_told_so(served):
+def test_a_body_that_is_not_utf_8_is_reported(served):
     body = '{"messages": [{"role": "user", "content": "你好"}]}'.encode("gb18030")
     response = httpx.post(
         served.url + "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
@@ -281,7 +281,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_holds_no_place(monkeypatch):
         assert post(run, CHAT | {"max_tokens": 1}).status_code == 200
 
 
-def test_an_error_in_one_reply_is_told_to_its_client_alone():
+def test_an_error_in_one_reply_is_reported_to_its_client_alone():
     engine = FakeEngine(words=20)
     with running(engine, fake_config()) as run:
         step = run.scheduler._batch.step

@@ -61,7 +61,7 @@ def test_brackets_in_brackets_are_counted_and_do_not_reach_the_parser(monkeypatc
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "gb18030"])
-def test_a_body_in_another_encoding_is_told_so(encoding):
+def test_a_body_in_another_encoding_is_reported(encoding):
     text = json.dumps({"prompt": "你好"}, ensure_ascii=False)
     assert "UTF-8" in refusal(text.encode(encoding), CompletionRequest).detail or encoding == "utf-16"
     assert parse(text.encode("utf-8-sig"), CompletionRequest).text() == "你好"
@@ -76,7 +76,7 @@ def test_a_body_in_another_encoding_is_told_so(encoding):
      dump(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 1025}]),
      dump(messages=[{"role": "user", "content": "a"}] * (MOST_MESSAGES + 1))],
 )  # fmt: skip
-def test_whatever_is_sent_is_told_in_one_short_sentence(body):
+def test_whatever_is_sent_is_described_in_one_short_sentence(body):
     with pytest.raises(Failure) as refused:
         parse(body, ChatRequest).sampling(100)
     assert refused.value.status_code == 400

@@ -23,7 +23,7 @@ def guarded():
     [None, "", "Bearer", "Bearer wrong", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", "Bearer ÿ" + KEY],
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/v1/chat/completions", "/openapi.json"])
-def test_without_the_right_key_nothing_is_told(guarded, path, header):
+def test_without_the_right_key_nothing_is_answered(guarded, path, header):
     headers = {} if header is None else {"Authorization": header.encode("latin-1")}
     response = httpx.request("POST" if "chat" in path else "GET", guarded.url + path, headers=headers)
     assert response.status_code == 401
@@ -80,7 +80,7 @@ def test_a_key_that_can_be_guessed_or_not_be_sent_is_refused(monkeypatch, key):
     assert key not in str(refused.value)
 
 
-def test_a_port_that_is_taken_and_an_address_that_is_none_are_told_in_a_sentence():
+def test_a_port_that_is_taken_and_an_address_that_is_none_are_described_in_a_sentence():
     with bind("127.0.0.1", 0) as listener:
         listener.listen()
         with pytest.raises(ConfigError, match=f"port={listener.getsockname()[1]} cannot be listened on"):

@@ -32,7 +32,7 @@ KEY = "correct-horse-battery-staple"
         (("base=.", "host=0.0.0.0"), "host=0.0.0.0 can be reached from other machines and CQLORA_API_KEY is not set"),
     ],
 )
-def test_what_cannot_be_served_is_told_before_anything_is_loaded(workspace, arguments, sentence):
+def test_what_cannot_be_served_is_reported_before_anything_is_loaded(workspace, arguments, sentence):
     done = run_verb(workspace, "serve", *arguments, expect=2, CQLORA_API_KEY="")
     assert sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

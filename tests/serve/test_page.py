@@ -336,7 +336,7 @@ def test_conversations_are_kept_opened_renamed_exported_and_deleted(driver):
 
 
 @in_browser
-def test_a_full_or_damaged_store_is_told_and_harms_nothing(driver):
+def test_a_full_or_damaged_store_is_reported_and_harms_nothing(driver):
     with running(Turns(), fake_config()) as run:
         page = Page(driver, run)
         driver.execute_script(

@@ -193,7 +193,7 @@ def test_stopping_takes_no_more_and_lets_the_others_finish():
     with_scheduler(engine, test)
 
 
-def test_what_is_not_done_when_the_grace_is_over_is_told_so():
+def test_what_is_not_done_when_the_grace_is_over_is_reported():
     engine = FakeEngine(words=10**9, seconds_per_step=0.001)
 
     async def test(scheduler):

@@ -124,7 +124,7 @@ def test_the_disk_has_every_file_before_the_rename_and_the_parent_after_it(tmp_p
     assert done[0].endswith(".partial") and done[1:] == ["renamed", str(tmp_path)]
 
 
-def test_a_second_writer_is_told_in_one_sentence_and_writes_nothing(tmp_path):
+def test_a_second_writer_is_refused_in_one_sentence_and_writes_nothing(tmp_path):
     with staged_folder(tmp_path / "target") as staging:
         (staging / "one").write_text("first")
         with (

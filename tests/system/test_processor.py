@@ -15,6 +15,7 @@ from cqlora.launch.settle import choose_precision
 from cqlora.model.load import COMPUTE_DTYPES
 from cqlora.system.machine import probe_machine
 from tests.inference.test_form import SEVEN_B
+from tests.processors import name_others
 
 CPU = torch.device("cpu")
 PACKAGE = Path(processor.__file__).parent.parent
@@ -73,7 +74,7 @@ def test_bfloat16_suits_where_units_multiply_it_and_onednn_may_use_them(
     assert processor.suits_bfloat16() is expected
 
 
-def test_a_name_that_is_none_is_told_with_those_that_are(set_features):
+def test_a_name_that_is_none_is_reported_with_those_that_are(set_features):
     set_features("avx512")
     with pytest.raises(ConfigError) as caught:
         processor.suits_bfloat16()
@@ -84,3 +85,9 @@ def test_nobody_else_asks_what_the_processor_has():
     questions = ("_is_mkldnn_bf16_supported", "/proc/cpuinfo", "_is_avx512", "_is_amx", "get_cpu_capability")
     asking = {file.name for file in PACKAGE.rglob("*.py") if any(each in file.read_text("utf-8") for each in questions)}
     assert asking == {"processor.py"}
+
+
+def test_make_runs_the_tests_as_on_every_kind_of_processor_that_this_one_is_not():
+    assert name_others(suits=True, packs=True) == ["plain"]
+    assert name_others(suits=False, packs=True) == ["plain", "bfloat16"]
+    assert name_others(suits=False, packs=False) == ["bfloat16"]

@@ -20,7 +20,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_what_begins_is_told_at_once_and_then_every_minute_for_how_long_it_goes_on(clock):
+def test_what_begins_is_reported_at_once_and_then_every_minute_for_how_long_it_goes_on(clock):
     lines_seen: list[str] = []
     lines = Lines(lines_seen.append, clock)
     lines.begin("loading the base")
@@ -39,7 +39,7 @@ def test_quick_steps_give_a_line_a_minute_which_is_the_newest(clock):
     assert lines_seen == ["step 1", "step 121", "step 241", "step 361", "step 481", "step 600"]
 
 
-def test_a_step_of_minutes_is_told_when_it_ends_and_while_it_goes_on(clock):
+def test_a_step_of_minutes_is_reported_when_it_ends_and_while_it_goes_on(clock):
     lines_seen: list[str] = []
     lines = Lines(lines_seen.append, clock, nothing_new="next step: {} so far")
     lines.update("step 1", at_once=True)
@@ -58,7 +58,7 @@ def test_a_step_of_minutes_is_told_when_it_ends_and_while_it_goes_on(clock):
     ]
 
 
-def test_nothing_is_told_of_a_beginning_that_nobody_has_named(clock):
+def test_nothing_is_reported_of_a_beginning_that_nobody_has_named(clock):
     lines = Lines(lambda line: pytest.fail(line), clock)
     clock.now += 1000
     lines.look()

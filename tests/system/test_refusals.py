@@ -32,11 +32,11 @@ def test_every_number_of_the_system_is_one_sentence_with_the_path(code):
         (errno.EMFILE, "ulimit -n"),
     ],
 )
-def test_what_a_user_meets_is_told_with_what_to_do(code, words):
+def test_what_a_user_meets_is_reported_with_what_to_do(code, words):
     assert words in str(explain_os_error(OSError(code, ""), Path("/some/place")))
 
 
-def test_a_full_disk_is_told_with_the_bytes_that_are_free_and_needed(tmp_path):
+def test_a_full_disk_is_reported_with_the_bytes_that_are_free_and_needed(tmp_path):
     with pytest.raises(NoRoom) as caught:
         require_space(tmp_path, 10**18)
     assert "1,000,000,000,000,000,000 bytes are needed" in str(explain_os_error(caught.value, tmp_path / "file"))
@@ -66,7 +66,7 @@ def test_a_disk_that_takes_nothing_is_known_whoever_writes():
         np.zeros(1 << 16).tofile("/dev/full")
 
 
-def test_what_lies_in_the_staging_folder_is_told_under_the_name_that_it_was_to_have(tmp_path):
+def test_what_lies_in_the_staging_folder_is_reported_under_the_name_that_it_was_to_have(tmp_path):
     with pytest.raises(DiskError) as caught, described_as_sentence(tmp_path / "out", tmp_path / ".out.partial"):
         (tmp_path / ".out.partial" / "file").write_text("")
     assert str(caught.value).startswith(f"{tmp_path}/out could not be written")

@@ -134,7 +134,7 @@ def test_warm_up_counts_optimizer_steps_whatever_the_accumulation_and_reaches_th
 
 
 def test_a_schedule_without_warm_up_starts_at_the_peak():
-    stage = PretrainConfig(name="pretrain", warmup_steps=0)
+    stage = PretrainConfig(name="pretrain", sequence_length=64, global_batch_size=1, warmup_steps=0)
     assert learning_rate_share(stage, 0, 10) == 1.0
     assert learning_rate_share(stage, 9, 10) == pytest.approx(stage.min_learning_rate_ratio)
 
@@ -218,7 +218,7 @@ def write_texts(folder, *templates):
     return ("data=text", f"data.sources.text.path={folder}")
 
 
-def test_losses_of_a_source_in_two_languages_are_told_apart(workspace, tmp_path):
+def test_losses_of_a_source_in_two_languages_are_reported_apart(workspace, tmp_path):
     source = write_texts(tmp_path / "texts", CHINESE, ENGLISH)
     batch = ("stage.max_steps=1", "stage.global_batch_size=64", "stage.eval_tokens=0", "data.val_fraction=0.3")
     config = typed_run(workspace, *PLAIN, *source, *batch)

@@ -124,7 +124,7 @@ def test_every_kind_of_adapter_gives_the_weights_of_pefts_merge_and_the_logits_o
 
 
 @pytest.mark.parametrize("kind", KINDS | KEPT_TIED)
-def test_on_a_tied_base_input_and_output_part_where_the_adapter_parts_them(kind, tied, tmp_path):
+def test_a_tied_base_is_untied_where_the_adapter_changes_one_of_its_embeddings(kind, tied, tmp_path):
     """PEFT's merge is no reference here: it adds to the one matrix what was trained for one of its two uses."""
     adapter = write_adapter(tied, tmp_path / "adapter", **(KINDS | KEPT_TIED)[kind])
     output = merge(tied, [adapter], tmp_path / "merged")
@@ -309,7 +309,7 @@ def test_an_adapter_trained_on_a_merged_model_belongs_there_and_behind_what_was_
         merge(between, [first], tmp_path / "refused")
 
 
-def test_an_adapter_without_a_card_is_merged_where_it_fits_and_that_is_told(untied, tmp_path):
+def test_an_adapter_without_a_card_is_merged_where_it_fits_and_that_is_reported(untied, tmp_path):
     adapter = write_adapter(untied, tmp_path / "adapter")
     plan = plan_merge(untied, [adapter], SIXTEEN, True, Precision.auto)
     assert len(plan.notes) == 1 and "does not say which base" in plan.notes[0]

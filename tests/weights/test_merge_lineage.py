@@ -106,7 +106,7 @@ def test_what_adapters_that_were_trained_apart_add_is_added_up(base, tmp_path):
     ],
     ids=["rows", "saved embedding", "dora", "embedding kept whole"],
 )
-def test_what_one_of_two_adapters_apart_would_lose_is_refused(options, base, tmp_path):
+def test_two_adapters_trained_apart_are_refused_where_one_would_lose_its_change(options, base, tmp_path):
     first, second = (trained(base, tmp_path / str(seed), seed, **options) for seed in (1, 2))
     with pytest.raises(ModelError, match=r"was trained apart .* would be lost; merge one of them") as caught:
         plan(base, first, second)
@@ -178,7 +178,7 @@ def test_the_fingerprint_that_is_taken_while_writing_is_that_of_the_files(form, 
     assert fingerprint_weights(tmp_path / "moved") == fingerprint_weights(output)
 
 
-def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_told_and_a_damaged_one_refused(base, tmp_path):
+def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_reported_and_a_damaged_one_refused(base, tmp_path):
     own = Path(shutil.copytree(base, tmp_path / "own"))
     (own / "generation_config.json").write_text('{"top_p": 0.9}')
     (own / "chat_template.jinja").write_text("{{ messages }}")

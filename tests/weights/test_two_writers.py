@@ -75,7 +75,7 @@ def adapters(base, tmp_path_factory) -> list[Path]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_folder_is_whole_and_of_one_of_two_writers_and_the_other_is_told(
+def test_the_folder_is_whole_and_of_one_of_two_writers_and_the_other_is_refused(
     verb, base, adapters, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shards, "READ_BYTES", 600)

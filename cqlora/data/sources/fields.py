@@ -1,4 +1,4 @@
-"""Fields of rows, taken with the reason why a row cannot be used, and what of a row nobody takes."""
+"""Fields of rows, read or refused with a reason, and a count of those that no reader uses."""
 
 import html
 from collections import Counter
@@ -43,7 +43,7 @@ def turn_of(message: Any, role_field: str, text_fields: tuple[str, ...], roles: 
 
 
 UNUSED = "field not used: "
-"""Before a field's name where counts say in how many rows it held something that no reader takes."""
+"""Before a field's name, in the count of rows in which it held something that no reader uses."""
 
 
 def count_unused(row: dict[str, Any], used: tuple[str, ...], counts: Counter[str]) -> None:

@@ -1,4 +1,4 @@
-"""Rules that make a list of turns a conversation one can train on; each use is counted."""
+"""Rules that repair a list of turns into a conversation to train on; each use is counted."""
 
 from collections import Counter
 

@@ -128,7 +128,7 @@ BELLE = {
 
 
 @pytest.mark.parametrize("name", BELLE)
-def test_belle_formats_are_told_apart_by_their_shape(name: str):
+def test_belle_formats_are_recognised_by_their_shape(name: str):
     row, turns = BELLE[name]
     assert parse(SourceKind.belle, row)[0] == [talk(*turns)]
 
