@@ -111,7 +111,9 @@ def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
             raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
         tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
         tracker.start()
-        tracker.store_init_configuration(as_scalars(flatten(describe_config(config))))
+        # TensorBoard takes no nested values and no lists.
+        values = flatten(describe_config(config)).items()
+        tracker.store_init_configuration({k: v if isinstance(v, str | int | float) else str(v) for k, v in values})
         return [tracker]
     # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
@@ -193,8 +195,3 @@ def define_metrics(run: Any, config: RunConfig) -> None:
     for metric, goal in config.sweep.goals.items():
         best = "min" if goal is Goal.minimize else "max"
         run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last", goal=goal.name)
-
-
-def as_scalars(flat: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """Values as TensorBoard takes them."""
-    return {key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in flat.items()}
