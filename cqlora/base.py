@@ -1,10 +1,12 @@
 """What a base model's folder says of itself, read without torch: shape, tokenizer, added rows, fingerprints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cqlora.errors import ModelError
+from cqlora.system.companions import hash_companions, refuse_changed
 from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number, write_json
 from cqlora.system.fingerprints import VERSION, combine, hash_tensors, hash_whole
 from cqlora.system.model_config import check_config, check_tensors
@@ -16,7 +18,6 @@ CARD = "cqlora.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _SEAL = "card_sha256"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-_COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _ADAPTER_DIGESTS = {"adapter_sha256": ADAPTER_WEIGHTS, "adapter_config_sha256": ADAPTER_CONFIG}
 
 
@@ -139,28 +140,14 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def seal_card(folder: Path, card: dict[str, Any]) -> None:
-    """Write cqlora.json with a digest of itself and, beside an adapter, of the adapter's two files."""
+    """Write cqlora.json with digests of itself and of an adapter's two files or a base's companions beside it."""
     card = {key: value for key, value in card.items() if key != _SEAL}
     for key, name in _ADAPTER_DIGESTS.items():
         if (folder / name).is_file():
             card[key] = hash_whole(folder / name)
+    if (folder / "tokenizer.json").is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
+        card["companions"] = hash_companions(folder)
     write_json(folder / CARD, card | {_SEAL: hash_document(card)})
-
-
-def hash_companions(folder: Path) -> dict[str, str]:
-    """sha256 of each small file beside the weights that decides how a prompt is written and where a reply ends.
-
-    Raises:
-        ModelError: one that is to be JSON is not.
-    """
-    found = {}
-    for name in _COMPANIONS:
-        file = folder / name
-        if file.is_file():
-            if file.suffix == ".json":
-                read_object(file)
-            found[name] = hash_whole(file)
-    return found
 
 
 def verify_adapter(folder: Path) -> None:
@@ -176,6 +163,17 @@ def verify_adapter(folder: Path) -> None:
                 f"{folder / name} is not the file that its {CARD} was written for; restore it, or remove {CARD} to use "
                 "the adapter unchecked."
             )
+
+
+def check_companions(base: Path, card_of: Path, remedy: str, accepted: Sequence[str] = ()) -> None:
+    """Compare a base's companions with what a card says of them: its own, or that of an adapter trained on it.
+
+    Raises:
+        ModelError: one was changed and is not accepted; `remedy` is UNSEAL, or ACCEPT with its key.
+    """
+    card, file = read_card(card_of), card_of / CARD
+    known = take(card, "companions", file, dict, default={})
+    refuse_changed(base, known, f"when {file} was written", remedy.replace("{card}", str(file)), accepted)
 
 
 def fingerprint_adapter(folder: Path) -> str:

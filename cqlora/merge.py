@@ -1,7 +1,7 @@
 """`python -m cqlora.merge`: adapters into their base, as safetensors, a GGUF file or an NF4 folder."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from cqlora.config.checks import check_fields, check_path, require_used
 from cqlora.config.choices import Device, GgufType, MergeOnto, ModelFormat, Precision
 from cqlora.errors import ConfigError
 from cqlora.launch.settle import choose_precision
+from cqlora.system.companions import ACCEPT, check_accepted
 from cqlora.system.machine import probe_machine
 from cqlora.weights.sizes import parse_size
 
@@ -28,6 +29,9 @@ class MergeConfig:
     base in another format."""
     output_dir: str = MISSING
     """Folder that the merged model is written to."""
+    accept_changed: list[str] = field(default_factory=list)
+    """Files beside the base's weights that may be others than when it was written or the adapter trained, such as
+    [generation_config.json]; they go along as they are now."""
     onto: MergeOnto = MergeOnto["16bit"]
     """What the adapter is added to: the base's own weights, or what their NF4 form stood for in training."""
     format: ModelFormat = ModelFormat.safetensors
@@ -49,6 +53,7 @@ class MergeConfig:
     def __post_init__(self) -> None:
         check_fields(self, paths=("base", "output_dir", "measure"), filled=("base", "output_dir"))
         parse_size("max_shard_size", self.max_shard_size)
+        check_accepted("accept_changed", self.accept_changed)
         self.adapter = [self.adapter] if isinstance(self.adapter, str) else self.adapter
         if not isinstance(self.adapter, list) or not all(isinstance(folder, str) for folder in self.adapter):
             raise ConfigError(f"adapter={self.adapter} is no folder; use adapter=FOLDER or adapter=[FIRST,SECOND].")
@@ -81,11 +86,12 @@ class MergeConfig:
 
 def merge(config: MergeConfig) -> None:
     """Merge, say what came out, and measure it where asked to."""
-    from cqlora.weights.merge import plan_merge, write_merge
+    from cqlora.weights.merge import check_what_goes_along, plan_merge, write_merge
     from cqlora.weights.merge_lineage import read_training
 
     folders = [Path(folder) for folder in config.adapter]
     planned = plan_merge(Path(config.base), folders, config.onto, config.double_quantization, config.precision)
+    check_what_goes_along(planned, ACCEPT.replace("{key}", "accept_changed"), config.accept_changed)
     for note in planned.notes:
         print(f"note: {note}")
     if config.measure:

@@ -21,6 +21,7 @@ from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
 from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
+from cqlora.system.companions import hash_companions
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.cards import change_card
 from tests.conftest import ROOT
@@ -283,6 +284,25 @@ def test_damaged_folders_are_described_in_one_sentence_or_harm_nothing(name, bas
         except CqloraError as error:
             sentences.append(str(error))
     assert sentences and not [sentence for sentence in sentences if "\n" in sentence or len(sentence) > 600]
+
+
+@pytest.mark.parametrize("where", ["adapter", "merged"])
+def test_what_ends_replies_is_not_changed_unseen(where, base, adapter, merged, tmp_path):
+    """The adapter's card tells of its base's files, a merged model's of its own."""
+    own = Path(shutil.copytree(base if where == "adapter" else merged, tmp_path / "own"))
+    card_of = Path(shutil.copytree(adapter, tmp_path / "adapter")) if where == "adapter" else own
+    change_card(card_of, companions=hash_companions(own))
+    given = (card_of, own) if where == "adapter" else (own, "")
+    assert LlamaEngine(*given, use_lora=where == "adapter")
+    (own / "generation_config.json").write_text('{"eos_token_id": 40}')
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json is not as it was .*remove companions and card_sha256"
+    ):
+        LlamaEngine(*given, use_lora=where == "adapter")
+    card = json.loads((card_of / "cqlora.json").read_text())
+    kept = {key: value for key, value in card.items() if key not in ("companions", "card_sha256")}
+    (card_of / "cqlora.json").write_text(json.dumps(kept))
+    assert LlamaEngine(*given, use_lora=where == "adapter")
 
 
 PROMPT = "You are careful. 请用中文回答。"

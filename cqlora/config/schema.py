@@ -29,6 +29,7 @@ from cqlora.config.choices import (
     TrackingMode,
 )
 from cqlora.errors import ConfigError
+from cqlora.system.companions import check_accepted
 
 _INSTALLED_CONFIGS = Path(__file__).parent.parent / "configs"
 CONFIG_DIR = _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else Path(__file__).parents[2] / "configs"
@@ -52,6 +53,9 @@ class ModelConfig:
     """The group's name, as runs and trackers show it."""
     path: str = MISSING
     """Folder of the base in Hugging Face form (config, safetensors, tokenizer)."""
+    accept_changed: list[str] = field(default_factory=list)
+    """Files beside the base's weights that may be others than when it was written, the run started or its
+    `stage.init_adapter` trained, such as [generation_config.json]; no step's result depends on them."""
     random_init: bool = False
     """Build a random model of this shape at `path` when the folder is not there, with a tokenizer
     trained on the bundled sample."""
@@ -84,6 +88,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, paths=("path",), filled=("name",))
+        check_accepted("model.accept_changed", self.accept_changed)
         require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
         require_positive(self, "max_position_embeddings")
         require_used(self, "double_quantization", self.quantization is Quantization.nf4, "model.quantization=nf4")

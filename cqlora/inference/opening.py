@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from cqlora.base import CARD, Base, fingerprint_adapter, fingerprint_weights, read_base
+from cqlora.base import CARD, Base, check_companions, fingerprint_adapter, fingerprint_weights, read_base
 from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
@@ -15,6 +15,7 @@ from cqlora.inference.form import Form, Layout, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights, pack_weights
+from cqlora.system.companions import UNSEAL
 from cqlora.system.sealed import hash_file
 from cqlora.system.shards import ShardReader
 from cqlora.weights.merge import is_tied, plan_merge
@@ -52,6 +53,8 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
         ModelError: a folder is missing or damaged, or the adapter is of another base or tokenizer.
     """
     base = read_base(request.folder)
+    for folder in {request.folder, request.model_dir}:
+        check_companions(base.path, folder, UNSEAL)
     architecture = read_architecture(base.config, base.path)
     is_nf4 = holds_nf4(base.config, base.path)
     onto = None if is_nf4 else find_quantisation(request)

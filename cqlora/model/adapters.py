@@ -20,7 +20,6 @@ from cqlora.base import (
     Base,
     fingerprint_tokenizer,
     fingerprint_weights,
-    hash_companions,
     read_card,
     seal_card,
 )
@@ -30,6 +29,7 @@ from cqlora.errors import ConfigError, ModelError
 from cqlora.lineage import check_fingerprints, describe_lineage
 from cqlora.model.load import find_decoder
 from cqlora.model.masters import keep_masters, restore_masters
+from cqlora.system.companions import hash_companions
 from cqlora.system.durable import staged_folder
 from cqlora.system.refusals import require_space
 

@@ -1,5 +1,6 @@
 """metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
+import hashlib
 import json
 import logging
 import math
@@ -7,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cqlora.system.durable import replace_file
+from cqlora.system.durable import replace_file, sync
 from cqlora.system.refusals import NoRoom, described_as_sentence
+from cqlora.system.sealed import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,22 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
         else:
             rows.append(row)
     return rows
+
+
+def measure_record(folder: Path) -> dict[str, Any]:
+    """Bytes and sha256 of the record as it is now, once the disk has it: what a checkpoint says of it."""
+    file = folder / METRICS_FILE
+    if not file.is_file():
+        return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    with described_as_sentence(file):
+        sync(file)
+        return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def begins_as(file: Path, measured: dict[str, Any]) -> bool:
+    """Whether a record's first bytes are those that were measured."""
+    with described_as_sentence(file), file.open("rb") as stream:
+        return bool(hashlib.sha256(stream.read(measured["bytes"])).hexdigest() == measured["sha256"])
 
 
 def read_line(line: bytes) -> dict[str, Any] | None:

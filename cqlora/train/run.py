@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import ADAPTER_WEIGHTS, Base, fingerprint_tokenizer, fingerprint_weights
+from cqlora.base import ADAPTER_WEIGHTS, Base, check_companions, fingerprint_tokenizer, fingerprint_weights
 from cqlora.config.choices import AdapterMethod
 from cqlora.config.run_yaml import RUN_FILE, write_run_yaml
 from cqlora.config.schema import SETTLED, RunConfig
@@ -20,6 +20,7 @@ from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
 from cqlora.random_base import open_base
+from cqlora.system.companions import ACCEPT_IN_RUN, hash_companions
 from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
@@ -30,7 +31,7 @@ from cqlora.train.learning_rate import find_learning_rate
 from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
 from cqlora.train.resumption import find_start
-from cqlora.train.state import describe_identity
+from cqlora.train.state import COMPANIONS_KEY, describe_identity
 from cqlora.train.tracking import MetricsLog, open_metrics_log
 from cqlora.train.trainer import Trainer, count_total_steps
 
@@ -65,7 +66,7 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
     cache = open_cache(config, base, worker)
     total_steps = count_total_steps(config, cache)
     identity = worker.first(lambda: identify(config, base, cache, total_steps))
-    start = find_start(config.stage.resume, run_folder, identity, worker)
+    start = find_start(config, run_folder, identity, worker)
     card = describe_card(config)
 
     dtype = COMPUTE_DTYPES[config.hardware.precision]
@@ -139,13 +140,22 @@ def open_cache(config: RunConfig, base: Base, worker: Worker) -> TokenCache:
 
 
 def identify(config: RunConfig, base: Base, cache: TokenCache, total_steps: int) -> dict[str, Any]:
-    """What a resumed run must share with the one that was stopped."""
-    fingerprints = {
+    """What a resumed run must share with the one that was stopped.
+
+    Raises:
+        ModelError: a file beside the base's weights is not the one that the base's card, or that of the adapter to
+            continue, tells of.
+    """
+    accepted = config.model.accept_changed
+    check_companions(base.path, base.path, ACCEPT_IN_RUN, accepted)
+    fingerprints: dict[str, Any] = {
         "token_cache": cache.fingerprint,
         "tokenizer": fingerprint_tokenizer(base.path),
         "base": fingerprint_weights(base.path),
+        COMPANIONS_KEY: hash_companions(base.path),
     }
     if config.stage.init_adapter:
+        check_companions(base.path, Path(config.stage.init_adapter), ACCEPT_IN_RUN, accepted)
         fingerprints["init_adapter"] = hash_file(Path(config.stage.init_adapter, ADAPTER_WEIGHTS))
     return describe_identity(config, fingerprints, total_steps)
 

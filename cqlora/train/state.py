@@ -12,14 +12,18 @@ from torch import nn
 
 from cqlora.config.choices import Schedule, Strategy
 from cqlora.config.run_yaml import describe_config, flatten
-from cqlora.config.schema import SETTLED_KEYS, RunConfig
+from cqlora.config.schema import SETTLED_KEYS, ModelConfig, RunConfig
 from cqlora.errors import CheckpointError, TrainingError
 from cqlora.model.placement import local_part
+from cqlora.system.companions import ACCEPT_IN_RUN, refuse_changed
+from cqlora.system.metrics import measure_record
 from cqlora.train.checkpoint import CheckpointStore, read_manifest
 from cqlora.train.distributed import Worker, generator_states, restore_generators
 from cqlora.train.optimizer import load_optimizer
 
 _STATE_FILE = "state.json"
+COMPANIONS_KEY, RECORD_KEY = "companions", "record"
+"""Under which a checkpoint tells of the base's companions, in its identity, and of the run's record so far."""
 
 _FREE_TO_CHANGE = {
     "tracking",
@@ -32,6 +36,7 @@ _FREE_TO_CHANGE = {
     "hardware.link_gb_per_s",
     "hardware.network_gb_per_s",
     "hardware.global_batch_size",
+    "model.accept_changed",
     "model.path",
     "model.name",
     "data",
@@ -65,7 +70,7 @@ class Counters:
     """Steps that were finite, and so moved the parameters."""
 
 
-def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_steps: int) -> dict[str, Any]:
+def describe_identity(config: RunConfig, fingerprints: dict[str, Any], total_steps: int) -> dict[str, Any]:
     """All that must be the same for a resumed run to be the run that was stopped, under dotted keys."""
     identity: dict[str, Any] = {**fingerprints, "world_size": config.hardware.world_size}
     if config.stage.schedule is not Schedule.constant:
@@ -76,9 +81,17 @@ def describe_identity(config: RunConfig, fingerprints: dict[str, str], total_ste
     }
 
 
-def require_same_run(identity: dict[str, Any], folder: Path) -> None:
-    """Raise CheckpointError, naming what differs, unless the checkpoint is of a run with this identity."""
-    stored = _read_state(folder)["identity"]
+def require_same_run(identity: dict[str, Any], folder: Path, model: ModelConfig) -> None:
+    """Refuse a checkpoint of a run with another identity, or with other files beside the base's weights.
+
+    Raises:
+        CheckpointError: what differs would change the result.
+        ModelError: a companion of the base was changed and `model` does not accept it.
+    """
+    stored = read_state(folder)["identity"]
+    identity, companions = {**identity}, stored.pop(COMPANIONS_KEY, {})
+    identity.pop(COMPANIONS_KEY, None)
+    refuse_changed(Path(model.path), companions, f"when {folder} was written", ACCEPT_IN_RUN, model.accept_changed)
     # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
@@ -121,7 +134,7 @@ def save_state(
     store.write(counters.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
     worker.wait()
     if worker.is_main:
-        state = {**asdict(counters), "identity": identity}
+        state = {**asdict(counters), "identity": identity, RECORD_KEY: measure_record(store.root.parent)}
         store.write(counters.step, _STATE_FILE, json.dumps(state, indent=2).encode())
         store.commit(counters.step)
     worker.wait()
@@ -150,7 +163,7 @@ def restore_state(
     scaler.load_state_dict(states["scaler"])
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
     restore_generators(random, worker.device)
-    state = _read_state(folder)
+    state = read_state(folder)
     return Counters(
         step=state["step"],
         tokens=state["tokens"],
@@ -169,7 +182,8 @@ def _require_named(folder: Path, *names: str) -> None:
             )
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
     _require_named(folder, _STATE_FILE)
     state: dict[str, Any] = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
     return state

@@ -9,9 +9,18 @@ from typing import Any
 
 import torch
 
-from cqlora.base import CARD, fingerprint_tokenizer, fingerprint_weights, read_base, read_card, seal_card
+from cqlora.base import (
+    CARD,
+    check_companions,
+    fingerprint_tokenizer,
+    fingerprint_weights,
+    read_base,
+    read_card,
+    seal_card,
+)
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.errors import ModelError
+from cqlora.system.companions import UNSEAL
 from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine, hash_tensors
@@ -118,6 +127,7 @@ def write_extended(
 def extend_folder(folder: Path, staging: Path, vocab: VocabConfig, copy: bool) -> Extension:
     """Write a Hugging Face folder's model, extended; shards without an embedding matrix are linked."""
     base = read_base(folder)
+    check_companions(folder, folder, UNSEAL)
     reader = ShardReader(folder)
     if INPUT not in reader.specs:
         raise ModelError(f"{folder} has no {INPUT}, so it is no LLaMA model; give another base.")

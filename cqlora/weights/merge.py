@@ -1,6 +1,6 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,18 +8,18 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, hash_companions, read_base, seal_card
+from cqlora.base import CARD, Base, check_companions, read_base, read_card, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.data.chat import chat_template
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import carry_over, read_object_if_there, take, write_json
+from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
-from cqlora.weights.merge_lineage import check_lineage, merged_card, read_training, tuned_prompt
+from cqlora.weights.merge_lineage import MERGED, check_lineage, merged_card, read_training, tuned_prompt
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
@@ -82,24 +82,21 @@ def plan_merge(
     for adapter, apart in zip(adapters, lineage.apart, strict=True):
         plan.add(adapter, base_folder, reader.specs, apart)
     form = choose_format(adapters, onto, double_quantization, precision)
-    return Merge(
-        base, adapters, MergedSource(reader, plan, form), onto, lineage.notes + changed_companions(base, adapters)
-    )
+    return Merge(base, adapters, MergedSource(reader, plan, form), onto, lineage.notes)
 
 
-def changed_companions(base: Base, adapters: list[Adapter]) -> list[str]:
-    """A sentence for each file beside the weights that was changed since an adapter was trained.
+def check_what_goes_along(merge: Merge, remedy: str, accepted: Sequence[str] = ()) -> None:
+    """Refuse a base whose companions are not as they were when it, or an adapter on it, was written.
+
+    An adapter that was trained on what the base became with others has seen companions of that.
 
     Raises:
-        ModelError: one of them is damaged.
+        ModelError: see above; `remedy` and `accepted` are those of `check_companions`.
     """
-    now = hash_companions(base.path)
-    known = take(adapters[-1].card, "companions", adapters[-1].folder / CARD, dict, default={}) if adapters else {}
-    return [
-        f"{base.path / name} was changed after {adapters[-1].folder} was trained, and goes along as it is now."
-        for name in sorted(known.keys() | (now.keys() if known else ()))
-        if known.get(name) != now.get(name)
-    ]
+    base, merged = merge.base.path, read_card(merge.base.path).get(MERGED)
+    on_it = [adapter.folder for adapter in merge.adapters if adapter.card.get("base_merged") == merged]
+    for folder in (base, *on_it):
+        check_companions(base, folder, remedy, accepted)
 
 
 def is_tied(base: Base, reader: ShardReader) -> bool:

@@ -119,7 +119,7 @@ def merged_card(base: Base, adapters: list[Adapter], onto: MergeOnto) -> dict[st
 
     What the base's card says of its rows stays true: a merge adds and removes none.
     """
-    card = {key: value for key, value in read_card(base.path).items() if key != "weights_sha256"}
+    card = {key: value for key, value in read_card(base.path).items() if key not in ("weights_sha256", "companions")}
     history = history_of(base)
     for adapter in adapters:
         history = add_to_history(history, adapter, onto)

@@ -18,6 +18,7 @@ from cqlora.errors import CheckpointError
 from cqlora.train.checkpoint import CheckpointStore
 from tests.runs import (
     adapter_sha256,
+    build_base,
     build_once,
     events,
     finish_run,
@@ -243,6 +244,41 @@ def test_what_changes_no_result_may_change_between_stop_and_resume(workspace, tm
     )
     assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT, *changed), folder) == 0
     assert_same_run(folder, uninterrupted)
+
+
+def test_a_record_that_was_damaged_is_told_before_anything_changes_and_can_be_moved_away(
+    workspace, tmp_path, uninterrupted
+):
+    folder = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    record = folder / "metrics.jsonl"
+    damaged = record.read_bytes().replace(b'"step": 4, "loss": ', b'"step": 4, "loss": 1')
+    assert damaged != record.read_bytes()
+    record.write_bytes(damaged)
+    config = typed_run(workspace, "stage=pretrain", *SHORT)
+    assert finish_run(config, folder) == 1
+    told = (folder / "stderr.txt").read_text()
+    assert "metrics.jsonl is damaged" in told and f"mv {record} {record}.damaged" in told
+    assert record.read_bytes() == damaged
+    record.rename(f"{record}.damaged")
+    assert finish_run(config, folder) == 0
+    assert [step for step, _ in losses(folder)] == [10, 11, 12]
+    assert adapter_sha256(folder) == adapter_sha256(uninterrupted)
+
+
+def test_files_beside_the_weights_are_those_of_the_start_unless_a_change_is_accepted(workspace, tmp_path):
+    base = build_base(workspace, tmp_path / "base", tied=False)
+    (base / "cqlora.json").unlink()
+    short = ("stage.max_steps=4", "stage.checkpoint_every_steps=2", f"model.path={base}")
+    config = typed_run(workspace, "stage=pretrain", *short)
+    assert finish_run(config, tmp_path / "run") == 0
+    (base / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert finish_run(config, tmp_path / "run") == 1
+    told = (tmp_path / "run" / "stderr.txt").read_text()
+    assert f"{base}/generation_config.json is not as it was when" in told
+    accepted = "model.accept_changed=[generation_config.json]"
+    assert f"type {accepted} to take it as it is now" in told
+    assert finish_run(typed_run(workspace, "stage=pretrain", *short, accepted), tmp_path / "run") == 0
 
 
 def test_several_damaged_checkpoints_and_no_whole_one_is_an_error_not_a_new_start(workspace, tmp_path, uninterrupted):

@@ -13,14 +13,14 @@ from cqlora.base import (
     fingerprint_adapter,
     fingerprint_tokenizer,
     fingerprint_weights,
-    hash_companions,
     read_card,
     seal_card,
 )
 from cqlora.config.choices import MergeOnto, ModelFormat, Precision
-from cqlora.errors import ModelError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.merge import MergeConfig, settle_form
-from cqlora.weights.merge import Merge, plan_merge, write_merge
+from cqlora.system.companions import ACCEPT, hash_companions
+from cqlora.weights.merge import Merge, check_what_goes_along, plan_merge, write_merge
 from tests.cards import change_card
 from tests.weights.adapters import write_adapter, write_tiny_base
 
@@ -178,18 +178,61 @@ def test_the_fingerprint_that_is_taken_while_writing_is_that_of_the_files(form, 
     assert fingerprint_weights(tmp_path / "moved") == fingerprint_weights(output)
 
 
-def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_reported_and_a_damaged_one_refused(base, tmp_path):
+RUN_AGAIN = ACCEPT.replace("{key}", "accept_changed")
+
+
+def go_along(merge: Merge, *accepted: str) -> None:
+    check_what_goes_along(merge, RUN_AGAIN, accepted)
+
+
+def test_a_file_that_goes_along_and_was_changed_since_the_tuning_is_refused_unless_it_is_accepted(base, tmp_path):
     own = Path(shutil.copytree(base, tmp_path / "own"))
     (own / "generation_config.json").write_text('{"top_p": 0.9}')
     (own / "chat_template.jinja").write_text("{{ messages }}")
     adapter = trained(own, tmp_path / "adapter", 1)
     change_card(adapter, companions=hash_companions(own))
-    assert not plan(own, adapter).notes
+    go_along(plan(own, adapter))
     (own / "generation_config.json").write_text('{"top_p": 0.8}')
+    with pytest.raises(
+        ModelError, match=r"is not as it was when .*type accept_changed=\[generation_config.json\] to take it as"
+    ):
+        go_along(plan(own, adapter))
     (own / "chat_template.jinja").unlink()
-    notes = plan(own, adapter).notes
-    assert len(notes) == 2 and all("was changed after" in note for note in notes)
-    assert "chat_template.jinja" in notes[0] and "generation_config.json" in notes[1]
+    (own / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"\[chat_template.jinja,generation_config.json,special_tokens_map.json\]"):
+        go_along(plan(own, adapter))
+    go_along(plan(own, adapter), "chat_template.jinja", "generation_config.json", "special_tokens_map.json")
     (own / "generation_config.json").write_bytes(b'{"top_p": 0.8')
-    with pytest.raises(ModelError, match=r"generation_config\.json"):
-        plan(own, adapter)
+    with pytest.raises(ModelError, match=r"generation_config\.json cannot be read as JSON"):
+        go_along(plan(own, adapter), "generation_config.json")
+
+
+def test_what_goes_along_is_compared_with_the_cards_of_the_base_it_was_trained_on(base, tmp_path):
+    """The base's own card counts too; an adapter trained on what a merge made has seen that merge's files."""
+    own = Path(shutil.copytree(base, tmp_path / "own"))
+    first = trained(own, tmp_path / "first", 1)
+    merged = merge(own, tmp_path / "merged", first)
+    assert read_card(merged)["companions"] == hash_companions(merged)
+    second = trained(merged, tmp_path / "second", 2)
+    change_card(second, companions=hash_companions(merged))
+    (own / "generation_config.json").write_text('{"top_p": 0.9}')
+    go_along(plan(own, first, second))
+    (merged / "generation_config.json").write_text('{"top_p": 0.9}')
+    with pytest.raises(
+        ModelError, match=r"merged/generation_config\.json is not as it was when .*merged/cqlora\.json was"
+    ):
+        go_along(plan(merged, second))
+
+
+def test_a_card_that_an_older_cqlora_wrote_tells_of_what_it_names_alone(base, tmp_path):
+    own = Path(shutil.copytree(base, tmp_path / "own"))
+    adapter = trained(own, tmp_path / "adapter", 1)
+    named = hash_companions(own)
+    change_card(adapter, companions={"tokenizer_config.json": named["tokenizer_config.json"]})
+    (own / "generation_config.json").write_text('{"top_p": 0.8}')
+    go_along(plan(own, adapter))
+
+
+def test_only_files_that_go_along_can_be_accepted(tmp_path):
+    with pytest.raises(ConfigError, match=r"accept_changed names config\.json, which is no file that goes along"):
+        MergeConfig(base="b", adapter="a", output_dir=str(tmp_path / "o"), accept_changed=["config.json"])
