@@ -24,8 +24,8 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cqlora.config.diagnosis import explain_composition, find_misfit
-from cqlora.config.files import describe_damage, locate_key, locate_words, name_file
+from cqlora.config.diagnosis import explain_composition, find_misfit, missing_keys, name_missing_line
+from cqlora.config.files import describe_damage, holds_key, locate_key, locate_words, name_file
 from cqlora.config.schema import CONFIG_DIR, register_schemas
 from cqlora.config.secrets import (
     guard_environment,
@@ -114,7 +114,20 @@ class Composer(ConfigLoaderImpl):
             sentence = self.explain(error, overrides)
             raise (refusal("") if holds_secret(sentence) else ConfigError(sentence)) from error
         refuse_secret_values(composed)
+        self.refuse_missing(composed)
         return composed
+
+    def refuse_missing(self, composed: DictConfig) -> None:
+        """Raise ConfigError for a key that a file of one's own had to give, and does not even leave to be typed."""
+        for group, choice in composed.hydra.runtime.choices.items():
+            file = self.repository.find_file(f"{group}/{choice}")
+            if group not in composed or file is None or file.is_relative_to(CONFIG_DIR):
+                continue
+            for key in missing_keys(composed[group], f"{group}."):
+                if not holds_key(file, key.removeprefix(f"{group}.")):
+                    parent = key.rpartition(".")[0]
+                    place = f"{name_file(file)}, line 1" if parent == group else locate_key(file, parent)
+                    raise ConfigError(f"{place}: {name_missing_line(key, str(choice))}")
 
     def explain(self, error: Exception, overrides: list[str]) -> str:
         """The sentence for what went wrong: in a file, or on the command line."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import typing
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
@@ -71,7 +72,7 @@ def explain_composition(error: Exception, schema: type, arguments: list[str], pl
     if isinstance(cause, InterpolationResolutionError):
         return f"{place_of(key)}{key}: {_first_line(cause)}."
     if "Config group override must be a string" in str(error) or "Ambiguous value for argument" in str(error):
-        return _name_unfit_value(error, arguments)
+        return _name_unfit_value(error, schema, arguments)
     missing_group = re.match(r"You must specify '(\w+)'.*\n(?:Available options:)?((?:\n\t\S+)*)", str(error))
     if missing_group:
         group, options = missing_group[1], missing_group[2].split()
@@ -119,17 +120,28 @@ def _quoting_hint(argument: str) -> str:
     return "quote values that hold brackets or commas"
 
 
-def _name_unfit_value(error: Exception, arguments: list[str]) -> str:
+def _name_unfit_value(error: Exception, schema: type, arguments: list[str]) -> str:
     """A number or null where the name of a choice is meant, or several values without --multirun."""
     several = re.search(r"Ambiguous value for argument '(.*)'", str(error))
     if several:
-        key, _, values = several[1].partition("=")
-        return f"{several[1]} are several values; add --multirun to run with each, or use {key}=[{values}] for a list."
+        return _name_several_values(several[1], schema)
     for argument in arguments:
         group, _, choice = argument.lstrip("+").partition("=")
         if re.fullmatch(r"null|true|false|[\d.e+-]+", choice) and (CONFIG_DIR / group).is_dir():
             return _refuse_choice(group, choice, [])
     return f"{_whole_sentence(error)}."
+
+
+def _name_several_values(told: str, schema: type) -> str:
+    """One text that Hydra takes for several, or several values without --multirun."""
+    key, _, values = told.partition("=")
+    if dict(_typed_keys(schema)).get(key.lstrip("+")) not in (str, str | None):
+        return f"{told} are several values; add --multirun to run with each, or use {key}=[{values}] for a list."
+    # The program itself has put quotes around words of it.
+    text = re.sub(r"'((?:[^'\\]|\\.)*)'", r"\1", values)
+    whole = f"{key}='{text}'"
+    typed = shlex.quote(whole) if set(whole) & set('"$`\\!') else f'"{whole}"'
+    return f"{key}={text} are several values by their commas; type {typed} for one text, or add --multirun for each."
 
 
 def _refuse_choice(group: str, choice: str, options: list[str]) -> str:
@@ -147,6 +159,13 @@ def _name_missing_value(key: str) -> str:
         choices = sorted(file.stem for file in (CONFIG_DIR / key).glob("*.yaml"))
         return f"{key} has no value, and no run goes without; use {key}={' or '.join(choices)}."
     return f"{key} has no value; add {key}=VALUE."
+
+
+def name_missing_line(key: str, choice: str) -> str:
+    """What a file of one's own lacks, that is chosen by the name `choice`."""
+    if key.rpartition(".")[2] == "name":
+        return f"{key} has no value; add the line `name: {choice}`."
+    return _name_missing_value(key)
 
 
 def _name_unknown_choice(error: MissingConfigException, place_of: Place) -> str:
@@ -177,6 +196,8 @@ def _hint_at_choice(group: str, choice: str, options: list[str]) -> str:
     bare = re.sub(r"nvidia|geforce|rtx|gtx|tesla|[^a-z0-9]", "", choice.lower())
     near = [foreign] if foreign else [option for option in options if bare and bare in option.replace("_", "")]
     near = near[:3] or get_close_matches(choice, options, n=1)
+    if group == "vocab" and not near:
+        return f"a SentencePiece model is given by its file: vocab=path vocab.model={choice}. "
     path = " data.sources.belle.path=FILE" if near == ["belle"] and group == "data" else ""
     return f"did you mean {' or '.join(f'{group}={name}' for name in near)}{path}? " if near else ""
 
@@ -185,7 +206,7 @@ def _name_unknown_key(key: str, known: list[str], schema: type, arguments: list[
     parent, _, leaf = key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     value = _typed_value(key, arguments)
-    everywhere = sorted(set(_dotted_keys(schema)))
+    everywhere = sorted({key for key, _ in _typed_keys(schema)})
     meant = FOREIGN_KEYS.get(leaf.lower(), "")
     named = re.match(r"[\w.]+", meant)
     if named and (named[0] in everywhere or named[0].startswith(("hydra.", "data.sources"))) and leaf not in known:
@@ -276,18 +297,29 @@ def _unknown_keys(node: DictConfig, path: str = "") -> Iterator[tuple[str, list[
                 yield from _unknown_keys(child, f"{full_key}.")
 
 
+def missing_keys(node: DictConfig, path: str) -> Iterator[str]:
+    """Every key below a node that has no value yet, as a user types it."""
+    for key in node:
+        if OmegaConf.is_missing(node, key):
+            yield f"{path}{key!s}"
+        elif not OmegaConf.is_interpolation(node, str(key)):
+            child = node[key]
+            if isinstance(child, DictConfig) and not child._is_none():
+                yield from missing_keys(child, f"{path}{key!s}.")
+
+
 def _field_names(kind: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
-def _dotted_keys(schema: type, path: str = "") -> Iterator[str]:
-    """Every key of a schema and of its variants, as a user types it."""
+def _typed_keys(schema: type, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a schema and of its variants, as a user types it, and the type of its value."""
     for kind in (schema, *schema.__subclasses__()):
         hints = typing.get_type_hints(kind)
         for name in _field_names(kind):
-            yield path + name
+            yield path + name, hints[name]
             if dataclasses.is_dataclass(hints[name]) and isinstance(hints[name], type):
-                yield from _dotted_keys(hints[name], f"{path}{name}.")
+                yield from _typed_keys(hints[name], f"{path}{name}.")
 
 
 def _first_line(error: BaseException) -> str:

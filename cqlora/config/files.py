@@ -49,6 +49,11 @@ def locate_key(file: Path, key: str) -> str:
     return name_file(file) if line is None else f"{name_file(file)}, line {line}"
 
 
+def holds_key(file: Path, key: str) -> bool:
+    """Whether a dotted key stands in a file, with a value or `???`."""
+    return walk_down(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), key.split(".")) is not None
+
+
 def locate_words(file: Path, words: str) -> str:
     """`FILE, line N` of the first line with these words; empty where there is none."""
     lines = file.read_text(encoding="utf-8").splitlines()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from cqlora.errors import ConfigError
 
@@ -19,10 +20,17 @@ _TEXT_TOKENS = {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "stop", "end",
 _KEY_OWNERS = {"api", "access", "account", "private", "auth", "encryption", "signing", "ssh", "master", "service"}
 _WHERE_ENDINGS = {"path", "file", "dir", "folder", "url", "name", "id", "count", "length", "size"}
 _LOOKS_RANDOM = r"(?=\S*[A-Z])(?=\S*[a-z])(?=\S*[0-9])"
+_LOOKS_RANDOM_USER = _LOOKS_RANDOM.replace(r"\S", r"[^/\s@]")
 
 _FORMS = (
     r"\bhf_(?=\w*[A-Z]\w*[A-Z]\w*[A-Z])(?=\w*[a-z])[A-Za-z0-9]{20,}",
     rf"\bsk-{_LOOKS_RANDOM}[A-Za-z0-9_-]{{20,}}",
+    r"\bsk-(?:[a-z0-9]+-)*[0-9a-f]{32,}",
+    r"\b[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",
+    rf"\b(?:gsk_|r8_|xai-|nvapi-|pplx-){_LOOKS_RANDOM}[A-Za-z0-9_-]{{30,}}",
+    r"\b[0-9a-f]{32}\.[A-Za-z0-9]{16}\b",
+    r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",
+    r"(?<!\d)\d{6,12}:AA[A-Za-z0-9_-]{33}",
     r"\bgh[opsur]_[A-Za-z0-9]{20,}",
     r"\bgithub_pat_\w{20,}",
     rf"\bglpat-{_LOOKS_RANDOM}[\w-]{{16,}}",
@@ -42,10 +50,22 @@ _FORMS = (
     r"\b[Bb]earer\s+(?:(?=\S*\d)\S{8,}|[A-Za-z]{20,})",
     r"\b[Bb]asic\s+(?=\S*[\d=])[A-Za-z0-9+/]{8,}={0,2}",
     r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@",
+    # A user's name alone is none, unless it is as long and mixed as no name.
+    r"://(?:(?=[^/\s@]*\d)(?=[^/\s@]*[A-Za-z])[\w~+=-]{16,}|" + _LOOKS_RANDOM_USER + r"[\w~+=-]{8,}|[\w~+=-]{24,})@",
+    # Whoever knows the address of a hook may post there.
+    r"hooks\.slack\.com/\w+/\S{8,}",
+    r"discord(?:app)?\.com/api/webhooks/\d+/\S{8,}",
+    r"webhook\.office\.com/webhookb2/\S{8,}",
+    r"open\.(?:feishu\.cn|larksuite\.com)/open-apis/bot/v2/hook/\S{8,}",
     # W&B's older keys; a commit's hash has the same form and stands in paths, between slashes.
     r"(?<![/\w])[0-9a-f]{40}(?![/\w])",
 )
 _FORM = re.compile("|".join(f"(?:{form})" for form in _FORMS))
+_PARAMETER = re.compile(r"[?&;#]([\w.-]+)=([\w%.~+/=:-]{6,})", re.ASCII)
+"""A parameter of an address, or a part of a connection string."""
+_SIGNATURES = {"sig", "sign", "signature"}
+_MAY_BE_SECRET = {"key", "auth", "code", "ticket"}
+"""Names of parameters whose value is a secret where it looks like one."""
 _NAMED_INSIDE = re.compile(r"([\w.-]+)['\"]?\s*:\s*(?![\s{\[])")
 _SHORTEST_PLANTED = 8
 """Characters from which a value of the environment is looked for inside others; shorter ones occur by chance."""
@@ -68,20 +88,36 @@ def is_secret_name(name: str) -> bool:
     return any(map(_SECRET_WORD.search, words)) or words[-1] in _SECRET_ENDINGS or words[-3:] == ["access", "key", "id"]
 
 
+def has_secret_form(text: str) -> bool:
+    """Whether a text is or holds what is a secret by its form, in an address percent-encoded or not."""
+    return any(
+        _FORM.search(each) or any(map(is_secret_parameter, _PARAMETER.findall(each))) for each in {text, unquote(text)}
+    )
+
+
+def is_secret_parameter(parameter: tuple[str, str]) -> bool:
+    """Whether a parameter of an address carries a secret: `token=…`, `X-Amz-Signature=…`, not `max_tokens=…`."""
+    name, value = parameter
+    last = name.lower().rpartition("-")[2]
+    if last in _MAY_BE_SECRET:
+        return len(value) >= 16 and re.search(r"\d", value) is not None and re.search(r"[A-Za-z]", value) is not None
+    return last in _SIGNATURES or is_secret_name(name)
+
+
 def planted_secrets(environment: Mapping[str, str]) -> set[str]:
     """Values of the environment that are secrets by name or by form; the path of a file that exists is none."""
     return {
         value
         for name, value in environment.items()
         if len(value) >= _SHORTEST_PLANTED
-        and (is_secret_name(name) or _FORM.search(value))
+        and (is_secret_name(name) or has_secret_form(value))
         and not (value.startswith(("/", "~")) and Path(value).expanduser().exists())
     }
 
 
 def holds_secret(text: str) -> bool:
     """Whether a text has the form of a secret or holds one of the environment's."""
-    return bool(_FORM.search(text)) or any(secret in text for secret in planted_secrets(os.environ))
+    return has_secret_form(text) or any(secret in text for secret in planted_secrets(os.environ))
 
 
 def refuse_secrets(arguments: list[str]) -> None:
@@ -103,7 +139,7 @@ def refuse_secret_values(composed: Any) -> None:
         text = str(value)
         known = any(secret in text or secret in key for secret in planted)
         named = isinstance(value, str | int | float) and text and not isinstance(value, bool) and is_secret_name(name)
-        if known or named or _FORM.search(text) or _FORM.search(key):
+        if known or named or has_secret_form(text) or has_secret_form(key):
             raise refusal(key)
 
 
@@ -149,7 +185,7 @@ def read_variable(name: str, *default: str | None) -> str | None:
         if default:
             return default[0]
         raise KeyError(f"environment variable {name} is not set")
-    if is_secret_name(name) or _FORM.search(value):
+    if is_secret_name(name) or has_secret_form(value):
         raise refusal(f"${{oc.env:{name}}}")
     return value
 

@@ -1,14 +1,16 @@
 """What users of other programs type: each name is answered with ours, and each of ours is one."""
 
 import re
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from cqlora import extend
 from cqlora.chat import ChatConfig
 from cqlora.cli import quote_words
 from cqlora.config.composition import compose_checked
-from cqlora.config.diagnosis import _dotted_keys, to_schema
+from cqlora.config.diagnosis import _typed_keys, to_schema
 from cqlora.config.foreign_names import FOREIGN_CHOICES, FOREIGN_KEYS
 from cqlora.config.schema import CONFIG_DIR, RunConfig, register_schemas
 from cqlora.errors import ConfigError
@@ -41,6 +43,13 @@ def refusal(*arguments: str) -> str:
         ("lora_rank=8", "did you mean lora.rank=8?"),
         ("lora.r=8", "did you mean lora.rank=8?"),
         ("lora_alpha=16", "did you mean lora.alpha=16?"),
+        (
+            "stage.system_prompt=You are a helper, be brief",
+            "type \"stage.system_prompt='You are a helper, be brief'\" for one text, or add --multirun for each",
+        ),
+        ("stage.system_prompt=你好, 请", "type \"stage.system_prompt='你好, 请'\" for one text"),
+        ("tracking.group=a, $b", "type 'tracking.group='\"'\"'a, $b'\"'\"'' for one text"),
+        ("seed=1,2", "add --multirun to run with each, or use seed=[1,2] for a list"),
         ("model=hf/llama", "model.path=hf/llama"),
         ("model=meta-llama/Llama-2-7b-hf", "model.path=meta-llama/Llama-2-7b-hf"),
         ("model=Llama-3-8B", "did you mean model=llama3_8b?"),
@@ -73,9 +82,11 @@ def test_what_another_program_calls_it_is_answered_with_what_to_type(argument, w
 
 
 def test_a_foreign_key_is_none_of_ours_and_is_answered_with_one_that_is():
-    run = set(_dotted_keys(RunConfig))
+    run = set(dict(_typed_keys(RunConfig)))
     known = (
-        run | set(_dotted_keys(ChatConfig)) | {"max_tokens", "adapter", "hydra.run.dir", "data", "stage", "tracking"}
+        run
+        | set(dict(_typed_keys(ChatConfig)))
+        | {"max_tokens", "adapter", "hydra.run.dir", "data", "stage", "tracking"}
     )
     for foreign, ours in FOREIGN_KEYS.items():
         target = re.match(r"[\w.]+", ours)
@@ -87,3 +98,11 @@ def test_a_foreign_choice_is_answered_with_one_that_there_is():
     for group, choices in FOREIGN_CHOICES.items():
         names = {file.stem for file in (CONFIG_DIR / group).glob("*.yaml")}
         assert set(choices.values()) <= names and not set(choices) & names
+
+
+def test_a_vocabulary_that_is_no_choice_is_answered_with_where_a_file_is_typed(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["cqlora extend", "base=a", "output_dir=b", "vocab=foo"])
+    with pytest.raises(SystemExit):
+        extend.main()
+    told = capfd.readouterr().err
+    assert "vocab=foo does not exist" in told and "vocab=path vocab.model=foo. Choices: auto" in told

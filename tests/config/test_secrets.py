@@ -29,6 +29,10 @@ KINDS = {
     "bearer": "Bear" + "er abc123def456ghi7",
     "slack": "xo" + "xb-123456789012-abcdef",
     "jwt": "ey" + "JhbGciOiJI.eyJzdWIiOiIx.c2ln",
+    "address, token": "https://host.example/x.jsonl?to" + "ken=abc123def456",
+    "address, user": "https://" + "a1b2c3d4e5f6a7b8@host.example/x.git",
+    "address, signed": "https://b.s3.amazonaws.com/x?X-Amz-Date=20260101&X-Amz-Sig" + "nature=0f1e2d3c4b5a6978",
+    "hook": "https://hooks.sl" + "ack.com/services/T0AB/B0CD/plantedplanted",
     "environment": "correct-horse-battery-staple",
 }
 """Kind → a secret of it; the last has no form of its own and is known because the environment holds it."""
@@ -152,7 +156,53 @@ def test_what_is_no_secret_gets_through_by_each_of_these_ways(way, tmp_path, mon
     assert "wiki_zh_marker" in message
 
 
+MORE_FORMS = {
+    "azure sas": "https://a.blob.core.windows.net/c/x?sv=2024-01-01&se=2026-01-01&s" + "ig=Ab%2Bc1%2Fd2%3D",
+    "google signed": "https://storage.googleapis.com/b/x?X-Goog-Sig" + "nature=00ff00ff00ff",
+    "oss signed": "https://b.oss-cn-beijing.aliyuncs.com/x?Expires=1&Sig" + "nature=q1w2e3r4%3D",
+    "api key": "https://host/x?api_" + "key=planted9",
+    "access token": "https://oapi.dingtalk.com/robot/send?access_to" + "ken=0123abcd",
+    "fragment": "https://host/#access_to" + "ken=planted9",
+    "key of a hook": "https://qyapi.weixin.qq.com/cgi-bin/webhook/send?k" + "ey=693axxx6-7aoc-4bc4-97a0",
+    "encoded": "https://host/?next=%2Fx%3Fto" + "ken%3Dplanted99",
+    "account key": "DefaultEndpointsProtocol=https;AccountName=a;Account" + "Key=Zm9vYmFyYmF6==",
+    "user of 40 digits": "https://" + "0123456789abcdef" * 2 + "01234567@host/x",
+    "mixed user": "https://" + "s3cR3tTok@host/x",
+    "discord": "https://disc" + "ord.com/api/webhooks/123456/planted-planted",
+    "feishu": "https://open.fei" + "shu.cn/open-apis/bot/v2/hook/planted-planted",
+    "teams": "https://a.web" + "hook.office.com/webhookb2/planted-planted",
+    "telegram": "https://api.telegram.org/bot" + "123456789:AA" + "plantedplanted-PLANTED_0123456789"[:33],
+    "deepseek": "s" + "k-" + "0123456789abcdef" * 2,
+    "openrouter": "s" + "k-or-v1-" + "0123456789abcdef" * 4,
+    "anthropic": "s" + "k-ant-api03-Planted0Planted1Planted2",
+    "stripe": "sk_l" + "ive_0123456789abcdefPLANTED",
+    "groq": "gs" + "k_" + "Planted0" * 6,
+    "zhipu": "0123456789abcdef" * 2 + "." + "PlantedPlanted00",
+    "sendgrid": "S" + "G." + "planted_planted-0." + "planted_planted-1",
+}
+"""Forms that need no more than one way each."""
+
+
+@pytest.mark.parametrize("form", MORE_FORMS)
+def test_each_form_is_known_wherever_it_stands(form):
+    for text in (MORE_FORMS[form], f"see {MORE_FORMS[form]} there", f"[a,'{MORE_FORMS[form]}']"):
+        with pytest.raises(ConfigError) as caught:
+            refuse_secrets([f"tracking.group={text}"])
+        assert MORE_FORMS[form] not in str(caught.value)
+
+
 INNOCENT = [
+    "data.sources.x.path=https://huggingface.co/datasets/a/b/resolve/main/x.jsonl?download=true",
+    "data.sources.x.path=https://host/x.jsonl?key=title&max_tokens=512&pad_token=endoftext&sort=design",
+    "data.sources.x.path=https://username@host/x.jsonl",
+    "data.sources.x.path=ssh://git@github.com/a/b",
+    "data.sources.x.path=https://zhang.san%40example.com@host/x",
+    "data.sources.x.path=s3://bucket/a?versionId=3sL4kqtJlcpXroDTDmJ",
+    "data.sources.x.path=https://slack.com/services/what-is-there",
+    "system='什么是 token？比如 https://host/x?token=词元'",
+    "tracking.group=sk_live_music-gsk_r8_xai-of-the-year-2026",
+    "tracking.group=run-" + "0123456789abcdef" * 2 + ".jsonl",
+    "data.sources.x.path='/data/a;b;sig=1'",
     "model.path=models/tiny",
     "model.path=/data/" + "ab12" * 16 + "/x",
     "model.path=hub/models--meta-llama--Llama-2-7b/snapshots/" + "0123456789abcdef01234567" * 2 + "/",

@@ -17,9 +17,11 @@ from cqlora.errors import CqloraError
 from cqlora.merge import MergeConfig
 from cqlora.system import shards
 from cqlora.vocab.config import VocabConfig, VocabKind
+from cqlora.weights.convert import convert
 from cqlora.weights.extend import extend
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.weights.adapters import write_adapter, write_tiny_base
+from tests.weights.test_convert import write_model
 
 PAIRS = int(os.environ.get("CQLORA_PAIRS", "3"))
 
@@ -38,7 +40,11 @@ def extend_one(base: Path, given: Path, output: Path) -> None:
     extend(base, output, VocabConfig(kind=VocabKind.bpe, size=6, corpus=[corpus], min_frequency=1), 10**9, copy=True)
 
 
-VERBS = {"merge": merge_one, "extend": extend_one}
+def convert_one(base: Path, given: Path, output: Path) -> None:
+    convert(given / "raw", output, "", "auto", 100_000, VocabConfig())
+
+
+VERBS = {"merge": merge_one, "extend": extend_one, "convert": convert_one}
 
 
 def write(verb: str, base: Path, given: Path, output: Path, gate: Barrier, log: Path) -> None:
@@ -66,11 +72,13 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base, tmp_path_factory) -> list[Path]:
-    """Two of them, each with a text for `extend` to learn from beside it."""
+    """Two of them, each with a text for `extend` to learn from and raw weights for `convert` beside it."""
     folder = tmp_path_factory.mktemp("given")
     made = [write_adapter(base, folder / str(seed), seed=seed) for seed in (1, 2)]
     for adapter, words in zip(made, ("山高水长", "风花雪月"), strict=True):
         (adapter / "corpus.txt").write_text("\n\n".join([words * 20] * 20))
+    for adapter, family in zip(made, ("llama", "llama2, grouped queries, two ranks"), strict=True):
+        write_model(adapter / "raw", family)
     return made
 
 
