@@ -32,9 +32,9 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_record(folder: Path) -> dict[str, Any]:
-    """Bytes and sha256 of the record as it is now, once the disk has it: what a checkpoint says of it."""
-    file = folder / METRICS_FILE
+def measure_metrics(run_folder: Path) -> dict[str, Any]:
+    """Bytes and sha256 of metrics.jsonl as it is now, once the disk has it: what a checkpoint says of it."""
+    file = run_folder / METRICS_FILE
     if not file.is_file():
         return {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
     with described_as_sentence(file):
@@ -43,7 +43,7 @@ def measure_record(folder: Path) -> dict[str, Any]:
 
 
 def begins_as(file: Path, measured: dict[str, Any]) -> bool:
-    """Whether a record's first bytes are those that were measured."""
+    """Whether a file's first bytes are those that were measured."""
     with described_as_sentence(file), file.open("rb") as stream:
         return bool(hashlib.sha256(stream.read(measured["bytes"])).hexdigest() == measured["sha256"])
 

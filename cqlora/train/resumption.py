@@ -11,7 +11,7 @@ from cqlora.errors import CheckpointError
 from cqlora.system.metrics import METRICS_FILE, begins_as
 from cqlora.train.checkpoint import CheckpointStore, find_damage, step_of
 from cqlora.train.distributed import Worker
-from cqlora.train.state import RECORD_KEY, read_state, require_same_run
+from cqlora.train.state import METRICS_KEY, read_state, require_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def find_start(config: RunConfig, run_folder: Path, identity: dict[str, Any], wo
     """What `stage.resume` asks for in a run's folder; rank 0 looks, and every worker is told.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another run or record, or would be overwritten.
+        CheckpointError: the checkpoint is damaged, of another run or would be overwritten, or metrics.jsonl is damaged.
         ModelError: files beside the base's weights are not those of the run that was stopped.
     """
     start: Start = worker.broadcast(choose_start(config.stage.resume, run_folder) if worker.is_main else None)
@@ -40,28 +40,28 @@ def find_start(config: RunConfig, run_folder: Path, identity: dict[str, Any], wo
 
 
 def choose_start(asked: str, run_folder: Path) -> Start:
-    """The checkpoint that is asked for, whole, with the record that the run had then."""
+    """The checkpoint that is asked for, whole, with the metrics.jsonl that the run had then."""
     start = choose_checkpoint(asked, run_folder)
     if start.checkpoint is not None and start.checkpoint.resolve().parent.parent == run_folder.resolve():
-        check_record(run_folder / METRICS_FILE, start.checkpoint)
+        check_metrics(run_folder / METRICS_FILE, start.checkpoint)
     return start
 
 
-def check_record(file: Path, checkpoint: Path) -> None:
-    """Compare the run's record with what a checkpoint says of it; one without a word of it is of an older cqlora.
+def check_metrics(file: Path, checkpoint: Path) -> None:
+    """Compare metrics.jsonl with what a checkpoint says of it; one without a word of it is of an older cqlora.
 
     Raises:
         CheckpointError: it does not begin as it was; moved away, it is not missed.
     """
-    measured = read_state(checkpoint).get(RECORD_KEY)
+    measured = read_state(checkpoint).get(METRICS_KEY)
     if measured is None:
         return
     if not file.exists():
-        logger.warning("%s is not there; the record goes on from step %d", file, step_of(checkpoint))
+        logger.warning("%s is not there; a new one begins after step %d", file, step_of(checkpoint))
     elif not begins_as(file, measured):
         raise CheckpointError(
             f"{file} is damaged: its first {measured['bytes']:,} bytes are not as they were when {checkpoint} was "
-            f"written; restore it, or go on with a new record after `mv {shlex.quote(str(file))} "
+            f"written; restore it, or begin a new one after `mv {shlex.quote(str(file))} "
             f"{shlex.quote(f'{file}.damaged')}`."
         )
 

@@ -16,14 +16,14 @@ from cqlora.config.schema import SETTLED_KEYS, ModelConfig, RunConfig
 from cqlora.errors import CheckpointError, TrainingError
 from cqlora.model.placement import local_part
 from cqlora.system.companions import ACCEPT_IN_RUN, refuse_changed
-from cqlora.system.metrics import measure_record
+from cqlora.system.metrics import measure_metrics
 from cqlora.train.checkpoint import CheckpointStore, read_manifest
 from cqlora.train.distributed import Worker, generator_states, restore_generators
 from cqlora.train.optimizer import load_optimizer
 
 _STATE_FILE = "state.json"
-COMPANIONS_KEY, RECORD_KEY = "companions", "record"
-"""Under which a checkpoint tells of the base's companions, in its identity, and of the run's record so far."""
+COMPANIONS_KEY, METRICS_KEY = "companions", "metrics"
+"""Under which a checkpoint tells of the base's companions, in its identity, and of the run's metrics.jsonl so far."""
 
 _FREE_TO_CHANGE = {
     "tracking",
@@ -134,7 +134,7 @@ def save_state(
     store.write(counters.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
     worker.wait()
     if worker.is_main:
-        state = {**asdict(counters), "identity": identity, RECORD_KEY: measure_record(store.root.parent)}
+        state = {**asdict(counters), "identity": identity, METRICS_KEY: measure_metrics(store.root.parent)}
         store.write(counters.step, _STATE_FILE, json.dumps(state, indent=2).encode())
         store.commit(counters.step)
     worker.wait()
