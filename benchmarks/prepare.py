@@ -184,6 +184,7 @@ def prepare_cqlora(base: Path, text: Path, workers: int) -> Callable[[], int]:
             **shape,
         ),
         data=DataConfig(
+            root="",
             name="bench",
             sources={"text": SourceConfig(kind=SourceKind.wiki, path=str(text))},
             cache_dir="cache",

@@ -121,7 +121,7 @@ def name_type(hint: Any) -> str:
 
 
 def name_default(field: "dataclasses.Field[Any]") -> str:
-    """A default as it is typed, or the key whose value it is; `required` where there is none."""
+    """A default as it is typed, or the key or variable whose value it is; `required` where there is none."""
     made = field.default_factory
     value = made() if made is not dataclasses.MISSING else field.default
     if value is MISSING or value == MISSING or value is dataclasses.MISSING:
@@ -133,7 +133,7 @@ def name_default(field: "dataclasses.Field[Any]") -> str:
     if isinstance(value, list):
         return f"`[{','.join(map(str, value))}]`"
     if isinstance(value, str) and value.startswith("${"):
-        return f"`{value[2:-1]}`"
+        return f"`{value[2:-1].removeprefix('oc.env:').partition(',')[0]}`"
     return f"`{value}`" if value != "" else '`""`'
 
 

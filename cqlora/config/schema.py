@@ -237,14 +237,14 @@ class DataConfig:
 
     name: str = MISSING
     """The mix's name, as runs and trackers show it."""
-    root: str = ""
+    root: str = '${oc.env:CQLORA_DATA,""}'
     """Folder in which sources are found by name."""
     sources: dict[str, SourceConfig] = MISSING
     sample_evenly: int | None = None
     """Documents or conversations to train on in all, the same number from every source."""
     replay: float = 0.0
-    """Share of all training tokens that sources with `replay: true` give, such as English that the base knows already:
-    it slows down forgetting."""
+    """Share of all training tokens that sources with `replay=true` give, such as English that the base knows already,
+    which slows down forgetting."""
     val_fraction: float = 0.02
     """Share set aside for evaluation by a hash of the document, where a source brings no split of its own."""
     test_fraction: float = 0.0

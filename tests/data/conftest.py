@@ -131,6 +131,7 @@ def make_config(tmp_path: Path) -> MakeConfig:
             ),
         }
         settings = {
+            "root": "",
             "cache_dir": str(tmp_path / "cache"),
             "workers": 1,
             "clean": CleanConfig(**(clean or {})),

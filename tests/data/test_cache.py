@@ -388,7 +388,7 @@ file, folder, cache_dir, kill_at = sys.argv[1:]
 shape = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), 8)
 model = ModelConfig(name="t", path="unused", num_attention_heads=1, num_key_value_heads=1,
                     max_position_embeddings=4096, **shape)
-data = DataConfig(name="t", sources={"a": SourceConfig(kind=SourceKind.wiki, path=file)}, cache_dir=cache_dir,
+data = DataConfig(name="t", root="", sources={"a": SourceConfig(kind=SourceKind.wiki, path=file)}, cache_dir=cache_dir,
                   workers=1)
 stage = PretrainConfig(name="pretrain", sequence_length=128, global_batch_size=1)
 config = RunConfig(model=model, data=data, stage=stage, hardware=HardwareConfig(name="t", micro_batch_size=1))
