@@ -45,7 +45,7 @@ ARROWS = {
     "plan.__main__": {"cli", "config", "errors", "launch", "plan"},
     "prepare": {"architectures", "cli", "config", "data", "random_base", "system"},
     "random_base": {"base", "config", "data", "errors", "model"},
-    "report": {"base", "config", "errors", "plan", "serve", "system"},
+    "report": {"base", "config", "errors", "plan", "serve", "sweep", "system"},
     "report.__main__": {"cli", "errors", "report", "serve"},
     "run": {"cli", "config", "errors", "launch", "system"},
     "serve": {"engine", "engine_config", "errors", "inference", "system"},

@@ -150,7 +150,7 @@ def save_adapter(
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    rank_factor = next(len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")) // config.r
+    rank_factor = count_rank_factor(model, state)
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})
     with staged_folder(folder, replace=True) as staging:
@@ -159,6 +159,15 @@ def save_adapter(
         save_file(state, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_card(staging, base, trained_on, card or describe_lineage(""))
     logger.info("adapter written to %s", folder)
+
+
+def count_rank_factor(model: PeftModel, state: dict[str, torch.Tensor]) -> int:
+    """How many times the rank that it was trained with a matrix of the state has: twice after PiSSA's conversion."""
+    for name, module in model.named_modules():
+        factor = state.get(f"{name}.lora_A.weight")
+        if factor is not None:
+            return len(factor) // int(module.r["default"])
+    return 1
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:

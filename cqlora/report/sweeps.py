@@ -1,7 +1,6 @@
 """What the folder of a sweep, or several runs side by side, say of them."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 from cqlora.errors import ConfigError
 from cqlora.report.importance import rank_importances
 from cqlora.report.runs import describe_run, is_run
+from cqlora.sweep.trials import TRIALS_FILE, Trial, read_trials
 
-TRIALS_FILE = "trials.jsonl"
 MOST_POINTS = 400
 """Of each curve on a page of many runs; a run's own page has more."""
 _SMALL = ("name", "folder", "title", "state", "values", "curves", "evaluations", "events", "planned_gib", "modified",
@@ -34,10 +33,9 @@ def list_jobs(folder: Path) -> list[Path]:
 
 def describe_sweep(folder: Path) -> dict[str, Any]:
     """All that a page shows of a sweep, by its trials' record, or by its folders where it has none."""
-    trials = read_trials(folder / TRIALS_FILE) or [
-        {"number": int(job.name), "folder": str(job)} for job in list_jobs(folder)
-    ]
-    return compare([describe_trial(folder, trial) for trial in trials]) | {"name": folder.name, "folder": str(folder)}
+    runs = [describe_trial(folder, trial) for trial in read_trials(folder)]
+    runs = runs or [describe_job(job, int(job.name)) for job in list_jobs(folder)]
+    return compare(runs) | {"name": folder.name, "folder": str(folder)}
 
 
 def describe_runs(folders: Iterable[Path]) -> dict[str, Any]:
@@ -46,43 +44,28 @@ def describe_runs(folders: Iterable[Path]) -> dict[str, Any]:
     return compare(runs) | {"name": f"{len(runs)} runs", "folder": ""}
 
 
-def read_trials(file: Path) -> list[dict[str, Any]]:
-    """The trials of a sweep by their number; of several lines of one trial the last counts, damaged ones do not."""
-    trials: dict[int, dict[str, Any]] = {}
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        try:
-            trial = json.loads(line, parse_constant=lambda name: None, parse_float=finite)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(trial, dict) and isinstance(trial.get("number"), int):
-            trials[trial["number"]] = trial
-    return [trials[number] for number in sorted(trials)]
-
-
-def finite(text: str) -> float | None:
-    """A number of a record; None for one that no page can hold."""
-    number = float(text)
-    return number if math.isfinite(number) else None
-
-
-def describe_trial(sweep: Path, trial: dict[str, Any]) -> dict[str, Any]:
+def describe_trial(sweep: Path, trial: Trial) -> dict[str, Any]:
     """One trial: what its folder says, and over it what the sweep has recorded."""
-    number = trial["number"]
-    named = Path(str(trial.get("folder") or number))
-    places = (named, sweep / named.name, sweep / str(number))
+    places = (sweep / trial.folder, sweep / str(trial.number))
     folder = next((place for place in places if is_run(place)), None)
-    run = small(describe_run(folder, MOST_POINTS)) if folder else {"values": {}, "state": "missing", "curves": None}
-    overrides, values = trial.get("overrides"), trial.get("values")
-    run["number"], run["name"] = number, str(number)
-    run["state"] = str(trial.get("state") or run["state"])
-    run["error"] = trial.get("error") and str(trial["error"])
-    run["overrides"] = overrides if isinstance(overrides, dict) else {}
-    run["values"] |= {
-        key: value for key, value in (values if isinstance(values, dict) else {}).items() if is_number(value)
-    }
-    if folder and (folder / "report.html").is_file():
-        run["report"] = f"{folder.relative_to(sweep)}/report.html" if folder.is_relative_to(sweep) else ""
+    run = describe_job(folder, trial.number)
+    run |= {"state": trial.state.value, "error": trial.error, "overrides": without_infinities(trial.overrides)}
+    run["values"] |= {key: value for key, value in without_infinities(trial.values).items() if value is not None}
+    if folder and (folder / "report.html").is_file() and folder.is_relative_to(sweep):
+        run["report"] = f"{folder.relative_to(sweep)}/report.html"
     return run
+
+
+def describe_job(folder: Path | None, number: int) -> dict[str, Any]:
+    """What the folder of a job says; little where it has not begun."""
+    run = small(describe_run(folder, MOST_POINTS)) if folder else {"values": {}, "state": "missing", "curves": None}
+    return run | {"number": number, "name": str(number)}
+
+
+def without_infinities(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as a page can hold them: what is no finite number is None."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str), parse_constant=lambda name: None)
+    return plain
 
 
 def small(run: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +92,6 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
         run["differing"] = {key: settings[key] for key in differing if key in settings} | run.get("overrides", {})
         run.setdefault("overrides", {})
     return {"kind": "sweep", "runs": runs, "differing": differing, "importances": rank_importances(runs)}
-
-
-def is_number(value: object) -> bool:
-    """Whether a measure has a value."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def to_text(value: object) -> str:

@@ -194,4 +194,4 @@ def define_metrics(run: Any, config: RunConfig) -> None:
     run.define_metric("eval/*", step_metric=TOKENS)
     for metric, goal in config.sweep.goals.items():
         best = "min" if goal is Goal.minimize else "max"
-        run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last", goal=goal.name)
+        run.define_metric(metric, step_metric=TOKENS, summary=f"{best},last")

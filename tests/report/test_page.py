@@ -239,7 +239,7 @@ def test_names_are_text_whatever_they_say(driver, tmp_path):
     trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()[3:6]]
     for trial in trials:
         trial["overrides"]["tracking.name"] = HOSTILE
-        trial["error"], trial["state"] = HOSTILE, HOSTILE
+        trial["error"], trial["state"] = HOSTILE, "failed"
     (folder / "trials.jsonl").write_text("".join(json.dumps(trial, ensure_ascii=False) + "\n" for trial in trials))
     write_report([folder], folder / "report.html")
     open_page(driver, folder / "report.html")
@@ -252,7 +252,8 @@ def test_names_are_text_whatever_they_say(driver, tmp_path):
 def test_a_cell_that_a_spreadsheet_would_run_is_text_in_the_csv(driver, tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
-    trial = {"number": 0, "overrides": {"tracking.name": '=HYPERLINK("x")', "data.name": "a,b"}, "state": "failed"}
+    overrides = {"tracking.name": '=HYPERLINK("x")', "data.name": "a,b"}
+    trial = {"number": 0, "folder": "0", "overrides": overrides, "state": "failed"}
     (folder / "trials.jsonl").write_text(json.dumps(trial) + "\n")
     write_report([folder], folder / "report.html")
     open_page(driver, folder / "report.html")

@@ -12,7 +12,7 @@ from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
 from cqlora.report.page import describe
 from cqlora.report.runs import describe_run, to_json
-from cqlora.report.sweeps import describe_sweep, read_trials
+from cqlora.report.sweeps import describe_sweep
 from tests.report.folders import write_run, write_sweep
 
 
@@ -60,17 +60,9 @@ def test_rows_of_an_evaluation_that_are_no_objects_are_left_out(tmp_path):
     assert describe_run(folder)["evaluation"] == [{"name": "5", "text": [{"source": "a"}]}]
 
 
-def test_the_last_line_of_a_trial_counts_and_torn_or_foreign_lines_do_not(tmp_path):
-    file = tmp_path / "trials.jsonl"
-    file.write_text('{"number": 1, "state": "running"}\n{"number": 0}\n[1]\n{"number": 1, "state": "failed"}\n{"numb')
-    assert read_trials(file) == [{"number": 0}, {"number": 1, "state": "failed"}]
-
-
 def test_numbers_that_no_page_holds_are_no_values(tmp_path):
-    file = tmp_path / "trials.jsonl"
-    file.write_text(
-        '{"number": 0, "values": {"a": NaN, "b": 1e999, "c": true, "d": 2}, "overrides": {"x": Infinity}}\n'
-    )
+    trial = '"folder": "0", "state": "failed", "values": {"a": NaN, "b": 1e999, "d": 2}, "overrides": {"x": Infinity}'
+    (tmp_path / "trials.jsonl").write_text(f'{{"number": 0, {trial}}}\n')
     page = describe_sweep(tmp_path)
     assert page["runs"][0]["values"] == {"d": 2} and page["runs"][0]["overrides"] == {"x": None}
     assert json.loads(to_json(page))

@@ -132,8 +132,8 @@ def test_curves_are_over_tokens_and_the_objectives_have_their_goals(workspace):
     config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/zh/accuracy:maximize]")
     define_metrics(Run(), config)
     assert all(given["step_metric"] == "train/tokens" for name, given in defined.items() if name != "train/tokens")
-    assert defined["eval/loss"]["goal"] == "minimize" and defined["eval/loss"]["summary"] == "min,last"
-    assert defined["eval/zh/accuracy"]["goal"] == "maximize"
+    assert defined["eval/loss"]["summary"] == "min,last"
+    assert defined["eval/zh/accuracy"]["summary"] == "max,last"
 
 
 def test_what_differs_from_the_defaults_is_named(workspace):
@@ -239,7 +239,7 @@ def test_one_held_out_loss_weighs_every_token_alike_for_trackers_and_for_sweeper
     for row in rows:
         metrics.log(row)
     metrics.log_mean(rows)
-    assert logged[-1] == (7, {"eval/loss": pytest.approx((600 + 200 + 300) / 400)})
+    assert logged[-1] == (7, {"eval/loss": pytest.approx((600 + 200 + 300) / 400), "train/tokens": 0})
     assert read_final_loss(tmp_path) == pytest.approx(2.75)
     assert len(read_metrics(tmp_path)) == 3
     before = len(logged)
@@ -269,6 +269,6 @@ def test_the_jobs_of_a_sweep_are_named_by_what_tells_them_apart_and_without_a_tr
     assert names == ["pretrain-tiny-0 lora.rank=2", "pretrain-tiny-1 lora.rank=4"]
     for job in "01":
         left = {file.name for file in (tmp_path / job).iterdir()}
-        assert left == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.yaml"}
+        assert left == {"adapter", "checkpoints", "metrics.jsonl", "report.html", "run.yaml", "workers"}
     for secret in SECRETS.values():
         assert files_with(tmp_path, secret) == []
