@@ -39,10 +39,10 @@ def test_english_and_the_probe_are_watched_and_chinese_is_not():
 
 @pytest.fixture(scope="module")
 def watched(workspace: Path) -> Path:
-    """A run that only unlearns: its rate is far too high."""
+    """A run whose rate is far too high, watched for any rise at all."""
     config = typed_run(
         workspace, "stage=pretrain", "stage.max_steps=3", "stage.epochs=null", "stage.learning_rate=1",
-        "stage.warmup_steps=0", "stage.eval_every_steps=1", "stage.eval_probe=true",
+        "stage.max_forgetting=0", "stage.warmup_steps=0", "stage.eval_every_steps=1", "stage.eval_probe=true",
         "stage.eval_tokens=16384", "stage.eval_characters=400",
     )  # fmt: skip
 
@@ -52,17 +52,15 @@ def watched(workspace: Path) -> Path:
     return build_once(workspace / "unlearning", build)
 
 
-def test_a_run_that_unlearns_english_is_marked_and_told(watched):
+def test_what_became_dearer_is_marked_and_told_and_nothing_else(watched):
     rows = read_metrics(watched)
-    start = {r["source"]: r["loss"] for r in rows if r["kind"] == "eval" and r["step"] == 0 and r["language"] == "en"}
-    marked = [r for r in rows if r["kind"] == "event" and r["event"] == "forgetting" and r["source"] in start]
-    risen = [
-        r["step"]
-        for r in rows
-        if r["kind"] == "eval" and r["language"] == "en" and r["loss"] / start[r["source"]] - 1 > 0.05
-    ]
-    assert risen and [r["step"] for r in marked] == risen
-    assert "forgetting source=sample_en language=en" in (watched / "stderr.txt").read_text(encoding="utf-8")
+    measured = [r for r in rows if r["kind"] == "probe" or (r["kind"] == "eval" and r["language"] == "en")]
+    start = {(r["source"], r["language"]): r["loss"] for r in measured if r["step"] == 0}
+    risen = {(r["step"], r["source"], r["language"]) for r in measured if r["loss"] > start[r["source"], r["language"]]}
+    marked = {(r["step"], r["source"], r["language"]) for r in rows if r.get("event") == "forgetting"}
+    assert risen and marked == risen
+    for _, source, language in risen:
+        assert f"forgetting source={source} language={language}" in (watched / "stderr.txt").read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_limit_is_not_watched(workspace, tmp_path):
