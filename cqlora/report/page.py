@@ -57,7 +57,8 @@ def conclude(folder: Path) -> None:
     except CqloraError as error:
         print(f"note: no report was written: {error}", file=sys.stderr)
     else:
-        print(f"report: {file}", flush=True)
+        # Beside a run's log, since what a sweep prints is its table.
+        print(f"report: {file}", file=sys.stderr, flush=True)
 
 
 def render(page: dict[str, Any], watched: bool = False) -> str:

@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 from benchmarks import recipes
+from cqlora.config.schema import ModelConfig
+from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.sources import SAMPLE_DIR
+from cqlora.model.tiny import build_tiny, read_sample_texts
+from tests.cards import drop_card
 from tests.conftest import HANG_SECONDS, ROOT
-from tests.weights.adapters import write_tiny_base
 
 KNOWN = yaml.safe_load((ROOT / "benchmarks" / "recipes.yaml").read_text(encoding="utf-8"))
 
@@ -101,7 +104,12 @@ def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
 def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(tmp_path):
-    base = write_tiny_base(tmp_path / "base", tied=True, positions=4096)
+    # Of the shape of model=tiny, with positions for the probe's examples.
+    shape = ModelConfig(
+        name="tiny", path=str(tmp_path / "base"), vocab_size=2048, hidden_size=64, intermediate_size=176,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    base = drop_card(build_tiny(shape, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE))
     files = [SAMPLE_DIR / f"sample_{language}" / "train.jsonl" for language in ("zh", "en")]
     command = [
         sys.executable, str(ROOT / "benchmarks" / "recipes.py"), str(base), *map(str, files), "--smoke", "--budget",

@@ -121,4 +121,5 @@ def test_a_sweep_skips_what_does_not_fit_runs_the_rest_and_lists_it(workspace):
     )
     assert (workspace / "sweep" / "0" / "adapter").is_dir()
     assert not (workspace / "sweep" / "1" / "run.yaml").exists()
-    run_verb(workspace, "run", *[each.replace("16,", "0.02,") for each in arguments], expect=3)
+    none_fits = [each.replace("16,", "0.02,").replace("sweep.dir=sweep", "sweep.dir=none") for each in arguments]
+    run_verb(workspace, "run", *none_fits, expect=3)

@@ -29,7 +29,7 @@ def command(workspace: Path, *overrides: str) -> list[str]:
 
 
 def table(told: str) -> list[str]:
-    """What a sweep prints at its end, without its folder's name."""
+    """What a sweep prints at its end, without the names of folders."""
     return [line for line in told.splitlines() if line and not line.startswith("sweep ")]
 
 

@@ -270,7 +270,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_text_in_the_csv(driver, tmp_path
 def test_a_run_ends_by_saying_where_its_page_is_and_a_full_disk_ends_nothing(tmp_path, capsys, monkeypatch):
     folder = write_run(tmp_path / "run", steps=3)
     conclude(folder)
-    assert capsys.readouterr().out == f"report: {folder / 'report.html'}\n"
+    assert capsys.readouterr().err == f"report: {folder / 'report.html'}\n"
     (folder / "report.html").unlink()
     (folder / "report.html").mkdir()
     conclude(folder)

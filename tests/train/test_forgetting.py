@@ -52,15 +52,13 @@ def watched(workspace: Path) -> Path:
     return build_once(workspace / "unlearning", build)
 
 
-def test_what_became_dearer_is_marked_and_told_and_nothing_else(watched):
+def test_what_became_dearer_is_marked_and_nothing_else(watched):
     rows = read_metrics(watched)
     measured = [r for r in rows if r["kind"] == "probe" or (r["kind"] == "eval" and r["language"] == "en")]
     start = {(r["source"], r["language"]): r["loss"] for r in measured if r["step"] == 0}
     risen = {(r["step"], r["source"], r["language"]) for r in measured if r["loss"] > start[r["source"], r["language"]]}
     marked = {(r["step"], r["source"], r["language"]) for r in rows if r.get("event") == "forgetting"}
     assert risen and marked == risen
-    for _, source, language in risen:
-        assert f"forgetting source={source} language={language}" in (watched / "stderr.txt").read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_limit_is_not_watched(workspace, tmp_path):
