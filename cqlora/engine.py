@@ -1,6 +1,7 @@
 """`LlamaEngine`: a base with its adapter, or a merged model, to talk to."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,19 @@ class LlamaEngine:
         device: str = "auto",
         cache: bool = False,
         prefix_cache_gib: float = 0.0,
+        held_as: str | Path = "",
     ) -> None:
         """Load the model.
 
         `quantization` is `auto` (the base as the adapter was trained on it, a merged model as it is), `nf4` or
         `none`; `dtype` is `auto` (what computes fastest here), `float32` or `bfloat16`; `cache` keeps a snapshot
         that the next load maps; `prefix_cache_gib` is the memory in which keys and values of ended replies wait for
-        prompts that begin with the same tokens.
+        prompts that begin with the same tokens. `held_as` is an adapter whose card says how quantization=nf4 holds a
+        model that is loaded without it, for the two to differ by the adapter alone.
         """
         request = find_request(model_dir, base_dir, use_lora, quantization, dtype, device, cache)
+        if held_as:
+            request = replace(request, held_as=Path(held_as))
         with described_as_damage(request.model_dir, request.base_dir):
             self._open(request)
         self._prefixes = PrefixCache(self._decoder, int(prefix_cache_gib * 2**30))

@@ -32,6 +32,8 @@ def evaluate(config: EvaluateConfig) -> None:
     file = Path(config.output) if config.output else folder / FILE_NAME
     if file.is_dir():
         raise ConfigError(f"output={file} is a folder; give the file that the record is written to.")
+    if file.suffix != ".json":
+        raise ConfigError(f"output={file} is to be a record; give a name that ends in .json.")
     with find_models(config) as found, StageDisplay(is_main=True, first="reading the models' folders") as display:
         record = evaluate_models(config, found.models, found.data, found.seed, display.show)
     write_record(record, file)

@@ -61,7 +61,7 @@ class GenerateConfig:
         require_positive(self, "documents", "max_tokens", "slots", "temperature")
         require_range("seed", self.seed, 0, 2**31 - 1)
         self.sampling(0)
-        if ".jsonl" not in Path(self.output).name:
+        if not self.output.endswith(".jsonl"):
             raise ConfigError(f"output={self.output} is written as JSON lines; give a name that ends in .jsonl.")
 
     def sampling(self, number: int) -> Sampling:

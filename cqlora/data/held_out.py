@@ -1,5 +1,6 @@
 """Held-out documents as text, whole and in a fair order, whatever vocabulary is to read them."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from cqlora.data.sources import find_sources, read_rows
 from cqlora.data.sources.location import Location, list_files
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What is read of bytes that are no UTF-8, or of half an escaped pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,10 @@ def read_one(name: str, file: str, separator: str, characters: int) -> list[Held
             records = parse_row(row, source, Counter())
         except (RowError, RowDropped) as error:
             raise DataError(f"{row.file}, line {row.line}: {error}; mend the row or take it out.") from error
+        if any(isinstance(each, Document) and _HALF_CHARACTER.search(each.text) for each in records):
+            raise DataError(
+                f"{row.file}, line {row.line} holds bytes that are no UTF-8; save it as UTF-8 (iconv -f gbk -t utf-8)."
+            )
         for record in records:
             if isinstance(record, Document) and record.text:
                 found.setdefault(detect_language(record.text), []).append(record.text)

@@ -12,6 +12,8 @@ from cqlora.evaluation.choice import BENCHMARKS
 from cqlora.evaluation.text import Windows
 from cqlora.inference.requests import check_held
 
+MOST_WINDOW = 1024
+"""Tokens; more context changes little of a perplexity and costs time."""
 PARTS = ("text", "probe", "generations")
 """What is measured unless it is left out; multiple choice is added by `tasks`."""
 PROMPT_FORMS = ("auto", "chat", "text")
@@ -54,8 +56,8 @@ class EvaluateConfig:
     """The data group whose validation text is scored; null is the run's own, and without a run the sample."""
     characters: int = 20_000
     """Of each source and language, in whole documents, the same for every vocabulary; 0 takes all."""
-    window: int = 1024
-    """Tokens that a prediction may look back on."""
+    window: int | None = None
+    """Tokens that a prediction may look back on; null is 1,024, or the positions of the model that has the fewest."""
     stride: int | None = None
     """Tokens that each further window of a long document predicts; null is half of window."""
     tasks: list[str] = field(default_factory=list)
@@ -102,7 +104,7 @@ class EvaluateConfig:
         self._check_text()
         self._check_parts()
         check_held(self.quantization, self.dtype, self.device)
-        require_positive(self, "window", "batch_tokens", "max_new_tokens")
+        require_positive(self, *["window"] * (self.window is not None), "batch_tokens", "max_new_tokens")
         require_range("characters", self.characters, 0, 1 << 62)
         require_range("seed", self.seed, 0, 2**31 - 1)
 
@@ -120,8 +122,9 @@ class EvaluateConfig:
         for file in self.files:
             if not Path(file).exists():
                 raise ConfigError(f"files= names {file}, which does not exist; give a file of text.")
-        if self.stride is not None and not 0 < self.stride <= self.window:
-            raise ConfigError(f"stride={self.stride} is out of range; use a value from 1 to window={self.window}.")
+        window = self.window or MOST_WINDOW
+        if self.stride is not None and not 0 < self.stride <= window:
+            raise ConfigError(f"stride={self.stride} is out of range; use a value from 1 to window={window}.")
         scored = "text" in self.parts
         for key in ("files", "data", "characters", "window", "stride"):
             require_used(self, key, scored, "text among parts")
@@ -155,8 +158,8 @@ class EvaluateConfig:
     @property
     def windows(self) -> Windows:
         """How documents are read."""
-        stride = max(1, self.window // 2) if self.stride is None else self.stride
-        return Windows(self.window, stride, self.batch_tokens)
+        window = self.window or MOST_WINDOW
+        return Windows(window, min(self.stride or max(1, window // 2), window), self.batch_tokens)
 
     def list_words(self) -> list[str]:
         """The models as `FOLDER` or `BASE+ADAPTER`; those of a run are for the caller to find."""

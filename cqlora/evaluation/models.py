@@ -30,6 +30,8 @@ class ModelChoice:
     adapter: Path | None = None
     quantization: str = "auto"
     """auto: an adapter's base as it was trained on, a model by itself as it is; nf4; none."""
+    held_as: Path | None = None
+    """The adapter beside whose base, held in NF4, this model stands by itself."""
     adapter_shown: str = ""
     """What the record names in place of the adapter's folder, where that is a passing one."""
 
@@ -48,6 +50,7 @@ class ModelChoice:
             quantization=self.quantization,
             dtype=dtype,
             device=device,
+            held_as=self.held_as or "",
         )
 
     def check(self) -> None:
@@ -117,4 +120,4 @@ def hold_alike(choice: ModelChoice, others: list[ModelChoice]) -> ModelChoice:
         return choice
     card = read_card(trained).get("trained_on", {})
     in_nf4 = card.get("quantization") == "nf4" and card.get("method") != "pissa"
-    return replace(choice, quantization="nf4" if in_nf4 else choice.quantization)
+    return replace(choice, quantization="nf4", held_as=trained) if in_nf4 else choice

@@ -5,15 +5,17 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cqlora.base import read_base
 from cqlora.config.schema import DataConfig
 from cqlora.data.held_out import HeldOutText, read_files, read_validation
 from cqlora.errors import ConfigError
 from cqlora.evaluation.choice import check_tasks, score_choices
-from cqlora.evaluation.config import EvaluateConfig
+from cqlora.evaluation.config import MOST_WINDOW, EvaluateConfig
 from cqlora.evaluation.generations import generate, read_prompts
 from cqlora.evaluation.models import ModelChoice, read_models
 from cqlora.evaluation.probe import list_patterns, probe
@@ -55,6 +57,8 @@ def evaluate_models(
     for model in models:
         model.check()
     check_tasks(config.tasks, config.roots)
+    if "text" in config.parts:
+        config = settle_window(config, models)
     texts: list[HeldOutText] = []
     if "text" in config.parts:
         texts = read_texts(config, default_data, default_seed, progress)
@@ -94,17 +98,28 @@ def ask_as_chat(config: EvaluateConfig, models: list[ModelChoice]) -> bool:
     return all(each.turn_start is not None and each.turn_end is not None for each in special)
 
 
+def settle_window(config: EvaluateConfig, models: list[ModelChoice]) -> EvaluateConfig:
+    """The configuration with one window for all models, which each has positions for.
+
+    Raises:
+        ConfigError: the window that is asked for is longer than a model's positions.
+    """
+    positions = {model.base: int(read_base(model.base).config["max_position_embeddings"]) for model in models}
+    fewest = min(positions, key=lambda base: positions[base])
+    if config.window is not None and config.window > positions[fewest]:
+        raise ConfigError(
+            f"window={config.window} is beyond the {positions[fewest]} positions of {fewest}; use "
+            f"window={positions[fewest]} or less."
+        )
+    return replace(config, window=config.window or min(MOST_WINDOW, positions[fewest]))
+
+
 def measure(
     config: EvaluateConfig, model: ModelChoice, texts: list[HeldOutText], as_chat: bool, progress: Progress
 ) -> tuple[Record, list[TextScore]]:
     """One model's part of the record, and its losses by document."""
     progress(f"{model.name}: loading", 0, None)
     engine = model.open(config.dtype, config.device)
-    if texts and config.window > engine.max_length:
-        raise ConfigError(
-            f"window={config.window} is beyond the {engine.max_length} positions of {model.base}; use "
-            f"window={engine.max_length} or less."
-        )
     entry: Record = {**model.describe(), "form": engine.form}
     scores = list(score_texts(config, engine, model.name, texts, progress))
     if scores:

@@ -39,6 +39,8 @@ class Request:
     dtype: str
     cache: bool
     device: torch.device
+    held_as: Path | None = None
+    """An adapter whose card says how NF4 holds a model that is opened without it."""
 
     @property
     def folder(self) -> Path:
@@ -95,8 +97,12 @@ def find_quantisation(request: Request) -> Nf4Format | None:
     """
     if request.quantization == "none":
         return None
-    if request.base_dir is None:
-        return Nf4Format(True, torch.float32) if request.quantization == "nf4" else None
+    if request.base_dir is None and request.quantization != "nf4":
+        return None
+    if request.base_dir is None and request.held_as is None:
+        return Nf4Format(True, torch.float32)
+    if request.base_dir is None and request.held_as is not None:
+        return read_training(open_adapter(request.held_as), double_quantization=True, precision=Precision.float32)[1]
     adapter = open_adapter(request.model_dir)
     # PiSSA trains beside what it leaves of the base: NF4 of the whole base is not what it was trained on.
     by_pissa = adapter.card.get("trained_on", {}).get("method") == AdapterMethod.pissa.value

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig, SweepConfig
@@ -368,8 +370,11 @@ def expand_resume(arguments: list[str]) -> list[str]:
     file = folder / SWEEP_FILE
     if not file.is_file():
         raise ConfigError(f"sweep.resume={folder} has no {SWEEP_FILE}; give the folder of a sweep.")
-    recorded = OmegaConf.load(file).hydra.overrides
-    own = [str(each) for each in [*recorded.task, *recorded.hydra]]
+    try:
+        recorded = OmegaConf.load(file).hydra.overrides
+        own = [str(each) for each in [*recorded.task, *recorded.hydra]]
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is damaged; put it back, or start the sweep's command in a new folder.") from error
     own = [each for each in own if each.partition("=")[0] not in _KEPT_OUT]
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in ("--multirun", "-m")]
     typed = [each for each in arguments if not each.startswith("-") and each.partition("=")[0] not in _KEPT_OUT]

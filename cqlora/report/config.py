@@ -32,6 +32,8 @@ class ReportConfig:
         self.folder = [os.path.expanduser(each) for each in self.folder]
         for each in self.folder:
             check_path("folder", each)
+        if self.output and not self.output.endswith(".html"):
+            raise ConfigError(f"output={self.output} is to be a page; give a name that ends in .html.")
         require_used(self, "port", self.watch, "watch=true")
         require_used(self, "output", not self.watch, "watch=false")
         if not 0 <= self.port <= 65535:

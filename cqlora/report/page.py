@@ -46,7 +46,8 @@ def write_report(folders: list[Path], file: Path) -> None:
         ConfigError: a folder is neither a run's nor a sweep's.
         DiskError: the file cannot be written.
     """
-    replace_file(file, render(describe(folders)).encode())
+    # A damaged record may hold half a character, which UTF-8 has none of.
+    replace_file(file, render(describe(folders)).encode("utf-8", "replace"))
 
 
 def conclude(folder: Path) -> None:

@@ -85,7 +85,11 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     described = [run for run in runs if run["settings" if "settings" in run else "overrides"]]
     keys = {key: None for run in described for key in run.get("settings", {})}
     differing = [
-        key for key in keys if len({to_text(run["settings"].get(key)) for run in described if run.get("settings")}) > 1
+        key
+        for key in keys
+        # A source's own keys follow from data=, and a run's name from its overrides.
+        if not key.startswith(("data.sources.", "tracking."))
+        and len({to_text(run["settings"].get(key)) for run in described if run.get("settings")}) > 1
     ]
     for run in runs:
         settings = run.pop("settings", {})

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from cqlora.config.choices import Goal, Pruner
 from cqlora.config.schema import SweepConfig
-from cqlora.errors import ConfigError
+from cqlora.errors import ConfigError, DiskError
 from cqlora.sweep.trials import State, Trial, is_held, read_trials
 from cqlora.system.durable import hold, lock_file, make_folder
 from cqlora.system.metrics import evaluated_values
@@ -249,8 +249,15 @@ def without_experimental_warnings() -> Iterator[None]:
 def open_storage(file: Path) -> Any:
     """The SQLite file of a study, as `optuna-dashboard` opens it too."""
     from optuna.storages import RDBStorage
+    from sqlalchemy.engine import URL
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return RDBStorage(f"sqlite:///{file.absolute()}", engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}})
+    # A folder's name may hold what an address gives a meaning to.
+    address = URL.create("sqlite", database=str(file.absolute())).render_as_string()
+    try:
+        return RDBStorage(address, engine_kwargs={"connect_args": {"timeout": _LOCK_SECONDS}})
+    except SQLAlchemyError as error:
+        raise DiskError(f"{file} is no study that can be read; put it back, or search in another folder.") from error
 
 
 def load_study(file: Path) -> "Study":

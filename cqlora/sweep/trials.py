@@ -54,13 +54,30 @@ def read_trials(sweep: Path) -> list[Trial]:
     """The last line of each trial, by number; damaged lines are told and left out."""
     file, last = sweep / TRIALS_FILE, dict[int, Trial]()
     for number, row in read_objects(file):
-        try:
-            trial = Trial(**{**(row or {}), "state": State(str((row or {}).get("state")))})
-        except (TypeError, ValueError):
+        trial = to_trial(row or {})
+        if trial is None:
             tell_damage(file, number)
         else:
             last[trial.number] = trial
     return [last[number] for number in sorted(last)]
+
+
+def to_trial(row: dict[str, Any]) -> Trial | None:
+    """A line's trial; None where it is not one, since a disk or a person may have changed it."""
+    try:
+        trial = Trial(**{**row, "state": State(str(row.get("state")))})
+    except (TypeError, ValueError):
+        return None
+    whole = type(trial.number) is int and 0 <= trial.number < 1 << 31
+    inside = isinstance(trial.folder, str) and len(trial.folder) < 256 and ".." not in Path(trial.folder).parts
+    named = isinstance(trial.overrides, dict) and isinstance(trial.values, dict)
+    if not (whole and inside and named) or Path(trial.folder).is_absolute():
+        return None
+    told = trial.error is None or isinstance(trial.error, str)
+    numbers = all(
+        type(value) is float or (type(value) is int and abs(value) < 1 << 53) for value in trial.values.values()
+    )
+    return trial if told and numbers else None
 
 
 def append_trial(sweep: Path, trial: Trial) -> None:

@@ -4,7 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from cqlora.base import ADAPTER_WEIGHTS
 from cqlora.errors import ConfigError, ModelError
 from cqlora.evaluation.models import ModelChoice, read_models
 from tests.cards import change_card
@@ -73,3 +76,16 @@ def test_fingerprints_tell_models_apart(base, adapter):
     plain, adapted = (each.describe()["fingerprint"] for each in read_models([str(base), f"{base}+{adapter}"]))
     assert plain != adapted
     assert plain == read_models([str(base)])[0].describe()["fingerprint"]
+
+
+def test_an_adapter_that_adds_nothing_makes_no_difference_however_its_base_was_held(base, adapter, tmp_path):
+    """The base by itself is rounded as the base beneath the adapter is, type and double quantisation too."""
+    silent = Path(shutil.copytree(adapter, tmp_path / "silent"))
+    weights = load_file(silent / ADAPTER_WEIGHTS)
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in weights.items()}, silent / ADAPTER_WEIGHTS)
+    held = {"quantization": "nf4", "double_quantization": False, "dtype": "bfloat16"}
+    change_card(silent, trained_on=held)
+    alone, beside = read_models([str(base), f"{base}+{silent}"])
+    ids = list(range(40, 90))
+    logits = [each.open("float32", "cpu")._decoder.all_logits(ids) for each in (alone, beside)]
+    assert torch.equal(*logits)

@@ -66,7 +66,7 @@ def write_sweep(folder: Path, runs: int = 12, steps: int = 60) -> Path:
         if number < runs - 1:
             write_run(folder / str(number), words, steps, number, ended=number != 3)
         trials.append({
-            "number": number, "folder": str(folder / str(number)), "overrides": overrides, "values": {},
+            "number": number, "folder": str(number), "overrides": overrides, "values": {},
             "state": "failed" if number == 3 else "finished" if number < runs - 1 else "running",
             "error": "the loss was <b>not</b> finite; lower stage.learning_rate." if number == 3 else None,
         })  # fmt: skip

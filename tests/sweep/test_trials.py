@@ -95,3 +95,20 @@ def test_an_error_that_holds_a_secret_is_not_written_down(tmp_path, monkeypatch)
     with pytest.raises(RuntimeError):
         record(tmp_path, 0, RuntimeError("cannot log in with planted-in-the-environment"))
     assert "planted-in-the-environment" not in (tmp_path / TRIALS_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": None}, {"number": "0"}, {"number": 10**400}, {"number": True}, {"folder": None},
+        {"folder": "x" * 5000},
+        {"folder": "/etc"}, {"folder": "../.."}, {"overrides": None}, {"values": []}, {"values": {"a": "b"}},
+        {"values": {"a": 10**400}}, {"error": 3}, {"state": "lost"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_line_that_is_no_trial_is_left_out_and_the_others_stand(tmp_path, change):
+    whole = {"number": 0, "folder": "0", "overrides": {}, "state": "finished", "values": {"eval/loss": 1.0}}
+    lines = [json.dumps(whole), json.dumps(whole | {"number": 1} | change)]
+    (tmp_path / "trials.jsonl").write_text("\n".join(lines) + "\n")
+    assert [trial.number for trial in read_trials(tmp_path)] == [0]

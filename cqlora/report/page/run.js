@@ -43,7 +43,7 @@ function beforeAfter(run) {
     return [make("td", { class: "number" }, formatNumber(first)), make("td", { class: "number" }, formatNumber(last)), make("td", { class: `number ${kind}` }, told)];
   })));
   const table = make("table", {}, make("thead", {}, make("tr", {}, head.map((text, place) => make("th", { class: place > 1 ? "number" : "", scope: "col" }, text)))), make("tbody", {}, body));
-  return section(`${say("beforeAfter")} · ${say("heldOut")}`, make("span", {}, say("lower")), make("div", { class: "scroll" }, table));
+  return section(`${say("beforeAfter")} · ${say("heldOut")}`, make("span", {}, say("bitsHint")), make("div", { class: "scroll" }, table));
 }
 
 // Where training and evaluation lines stand on the chosen axis.
@@ -74,7 +74,7 @@ function drawTraining(run, box) {
   const names = Object.keys(columns).filter((name) => name === "loss" || name.startsWith("loss/"));
   const x = columns[AXES[runState.axis][0]] ?? [];
   const series = names.flatMap((name, place) => {
-    const title = name === "loss" ? `${say("trainLoss")} ${say("loss")}` : name.slice(5);
+    const title = name === "loss" ? say("trainLossName") : name.slice(5);
     const numbers = Array.from(columns[name]);
     const tint = PALETTE[place % PALETTE.length];
     return [{ name: title, x, y: smooth(numbers, runState.smoothing), colour: tint, width: name === "loss" ? 2.2 : 1.2 }];
@@ -141,6 +141,7 @@ function settingsOf(run) {
   const columns = ["key", "value", "default"].map((key) => ({ key, title: say(key), text: key !== "key", value: (row) => show(row[key]), cell: (row) => (key in row ? show(row[key]) : "–") }));
   const redraw = () => {
     const rows = run.settings.filter((row) => (!runState.changed || row.changed || !("default" in row)) && row.key.includes(runState.filter));
+    if (!rows.length) { box.replaceChildren(make("p", { class: "note" }, say("allDefaults"))); return; }
     box.replaceChildren(sortable(columns, rows, { rowClass: (row) => (row.changed ? "changed" : "") }));
   };
   redraw();

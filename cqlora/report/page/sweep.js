@@ -1,10 +1,11 @@
 // The page of a sweep: table, curves, parallel axes and scatter over the same runs.
-const sweepState = { sort: { key: "number", down: false }, filter: "", state: "", brushed: null, chosen: null, measure: "", axis: "step", x: "", y: "", explained: "" };
+const sweepState = { sort: null, filter: "", state: "", brushed: null, chosen: null, measure: "", axis: "step", x: "", y: "", explained: "" };
 
 function showSweep(page) {
   const measures = [...new Set(page.runs.flatMap((run) => Object.keys(run.values)))].sort();
   const settings = [...new Set(page.runs.flatMap((run) => Object.keys(run.overrides)))];
-  const keys = settings.length ? settings : page.differing.slice(0, 8);
+  const varied = page.runs.length < 2 ? settings : settings.filter((key) => new Set(page.runs.map((run) => show(run.overrides[key]))).size > 1);
+  const keys = varied.length ? varied : page.differing.slice(0, 8);
   page.runs.forEach((run, place) => { run.number ??= place; });
   pickDefaults(measures);
   const views = { page, measures, keys };
@@ -19,6 +20,8 @@ function pickDefaults(measures) {
   if (!measures.includes(sweepState.measure)) sweepState.measure = first("eval/zh/bits_per_character", "eval/loss", "train/loss");
   if (!measures.includes(sweepState.x)) sweepState.x = first("eval/zh/bits_per_character/gain", "eval/loss/gain", "eval/loss");
   if (!measures.includes(sweepState.y)) sweepState.y = first("eval/en/bits_per_byte/gain", "train/seconds");
+  // Best first, as the terminal shows it.
+  sweepState.sort ??= measures.includes(sweepState.measure) ? { key: sweepState.measure, down: isGain(sweepState.measure) } : { key: "number", down: false };
   if (!measures.includes(sweepState.explained)) sweepState.explained = sweepState.measure;
 }
 
