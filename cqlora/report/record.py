@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from statistics import median
 from typing import Any
 
 from cqlora.report.columns import as_number, pack_column, thin
@@ -65,8 +66,7 @@ def describe_values(rows: list[Row]) -> dict[str, float]:
         values |= {f"train/{key}": as_number(last.get(key)) for key in ("loss", "tokens")}
         values["train/seconds"] = sum(filter(math.isfinite, (as_number(row.get("seconds")) for row in train)))
         values["train/peak_memory_gib"] = max(as_number(row.get("peak_memory_gib")) for row in train)
-        speeds = sorted(as_number(row.get("tokens_per_second")) for row in train)
-        values["train/tokens_per_second"] = speeds[len(speeds) // 2]
+        values["train/tokens_per_second"] = median(as_number(row.get("tokens_per_second")) for row in train)
     evaluations = [row for row in rows if row.get("kind") == "eval" and "loss" in row]
     if evaluations:
         first = join_languages(row for row in evaluations if row["step"] == evaluations[0]["step"])

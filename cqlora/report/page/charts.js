@@ -30,7 +30,7 @@ window.addEventListener("beforeprint", () => { for (const drawn of charts) drawn
 function axis(name, extra = {}) {
   return {
     name, nameLocation: "middle", nameGap: 28, scale: true, nameTextStyle: { color: colour("faint") },
-    axisLabel: { color: colour("faint"), hideOverlap: true, formatter: (value) => formatNumber(value, 4) }, axisLine: { lineStyle: { color: colour("line") } },
+    axisLabel: { color: colour("faint"), hideOverlap: true, formatter: (value) => formatNumber(value, 6) }, axisLine: { lineStyle: { color: colour("line") } },
     splitLine: { lineStyle: { color: colour("line"), opacity: 0.5 } }, ...extra,
   };
 }

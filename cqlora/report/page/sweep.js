@@ -54,7 +54,7 @@ function runTable({ page, measures, keys }) {
     { key: "number", title: say("number"), number: true, value: (run) => run.number, cell: (run) => (run.report ? make("a", { href: run.report }, run.name) : run.name) },
     { key: "state", title: say("state"), value: (run) => run.state, cell: (run) => stateBadge(run.state) },
     ...keys.map((key) => ({ key, title: key, value: (run) => run.differing[key] ?? null, cell: (run) => (key in run.differing ? show(run.differing[key]) : "–") })),
-    ...tableMeasures(measures).map((key) => ({ key, title: key, number: true, value: (run) => run.values[key] ?? null, cell: (run) => formatNumber(run.values[key]) })),
+    ...tableMeasures(measures).map((key) => ({ key, title: key, number: true, value: (run) => run.values[key] ?? null, cell: (run) => formatNumber(run.values[key], 6) })),
   ];
   const redraw = () => {
     const shown = visibleRuns(page);
@@ -155,7 +155,7 @@ function parallelAxis(key, dim, values) {
   const name = key.length > 18 ? `…${key.slice(-17)}` : key;
   if (!values.every((value) => typeof value === "number")) return { dim, name, type: "category", data: [...new Set(values.map(axisValue))] };
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  return { dim, name, type: low > 0 && high / low > 50 ? "log" : "value", scale: true, min: low === high ? undefined : low, max: low === high ? undefined : high, axisLabel: { color: colour("ink"), formatter: (value) => formatNumber(value, 3) } };
+  return { dim, name, type: low > 0 && high / low > 50 ? "log" : "value", scale: true, min: low === high ? undefined : low, max: low === high ? undefined : high, axisLabel: { color: colour("ink"), formatter: (value) => formatNumber(value, 5) } };
 }
 
 function scatterOf({ page, measures, keys }) {
