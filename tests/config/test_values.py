@@ -198,10 +198,10 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_every_verb(monkeypatch):
     for verb, keys in paths.items():
         schema, composed = composed_for(verb)
         for key in keys:
-            OmegaConf.update(composed, key, "~/a")
+            OmegaConf.update(composed, key, "~/a.html")
         config = to_schema(composed, schema)
         settings = OmegaConf.create(dataclasses.asdict(config))
-        assert {OmegaConf.select(settings, key) for key in keys} == {"/home/somebody/a"}
+        assert {OmegaConf.select(settings, key) for key in keys} == {"/home/somebody/a.html"}
 
 
 DAMAGES = {
