@@ -82,15 +82,11 @@ def compare(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """
     if not runs:
         raise ConfigError("no run of the sweep has begun; start it, and write the report then.")
-    described = [run for run in runs if run["settings" if "settings" in run else "overrides"]]
-    keys = {key: None for run in described for key in run.get("settings", {})}
-    differing = [
-        key
-        for key in keys
-        # A source's own keys follow from data=, and a run's name from its overrides.
-        if not key.startswith(("data.sources.", "tracking."))
-        and len({to_text(run["settings"].get(key)) for run in described if run.get("settings")}) > 1
-    ]
+    described = [run["settings"] for run in runs if run.get("settings")]
+    keys = {key: None for settings in described for key in settings}
+    # A source's own keys follow from data=, and a run's name from its overrides.
+    chosen = [key for key in keys if not key.startswith(("data.sources.", "tracking."))]
+    differing = [key for key in chosen if len({to_text(settings.get(key)) for settings in described}) > 1]
     for run in runs:
         settings = run.pop("settings", {})
         run["differing"] = {key: settings[key] for key in differing if key in settings} | run.get("overrides", {})
