@@ -58,13 +58,18 @@ class Page:
         driver.get(run.url)
         driver.execute_script("localStorage.clear(); sessionStorage.clear()")
         driver.get(run.url)
-        self.wait(lambda: self.find("#model").text == "fake" or self.find("#key-dialog").is_displayed())
+        self.wait(lambda: self.text("#model") == "fake" or self.find("#key-dialog").is_displayed())
 
     def find(self, selector: str):
         return self.driver.find_element("css selector", selector)
 
+    def text(self, selector: str) -> str:
+        """What the first of them shows; the page draws messages anew, so an element in hand may be gone."""
+        return next(iter(self.all_texts(selector)), "")
+
     def all_texts(self, selector: str) -> list[str]:
-        return [element.text for element in self.driver.find_elements("css selector", selector)]
+        read = "return [...document.querySelectorAll(arguments[0])].map((one) => one.innerText.trim())"
+        return self.driver.execute_script(read, selector)
 
     def ask(self, text: str) -> None:
         self.find("#words").send_keys(text + "\ue007")
@@ -90,7 +95,7 @@ def test_a_reply_streams_onto_the_page_and_the_conversation_goes_on(driver):
         engine.open.set()
         page.wait_until_quiet()
         assert page.all_texts("article .body") == ["hello", "w0 w1 w2 w3 w4 w5"]
-        assert "6 tokens" in page.find("#notice").text
+        assert "6 tokens" in page.text("#notice")
         page.find("#system").send_keys("be brief")
         page.ask("and then?")
         page.wait(lambda: len(engine.admitted) == 2)
@@ -106,12 +111,12 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(driver):
     with running(FakeEngine(words=10**6, seconds_per_step=0.005), fake_config()) as run:
         page = Page(driver, run)
         page.ask("go on")
-        page.wait(lambda: "w3" in page.find("article.assistant").text)
+        page.wait(lambda: "w3" in page.text("article.assistant"))
         page.find("#stop").click()
         page.wait_until_quiet()
         run.wait_until_idle()
-        assert page.find("#notice").text == "Stopped."
-        assert "w3" in page.find("article.assistant").text
+        assert page.text("#notice") == "Stopped."
+        assert "w3" in page.text("article.assistant")
 
 
 @in_browser
@@ -144,8 +149,8 @@ def test_text_is_never_read_as_html_and_code_stands_in_a_block(driver):
         assert page.all_texts("article.user .prose") == ["<script>document.title='owned'</script>"]
         prose = page.all_texts("article.assistant .markdown > p")
         assert prose == ["<img src=x onerror=\"document.title='owned'\"><b>bold</b>", "after"]
-        assert page.find("figure code").text == "print('<i>hi</i>')"
-        assert page.find("figcaption span").text == "python"
+        assert page.text("figure code") == "print('<i>hi</i>')"
+        assert page.text("figcaption span") == "python"
         assert not driver.find_elements("css selector", "article img, article b, article script, article i")
         assert driver.title == "fake · cqlora"
 
@@ -297,7 +302,7 @@ def test_an_answer_that_cannot_be_made_again_stays(driver):
         page.wait_until_quiet()
         engine.refuses = "first"
         page.find("button.regenerate").click()
-        page.wait(lambda: "refused" in page.find("#notice").text)
+        page.wait(lambda: "refused" in page.text("#notice"))
         assert page.all_texts("article .body") == ["first", "answer 1"]
 
 
@@ -345,13 +350,13 @@ def test_a_full_or_damaged_store_is_reported_and_harms_nothing(driver):
             "localStorage.setItem('cqlora', '[[');"
         )
         driver.refresh()
-        page.wait(lambda: page.find("#model").text == "fake")
+        page.wait(lambda: page.text("#model") == "fake")
         assert page.all_texts("#chat-list .open") == []
         driver.execute_script(
             "for (let n = 5e6; n > 1; n /= 2) try { localStorage.setItem(`x${n}`, 'x'.repeat(n)) } catch {}"
         )
         page.ask("first")
-        page.wait(lambda: "no room" in page.find("#notice").text)
+        page.wait(lambda: "no room" in page.text("#notice"))
         assert page.all_texts("article .body") == ["first", "answer 1"]
         driver.execute_script("localStorage.clear()")
 
@@ -373,16 +378,16 @@ def test_the_sampling_controls_reach_the_server(driver):
         page.ask("hello")
         page.wait_until_quiet()
         assert (asked[0].max_new_tokens, asked[0].top_k, asked[0].seed, asked[0].temperature) == (3, 40, 7, 2.0)
-        assert page.find("#notice").text.startswith("Reached max tokens.")
+        assert page.text("#notice").startswith("Reached max tokens.")
 
 
 @in_browser
 def test_language_and_theme_change_and_are_kept(driver):
     with running(FakeEngine(), fake_config()) as run:
         page = Page(driver, run)
-        assert page.find("#send").text == "Send"
+        assert page.text("#send") == "Send"
         page.find("#language").click()
-        assert page.find("#send").text == "发送" and page.find("html").get_attribute("lang") == "zh-CN"
+        assert page.text("#send") == "发送" and page.find("html").get_attribute("lang") == "zh-CN"
         grounds = set()
         for _ in range(3):
             page.find("#theme").click()
@@ -390,7 +395,7 @@ def test_language_and_theme_change_and_are_kept(driver):
             grounds.add((theme, page.find("body").value_of_css_property("background-color")))
         assert dict(grounds)["light"] != dict(grounds)["dark"] and "auto" in dict(grounds)
         driver.refresh()
-        assert page.find("#send").text == "发送"
+        assert page.text("#send") == "发送"
 
 
 @in_browser
@@ -398,7 +403,7 @@ def test_errors_are_shown_and_the_question_comes_back(driver):
     with running(FakeEngine(max_length=20), fake_config()) as run:
         page = Page(driver, run)
         page.ask("far too long for this model")
-        page.wait(lambda: "32 tokens and the model holds 20" in page.find("#notice").text)
+        page.wait(lambda: "32 tokens and the model holds 20" in page.text("#notice"))
         assert page.find("#words").get_attribute("value") == "far too long for this model"
         assert page.all_texts("article") == []
 
@@ -409,9 +414,9 @@ def test_a_server_with_a_key_asks_for_it(driver):
         page = Page(driver, run)
         page.wait(lambda: page.find("#key-dialog").is_displayed())
         page.find("#key").send_keys(KEY + "\ue007")
-        page.wait(lambda: page.find("#model").text == "fake")
+        page.wait(lambda: page.text("#model") == "fake")
         page.ask("hello")
-        page.wait(lambda: "w4" in page.find("article.assistant").text)
+        page.wait(lambda: "w4" in page.text("article.assistant"))
 
 
 @in_browser
