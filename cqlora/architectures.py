@@ -22,10 +22,10 @@ class Part(Enum):
 
 MODEL_TYPES: dict[str, frozenset[Part]] = {
     "llama": frozenset(Part),
-    "mistral": frozenset({Part.train, Part.plan}),
-    "qwen2": frozenset({Part.train, Part.plan}),
-    "qwen3": frozenset({Part.train, Part.plan}),
-    "smollm3": frozenset({Part.train, Part.plan}),
+    "mistral": frozenset({Part.train, Part.plan, Part.gguf}),
+    "qwen2": frozenset({Part.train, Part.plan, Part.gguf}),
+    "qwen3": frozenset({Part.train, Part.plan, Part.gguf}),
+    "smollm3": frozenset({Part.train, Part.plan, Part.gguf}),
 }
 """config.json's `model_type`, and the parts that know it."""
 
@@ -49,17 +49,17 @@ def require_known(part: Part, config: dict[str, Any], folder: Path, longest: int
     if part not in MODEL_TYPES.get(str(kind), ()):
         known = [name for name, parts in MODEL_TYPES.items() if part in parts]
         raise ModelError(
-            f"{folder} holds {_describe_kind(config)}; {part.value} {_join(known)} only, so give a model of "
-            f"{'that kind' if len(known) == 1 else 'one of these kinds'}."
+            f"{folder} holds {_describe_kind(config)}; {part.value} {_join(known)} only, so {_ways_out(part, known)}."
         )
     if part not in _STOCK:
         _require_plain(part, config, folder)
     window = find_window(config)
     if window is not None and (longest is None or longest > window):
         read = "" if longest is None else f" and documents of up to {longest} are read"
+        within = f"use stage.sequence_length={window}, within which the window changes nothing, or another model"
         raise ModelError(
-            f"{folder} attends within a sliding window of {window} tokens{read}, which cqlora does not; use "
-            f"stage.sequence_length={window}, within which the window changes nothing, or another model."
+            f"{folder} attends within a sliding window of {window} tokens{read}, which cqlora does not; "
+            f"{within if part in _STOCK else 'give a model without one'}."
         )
 
 
@@ -91,6 +91,12 @@ def _require_plain(part: Part, config: dict[str, Any], folder: Path) -> None:
         raise ModelError(
             f"{folder} has hidden_act={config['hidden_act']}, and {part.value} silu only; give another model."
         )
+
+
+def _ways_out(part: Part, known: list[str]) -> str:
+    """What to do with a model of a kind that a part does not know."""
+    give = f"give a model of {'that kind' if len(known) == 1 else 'one of these kinds'}"
+    return f"{give}, or run this one with transformers or vLLM" if part is Part.engine else give
 
 
 def _describe_kind(config: dict[str, Any]) -> str:

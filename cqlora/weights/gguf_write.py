@@ -1,7 +1,7 @@
 """A model written as one GGUF file that llama.cpp runs, a matrix at a time.
 
 Names and layout as llama.cpp's convert_hf_to_gguf.py gives them: vectors in float32, matrices in float16 or
-Q8_0, the query and key rows in the order of neighbours.
+Q8_0, the query and key rows in the order of neighbours where llama.cpp's architecture rotates neighbours.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,15 @@ from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_fa
 from cqlora.weights.gguf_vocabulary import add_vocabulary
 from cqlora.weights.rotary import halves_to_interleaved, read_rope
 
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+"""llama.cpp's name of the architecture that computes a model_type."""
+_ROTATES_NEIGHBOURS = ("llama", "smollm3")
+"""Architectures of llama.cpp that rotate neighbours of a head's dimensions; the others rotate halves, as transformers."""
+_STEP_WITHOUT_ROTARY = 4
+"""llama.cpp leaves every fourth layer of a smollm3 without rotary embedding; no field of the file says otherwise."""
+_HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
-_GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
+_GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()} | _HEAD_NORMS
 
 
 def write_gguf(
@@ -32,15 +39,16 @@ def write_gguf(
     `template` is the chat template where it is not that folder's own.
 
     Raises:
-        ModelError: another kind of model; a tensor, a tokenizer or a rotary scaling that llama.cpp's LLaMA does not
-            have, or numbers that float16 cannot hold.
+        ModelError: another kind of model; a tensor, a tokenizer, a rotary scaling or layers without rotary embedding
+            that llama.cpp's architecture does not have, or numbers that float16 cannot hold.
     """
     require_known(Part.gguf, config, tokenizer)
+    check_rotary_layers(config, tokenizer)
     try:
         from gguf import GGUFWriter
     except ImportError as error:
         raise ModelError("format=gguf needs the package gguf; pip install 'cqlora[gguf]'.") from error
-    writer = GGUFWriter(None, "llama")
+    writer = GGUFWriter(None, ARCHITECTURES[config["model_type"]])
     writer.add_name(file.name.removesuffix(f".{kind.value}.gguf"))
     add_shape(writer, config, kind)
     add_vocabulary(writer, tokenizer, config, template)
@@ -88,6 +96,20 @@ def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
+def check_rotary_layers(config: dict[str, Any], folder: Path) -> None:
+    """Raise ModelError where a smollm3 leaves other layers without rotary embedding than llama.cpp does."""
+    if config["model_type"] != "smollm3":
+        return
+    layers, step = range(1, config["num_hidden_layers"] + 1), config.get("no_rope_layer_interval", _STEP_WITHOUT_ROTARY)
+    # 1 stands for a layer with rotary embedding, whatever the key is called.
+    rotary = config.get("no_rope_layers") or [int(layer % step != 0) for layer in layers]
+    if list(map(bool, rotary)) != [layer % _STEP_WITHOUT_ROTARY != 0 for layer in layers]:
+        raise ModelError(
+            f"{folder} leaves other layers than every fourth without rotary embedding, which a GGUF file cannot say; "
+            "use format=safetensors."
+        )
+
+
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary embedding's kind, base and scaling.
 
@@ -114,9 +136,9 @@ def gguf_name(name: str) -> str:
         return _GGUF_NAMES[name]
     parts = name.split(".")
     module = ".".join(parts[3:-1])
-    if parts[:2] != ["model", "layers"] or parts[-1] != "weight" or module not in _GGUF_LAYER_NAMES:
+    if parts[:2] != ["model", "layers"] or parts[-1] not in ("weight", "bias") or module not in _GGUF_LAYER_NAMES:
         raise ModelError(f"format=gguf has no place for {name}; use format=safetensors.")
-    return f"blk.{parts[2]}.{_GGUF_LAYER_NAMES[module]}.weight"
+    return f"blk.{parts[2]}.{_GGUF_LAYER_NAMES[module]}.{parts[-1]}"
 
 
 def storage_type(spec: TensorSpec, kind: GgufType) -> tuple[np.dtype[Any], Any]:
@@ -147,7 +169,8 @@ def gather(source: TensorSource, spec: TensorSpec, config: dict[str, Any], kind:
     for rows in encode_rows(source, spec, kind):
         stored[first : first + len(rows)] = rows
         first += len(rows)
-    if spec.name.endswith(("q_proj.weight", "k_proj.weight")):
+    rotates_neighbours = ARCHITECTURES[config["model_type"]] in _ROTATES_NEIGHBOURS
+    if rotates_neighbours and spec.name.endswith(("q_proj.weight", "k_proj.weight")):
         # Each row is stored by itself, so they may be put into llama.cpp's order afterwards.
         return halves_to_interleaved(torch.from_numpy(stored), find_head_dim(config)).numpy()
     return stored
