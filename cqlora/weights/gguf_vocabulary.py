@@ -10,7 +10,7 @@ from cqlora.data.tokenizer import parse_tokenizer
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_text
 from cqlora.vocab.files import TokenizerFiles, read_tokenizer_files
-from cqlora.weights.gguf_tokenizer import CONTROL, USER_DEFINED, split_rules
+from cqlora.weights.gguf_tokenizer import CONTROL, USER_DEFINED, split_qwen2, split_rules
 
 NORMAL, UNUSED = 1, 5
 
@@ -77,7 +77,7 @@ def pad_tokens(known: dict[int, tuple[str, int]], files: TokenizerFiles, rows: i
 def name_split_rule(files: TokenizerFiles) -> str:
     """llama.cpp's name of the rule by which a byte-level BPE splits text before merging."""
     actual = _significant(files.document["pre_tokenizer"])
-    for name, rule in split_rules().items():
+    for name, rule in (split_rules() | {"qwen2": split_qwen2()}).items():
         tokenizer = Tokenizer.from_str('{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}')
         tokenizer.pre_tokenizer = rule
         if _significant(json.loads(tokenizer.to_str())["pre_tokenizer"]) == actual:

@@ -23,7 +23,7 @@ from cqlora.weights.rotary import halves_to_interleaved, read_rope
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
 """llama.cpp's name of the architecture that computes a model_type."""
 _ROTATES_NEIGHBOURS = ("llama", "smollm3")
-"""Architectures of llama.cpp that rotate neighbours of a head's dimensions; the others rotate halves, as transformers."""
+"""Architectures of llama.cpp that rotate neighbours of a head's dimensions; the others rotate halves."""
 _STEP_WITHOUT_ROTARY = 4
 """llama.cpp leaves every fourth layer of a smollm3 without rotary embedding; no field of the file says otherwise."""
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}

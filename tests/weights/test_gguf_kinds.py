@@ -1,4 +1,4 @@
-"""A GGUF file of every kind of model that is not plain LLaMA: what `gguf` reads of it is the model, tensor by tensor."""
+"""GGUF files of the kinds of model that are not LLaMA: what `gguf` reads is the model, tensor by tensor."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
 from cqlora.architectures import MODEL_TYPES, Part
 from cqlora.config.choices import ModelFormat
@@ -19,8 +19,8 @@ from tests.weights.test_merge import edit, merge
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
-    "tie_word_embeddings": False,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": 1,
+    "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 OPTIONS = {
     "mistral": {"sliding_window": None, "head_dim": 32},
@@ -95,6 +95,14 @@ def test_a_merged_model_computes_what_the_unmerged_one_does(kind, tmp_path):
     adapter = write_adapter(base, tmp_path / "adapter")
     merged = logits(load(merge(base, [adapter], tmp_path / "merged")))
     torch.testing.assert_close(merged, logits(attach(load(base), adapter)), atol=1e-4, rtol=1e-4)
+
+
+def test_qwens_rule_of_splitting_is_written_under_llama_cpps_name(tmp_path):
+    base = write_kind("qwen2", tmp_path / "base")
+    rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
+    edit(base / "tokenizer.json", pre_tokenizer=rule)
+    file = merge(base, [], tmp_path / "gguf", format=ModelFormat.gguf) / "gguf.f16.gguf"
+    assert GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == "qwen2"
 
 
 REFUSED = [
