@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
+
 ROOT = Path(__file__).parent.parent
 Done = subprocess.CompletedProcess[str]
 HANG_SECONDS = 3600
@@ -53,6 +55,7 @@ SLOW_MODULES = (
     "test_page",
     "test_cluster",
     "test_chat",
+    "test_flips",
     "test_full_disks",
     "test_launch",
     "test_run",
@@ -92,15 +95,13 @@ def _hide_features_from_bitsandbytes() -> None:
 
 def run_verb(workspace: Path, verb: str, *arguments: str, expect: int = 0, **environment: str) -> Done:
     """Run `python -m cqlora.VERB …` as a user would, and check its exit code."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"cqlora.{verb}", *arguments],
-        cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
+    return run_python(workspace, "-m", f"cqlora.{verb}", *arguments, expect=expect, **environment)
+
+
+def run_python(folder: Path, *arguments: str | Path, expect: int = 0, **environment: str) -> Done:
+    """Run `python ARGUMENTS…` in a folder, forked (`tests.commands`), and check its exit code."""
+    command = [sys.executable, *map(str, arguments)]
+    done = run_command(command, folder, {**os.environ, "PYTHONPATH": str(ROOT), **environment}, HANG_SECONDS)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
