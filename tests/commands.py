@@ -1,8 +1,8 @@
 """`python -m cqlora.VERB …` for tests, forked from a process that has torch, transformers and peft imported.
 
 An interpreter of its own imports them for five seconds of processor time, and the suite starts more than a hundred.
-A forked command has the arguments, environment, folder, streams and exit code of one that was started, imports this
-package's own modules anew, and forks the workers that it starts in the same way (`tests/test_commands.py` compares).
+A forked command has the arguments, environment, folder, streams and exit code of one that was started, and forks the
+workers that it starts in the same way (`tests/test_commands.py` compares).
 What is about an interpreter's beginning starts one: signals while it imports, and closed or strange streams.
 """
 
@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-ANEW = ("cqlora", "hydra_plugins", "tests")
-"""Packages that a forked command imports itself."""
+_forked = False
+"""Whether this process is one, and so has run what its workers must not find."""
 
 
 def run_command(
@@ -72,7 +72,7 @@ class ForkingPopen(subprocess.Popen[Any]):
 
 def is_own_command(args: Any) -> bool:
     """Whether these words start Python with code, a script, or a module of this package."""
-    if isinstance(args, str) or str(args[0]) != sys.executable:
+    if isinstance(args, str) or len(args) < 2 or str(args[0]) != sys.executable:
         return False
     first = str(args[1])
     return first == "-c" or first.endswith(".py") or (first == "-m" and args[2].partition(".")[0] == "cqlora")
@@ -81,9 +81,7 @@ def is_own_command(args: Any) -> bool:
 def become(command: list[str], environment: dict[str, str] | None, kept: tuple[int, ...]) -> NoReturn:
     """Be the interpreter that a command asks for, in a process that was forked for it, from beginning to end."""
     inherited = dict(sys.modules), sys.stdin, sys.stdout, sys.stderr
-    for name in inherited[0]:
-        if name.partition(".")[0] in ANEW:
-            del sys.modules[name]
+    forget_modules(command)
     forget_parent(kept)
     if environment is not None:
         os.environ.clear()
@@ -96,6 +94,16 @@ def become(command: list[str], environment: dict[str, str] | None, kept: tuple[i
     # What was inherited is held until here, lest a file of it be closed by a number that is another's by now, or a
     # line of the parent's be written twice.
     os._exit(code if inherited else 1)
+
+
+def forget_modules(command: list[str]) -> None:
+    """Leave no module that has run, and not the one that is to be run."""
+    global _forked
+    for name, module in list(sys.modules.items()):
+        is_program = name in command[2:3] and not hasattr(module, "__path__")
+        if is_program or (_forked and name.partition(".")[0] in ("cqlora", "hydra_plugins")):
+            del sys.modules[name]
+    _forked = True
 
 
 def forget_parent(kept: tuple[int, ...]) -> None:

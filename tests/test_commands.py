@@ -22,7 +22,7 @@ print(json.dumps({
     "path": sys.path[:2], "input": sys.stdin.read(), "encoding": sys.stdout.encoding, "errors": sys.stdout.errors,
     "signals": [str(signal.getsignal(number)) for number in (2, 10, 13, 15)],
     "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(),
-    "package": [name for name in sys.modules if name.startswith("cqlora")], "session": os.getsid(0) == os.getpid(),
+    "session": os.getsid(0) == os.getpid(),
 }))
 {end}
 """
