@@ -10,8 +10,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import importlib
-import json
 import logging
 import multiprocessing.util
 import os
@@ -21,10 +19,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-_forked = False
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+forked = multiprocessing.get_context("forkserver")
+"""Its children start from one process of each test process, which has imported tests/preloaded.py and run nothing."""
+forked.set_forkserver_preload(["tests.preloaded", "tests.runs"])
+_is_command = False
 """Whether this process is one, and so has run what its workers must not find."""
 
 
@@ -34,30 +39,30 @@ def run_command(
     """As `subprocess.run` with both streams captured and nothing to read, for `[python, -m MODULE, …]` of this package,
     a script's file or `-c CODE`."""
     server = start_server()
-    assert server.stdin is not None and server.stdout is not None
-    request = {"args": list(command), "cwd": str(folder), "env": environment, "timeout": timeout}
-    print(json.dumps(request), file=server.stdin, flush=True)
-    return subprocess.CompletedProcess(**json.loads(server.stdout.readline()))
+    server.send({"args": list(command), "cwd": folder, "env": environment, "timeout": timeout})
+    return subprocess.CompletedProcess(**server.recv())
 
 
 @functools.cache
-def start_server() -> "subprocess.Popen[str]":
-    """The process that forks this one's commands; it ends when its input does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.commands"],
-        cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def start_server() -> "Connection[Any, Any]":
+    """Start the process that forks this one's commands; it ends when the connection does."""
+    ours, theirs = forked.Pipe()
+    # Where the fork server, if this starts it, finds what it is to import.
+    with contextlib.chdir(Path(__file__).parent.parent):
+        forked.Process(target=serve, args=(theirs,)).start()
+    theirs.close()
+    # Before multiprocessing waits for it.
+    atexit.register(ours.close)
+    return ours
 
 
-def serve(requests: IO[str], answers: IO[str]) -> None:
+def serve(requests: "Connection[Any, Any]") -> None:
     """Run commands one after another until there are no more."""
-    importlib.import_module("tests.preloaded")
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
-    for request in requests:
-        done = subprocess.run(
-            **json.loads(request), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        print(json.dumps(vars(done)), file=answers, flush=True)
+    with contextlib.suppress(EOFError):
+        while True:
+            options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+            requests.send(vars(subprocess.run(**requests.recv(), **options)))
 
 
 class ForkingPopen(subprocess.Popen[Any]):
@@ -98,12 +103,12 @@ def become(command: list[str], environment: dict[str, str] | None, kept: tuple[i
 
 def forget_modules(command: list[str]) -> None:
     """Leave no module that has run, and not the one that is to be run."""
-    global _forked
+    global _is_command
     for name, module in list(sys.modules.items()):
         is_program = name in command[2:3] and not hasattr(module, "__path__")
-        if is_program or (_forked and name.partition(".")[0] in ("cqlora", "hydra_plugins")):
+        if is_program or (_is_command and name.partition(".")[0] in ("cqlora", "hydra_plugins")):
             del sys.modules[name]
-    _forked = True
+    _is_command = True
 
 
 def forget_parent(kept: tuple[int, ...]) -> None:
@@ -119,6 +124,7 @@ def forget_parent(kept: tuple[int, ...]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     gc.enable()
+    vars(resource_tracker._resource_tracker).update(_fd=None, _pid=None)
     atexit._clear()
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
@@ -154,7 +160,3 @@ def run_to_end(command: list[str]) -> int:
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    serve(sys.stdin, sys.stdout)

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -25,12 +24,8 @@ from cqlora.errors import CqloraError
 from cqlora.launch.preflight import check_run
 from cqlora.launch.settle import look_around, settle
 from cqlora.system.metrics import read_metrics
+from tests.commands import forked
 from tests.conftest import HANG_SECONDS
-
-# Children start from a server that has torch and transformers imported and has run nothing: no seconds of
-# import each, no threads inherited. A process has one, so this is all that any child imports.
-forked = multiprocessing.get_context("forkserver")
-forked.set_forkserver_preload(["tests.preloaded", "tests.runs"])
 
 SMALL = (
     "model=tiny",

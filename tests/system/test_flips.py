@@ -21,7 +21,8 @@ import pytest
 
 from cqlora.system.metrics import read_metrics
 from tests.cards import drop_card
-from tests.runs import build_base, forked, typed_run
+from tests.commands import forked
+from tests.runs import build_base, typed_run
 
 FLIPS = int(os.environ.get("CQLORA_FLIPS", "4"))
 RUN = (

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, forked
+from tests.commands import forked
+from tests.runs import SMALL
 from tests.weights.adapters import write_adapter, write_tiny_base
 from tests.weights.test_convert import write_model
 

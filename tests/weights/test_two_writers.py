@@ -19,7 +19,7 @@ from cqlora.vocab.config import VocabConfig, VocabKind
 from cqlora.weights.convert import convert
 from cqlora.weights.extend import extend
 from cqlora.weights.merge import plan_merge, write_merge
-from tests.runs import forked
+from tests.commands import forked
 from tests.weights.adapters import write_adapter, write_tiny_base
 from tests.weights.test_convert import write_model
 
