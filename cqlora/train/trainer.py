@@ -156,19 +156,17 @@ class Trainer:
         packs = {pack: self.split.pack(pack) for pack in ids}
         divisor = max(1, count_labels(list(packs.values())))
         shares = share_among_ranks(ids, self.worker.rank, self.worker.world_size, self.config.hardware.micro_batch_size)
-        sums = torch.zeros(2, len(self.cache.sources) + 1, dtype=torch.float64)
+        losses, sources = [], []
         for number, share in enumerate(shares):
             batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
             last = number == len(shares) - 1
             with nullcontext() if last else accumulate_without_sync(self.module):
-                loss, token_losses, positions = self.module(batch, divisor, self._noise(number))
+                loss, token_losses = self.module(batch, divisor, self._noise(number))
                 # Replication and sharding average over workers; the divisor is global already.
                 self.scaler.scale(loss * self.worker.world_size).backward()
-            sources = batch.source_ids[positions].cpu()
-            sums[0].index_add_(0, sources, token_losses.double().cpu())
-            sums[1].index_add_(0, sources, torch.ones(len(sources), dtype=torch.float64))
-        sums[0, -1] = float(stop_asked)
-        sums = self.worker.sum(sums)
+            losses.append(token_losses)
+            sources.append(batch.label_sources)
+        sums = self.worker.sum(self._sum_by_source(torch.cat(losses), torch.cat(sources), stop_asked))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trainable, self.config.stage.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -179,6 +177,14 @@ class Trainer:
             grad_norm=float(norm),
             stop_asked=bool(sums[0, -1] > 0),
         )
+
+    def _sum_by_source(self, token_losses: torch.Tensor, sources: torch.Tensor, stop_asked: bool) -> torch.Tensor:
+        """(2, sources + 1) float64 on the host: losses, label tokens; the last column tells of a signal."""
+        sums = torch.zeros(2, len(self.cache.sources) + 1, dtype=torch.float64)
+        sums[0].index_add_(0, sources, token_losses.double().cpu())
+        sums[1].index_add_(0, sources, torch.ones(len(sources), dtype=torch.float64))
+        sums[0, -1] = float(stop_asked)
+        return sums
 
     def _noise(self, micro_batch: int) -> EmbeddingNoise | None:
         alpha, place = self.config.stage.neftune_alpha, (self.worker.rank, micro_batch)
