@@ -40,7 +40,7 @@ class Objective(nn.Module):
             if noise is not None:
                 embeddings = find_embedding(self.model)(batch.input_ids)
                 inputs = {"inputs_embeds": noise.add_to(embeddings, batch.document_lengths)}
-            mask = mask_kwargs(decoder.config._attn_implementation, batch.input_ids.device)
+            mask = mask_kwargs(decoder, batch.input_ids.device)
             hidden = decoder(
                 **inputs, **mask, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state

@@ -111,9 +111,9 @@ class Trainer:
         """
         stage = self.config.stage
         self._measure_speed()
-        if self.worker.device.type == "cuda":
+        for gpu in self.worker.gpus:
             # What loading took at its most is not the step's.
-            torch.cuda.reset_peak_memory_stats(self.worker.device)
+            torch.cuda.reset_peak_memory_stats(gpu)
         # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
         self.module.train()
         display = StepDisplay(self.total_steps, self.worker.is_main)
@@ -280,7 +280,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens": self.counters.tokens,
             "tokens_per_second": result.tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(self.worker.device),
+            "peak_memory_gib": peak_memory_gib(self.worker.gpus),
             "seconds": seconds,
             "matmul_share": flops / seconds / self._matmul_limit,
         }
@@ -337,8 +337,8 @@ def tell_signal(number: int) -> None:
     logger.info("%s: finishing the step, then committing", signal.Signals(number).name)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this worker has used: on a GPU what the allocator reserved, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
+def peak_memory_gib(gpus: Sequence[torch.device]) -> float:
+    """Most memory this worker has used: reserved by the allocator on the fullest of its GPUs, else resident."""
+    if gpus:
+        return max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
