@@ -143,6 +143,21 @@ def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, messa
             require_known(part, config, Path("models/mine"), 8192)
 
 
+@pytest.mark.parametrize("part", Part, ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "config, words",
+    [({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 tokens|a mistral model; the engine runs"),
+     ({"model_type": "gemma3", "text_config": {}}, "a gemma3 model, which is multi-modal"),
+     ({"model_type": "qwen3_moe", "num_experts": 8}, "a qwen3_moe model, which is a mixture of experts"),
+     ({"model_type": "qwen2_moe", "num_experts": 8}, "a qwen2_moe model, which is a mixture of experts")],
+    ids=lambda each: str(each)[:40],
+)  # fmt: skip
+def test_every_part_refuses_windows_experts_and_several_modalities_in_one_sentence(part, config, words):
+    with pytest.raises(ModelError, match=words) as refused:
+        require_known(part, config, Path("models/mine"))
+    assert str(refused.value).count(". ") == 0 and str(refused.value).endswith(".")
+
+
 @pytest.mark.parametrize("kind", ["smollm3", "granite", "qwen3_moe"])
 def test_the_engine_takes_llama_only_and_names_what_runs_other_kinds(kind):
     with pytest.raises(ModelError, match=rf"a {kind} model; the engine runs llama only.*run this one with .* vLLM\.$"):
