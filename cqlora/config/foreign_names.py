@@ -122,7 +122,6 @@ FOREIGN_KEYS = {
 
 FOREIGN_CHOICES = {
     "data": {
-        "alpaca": "belle",
         "self_instruct": "belle",
         "vicuna": "sharegpt",
         "openai": "messages",
@@ -131,6 +130,8 @@ FOREIGN_CHOICES = {
         "wikipedia": "wiki_zh_en",
         "wiki": "wiki_zh_en",
         "txt": "text",
+        "dpo": "preference",
+        "orpo": "preference",
         "oasst": "oasst1",
     },
     "stage": {"pt": "pretrain", "pretraining": "pretrain", "cpt": "pretrain", "finetune": "sft", "instruct": "sft"},

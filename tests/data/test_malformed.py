@@ -83,6 +83,15 @@ GOOD: dict[str, tuple[SourceKind, Callable[[int], list[Any]]]] = {
             {"input": f"Human: x\nAssistant: y\nHuman: z {n}\nAssistant:", "target": f"a {n}"},
         ][n % 3 : n % 3 + 1],
     ),
+    "alpaca": (
+        SourceKind.alpaca,
+        lambda n: [{"instruction": f"q {n}", "input": "i", "output": f"a {n}", "history": [["b", "c"]], "system": "s"}],
+    ),
+    "preference": (
+        SourceKind.preference,
+        lambda n: [{"prompt": f"q {n}", "chosen": [said("assistant", f"a {n}")], "rejected": f"b {n}"}],
+    ),
+    "auto": (SourceKind.auto, lambda n: [{"messages": [said("user", f"q {n}"), said("assistant", f"a {n}")]}]),
     "trees": (SourceKind.oasst1, lambda n: [oasst_tree(n)]),
     "message rows": (
         SourceKind.oasst1,
