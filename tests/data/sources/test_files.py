@@ -236,6 +236,15 @@ def test_a_table_that_does_not_name_its_columns_is_refused(tmp_path: Path, text:
         list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
 
 
+@pytest.fixture
+def cell_limit_put_back():
+    """The limit on a cell is the process's own, and other tests read tables too."""
+    limit = csv.field_size_limit()
+    yield
+    csv.field_size_limit(limit)
+
+
+@pytest.mark.usefixtures("cell_limit_put_back")
 def test_a_quote_that_never_ends_is_named_and_swallows_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n' + "3,4\n" * 100)
