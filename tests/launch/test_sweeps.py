@@ -1,11 +1,6 @@
 """Sweeps as a user starts them: run, failed, killed, gone on with; each job trains in processes of its own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +10,8 @@ from cqlora.config.composition import leave_to_jobs
 from cqlora.errors import ConfigError
 from cqlora.launch.sweeps import check_same_sweep, expand_resume, to_values
 from cqlora.sweep.trials import read_trials, refuse_trial
-from tests.conftest import ROOT, run_verb
-from tests.runs import SMALL, losses
+from tests.conftest import run_python, run_verb
+from tests.runs import SMALL
 
 RUN = (*SMALL, "stage=sft", "stage.max_steps=3", "stage.checkpoint_every_steps=1")
 GRID = ("lora.rank=2,4", "seed=1,2", "--multirun")
@@ -33,19 +28,23 @@ def table(told: str) -> list[str]:
     return [line for line in told.splitlines() if line and not line.startswith("sweep ")]
 
 
-def start_and_kill(folder: Path, job: str, *arguments: str) -> None:
-    """kill -9 a sweep when its numbered job has trained a step."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments], cwd=folder, env=environment)
-    while sweep.poll() is None and not losses(folder / "killed" / job):
-        time.sleep(0.02)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
+START_AND_KILL = """
+import subprocess, sys, time
+from pathlib import Path
+from cqlora.system.metrics import read_metrics
+job, *arguments = sys.argv[1:]
+sweep = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments])
+while sweep.poll() is None and not any(row["kind"] == "train" for row in read_metrics(Path(job))):
+    time.sleep(0.02)
+sweep.kill()
+sys.exit(sweep.wait() != -9)
+"""
+"""kill -9 a sweep when a job has trained a step."""
 
 
 def test_killed_in_the_middle_a_sweep_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
     whole = run_verb(tmp_path, "run", *command(workspace, *GRID, "hydra.sweep.dir=whole")).stdout
-    start_and_kill(tmp_path, "1", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
+    run_python(tmp_path, "-c", START_AND_KILL, "killed/1", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
     assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished", "running"]
     gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
     assert table(gone_on) == table(whole) and len(table(whole)) == 3
