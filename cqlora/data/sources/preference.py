@@ -30,12 +30,13 @@ def parse_preference(row: Any, source: SourceConfig, counts: Counter[str]) -> It
     if not row.get("rejected"):
         raise RowError("missing field rejected")
     chosen = read_reply(row.get("chosen"), counts)
-    # Messages that begin before the reply repeat the prompt.
-    prompt = [] if chosen[0].role != "assistant" else read_prompt(row, counts)
-    used = ("chosen", "rejected", "conversations", *_PROMPT_FIELDS, *QUESTION_FIELDS)
-    count_unused(row, used, counts)
     counts[CHOSEN_ALONE] += 1
-    turns = put_system(optional_text(row, "system"), [*prompt, *chosen], counts) if not prompt else [*prompt, *chosen]
+    if chosen[0].role == "assistant":
+        turns = [*read_prompt(row, counts), *chosen]
+    else:
+        # Messages that begin before the reply repeat the prompt.
+        turns = put_system(optional_text(row, "system"), chosen, counts)
+    count_unused(row, ("chosen", "rejected", "conversations", *_PROMPT_FIELDS, *QUESTION_FIELDS), counts)
     yield close_conversation(drop_leading_answers(turns, counts), counts)
 
 
