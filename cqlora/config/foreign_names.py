@@ -111,6 +111,7 @@ FOREIGN_KEYS = {
     "template": "stage=sft, which has one template",
     "path": "model.path for a model's folder, data.sources.NAME.path for text",
     "file": "data.sources.NAME.path",
+    "lang": "data.sources.NAME.language",
     "max_new_tokens": "max_tokens",
     "model": "base",
     "lora": "adapter",

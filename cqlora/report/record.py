@@ -6,11 +6,9 @@ from statistics import median
 from typing import Any
 
 from cqlora.report.columns import as_number, pack_column, thin
+from cqlora.system.metrics import MEASURES
 
 Row = dict[str, Any]
-
-MEASURES = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
-"""What an evaluation line holds of a source and language."""
 
 
 def describe_curves(rows: list[Row], most_points: int) -> dict[str, Any]:

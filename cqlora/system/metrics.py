@@ -13,6 +13,10 @@ from cqlora.system.sealed import hash_file
 METRICS_FILE = "metrics.jsonl"
 MEAN_LOSS = "eval/loss"
 """The held-out loss over all sources, to compare runs by."""
+MEASURES = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
+"""What an evaluation line holds of a source and language."""
+_MOST = 1 << 62
+"""Of any count; a longer number is damage."""
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -28,9 +32,23 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def is_row(row: dict[str, Any]) -> bool:
-    """Whether an object is a line of a record."""
-    known = isinstance(row.get("step"), int) and "kind" in row
-    return known and (row["kind"] == "event" or "loss" in row)
+    """Whether an object is a line of a record, with what every reader takes of its kind."""
+    kind, step = row.get("kind"), row.get("step")
+    if type(step) is not int or not 0 <= step <= _MOST or any(type(v) is int and abs(v) > _MOST for v in row.values()):
+        return False
+    if kind == "event":
+        return isinstance(row.get("event"), str)
+    scored = kind != "eval" or (
+        type(row.get("tokens")) is int
+        and row["tokens"] >= 0
+        and all(isinstance(row.get(key), str) for key in ("source", "language"))
+    )
+    return isinstance(kind, str) and scored and (kind == "probe" or is_number(row.get("loss")))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number as a line has it; what is not finite stands there by its name."""
+    return type(value) in (int, float) or value in ("nan", "inf", "-inf")
 
 
 def measure_metrics(run_folder: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from accelerate.utils import is_tensorboard_available
 from cqlora.base import read_card
 from cqlora.config.choices import Goal, Tracker, TrackingMode
 from cqlora.config.run_yaml import describe_config, flatten, list_changes
-from cqlora.config.schema import RunConfig, TrackingConfig
+from cqlora.config.schema import RunConfig
+from cqlora.config.tracking import TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.durable import replace_file
 from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, read_metrics, rewind_metrics

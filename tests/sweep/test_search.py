@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cqlora.config.choices import Pruner
-from cqlora.config.schema import SweepConfig
+from cqlora.config.sweeps import SweepConfig
 from cqlora.errors import ConfigError
 from cqlora.sweep.search import STUDY_FILE, Follower, Search, find_trial, follow_trial, load_study, read_space
 from cqlora.sweep.trials import hold_trial, read_trials, record_trial

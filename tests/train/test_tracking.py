@@ -11,7 +11,7 @@ import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
 from cqlora.config.run_yaml import flatten, list_changes, load_run_yaml
-from cqlora.config.schema import TrackingConfig
+from cqlora.config.tracking import TrackingConfig
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, name_values, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
