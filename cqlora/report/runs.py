@@ -1,6 +1,5 @@
 """What the folder of one run says of it."""
 
-import fcntl
 import json
 import math
 import re
@@ -19,10 +18,11 @@ from cqlora.plan.workload import Rows
 from cqlora.report.changes import GROUPS, describe_settings
 from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values
 from cqlora.system.documents import read_object
+from cqlora.system.durable import is_locked
 from cqlora.system.metrics import METRICS_FILE, read_metrics
 
 EVALUATION_FILE = "evaluation.json"
-_PLAIN_WORD = re.compile(r"[A-Za-z_/.][\w/.:-]*", re.ASCII)
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_/.][\w/.:-]*", re.ASCII | re.IGNORECASE)
 """Text that needs no quotes in an override."""
 MOST_POINTS = 4000
 """Of a curve on the page of one run; a screen has fewer columns."""
@@ -66,24 +66,12 @@ def describe_run(folder: Path, most_points: int = MOST_POINTS) -> dict[str, Any]
 
 def describe_state(folder: Path, rows: list[dict[str, Any]]) -> str:
     """`running`, `finished`, `interrupted` by a signal, or `stopped` without a word."""
-    if is_held(folder):
+    if is_locked(folder / LOCK_FILE):
         return "running"
     if (folder / "adapter" / "adapter_config.json").is_file():
         return "finished"
     events = [row["event"] for row in rows if row.get("kind") == "event"]
     return "interrupted" if events and events[-1] == "preempted" else "stopped"
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a run is going on in a folder, and holds its lock."""
-    try:
-        with (folder / LOCK_FILE).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def last_change(folder: Path) -> str:

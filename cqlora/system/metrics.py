@@ -95,16 +95,18 @@ def name_values(row: dict[str, Any]) -> dict[str, float]:
 
 
 def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
-    """What each complete evaluation of a run measured, by step, under the names that runs are compared by.
+    """What each complete evaluation of a run measured, by step, under the names that runs are compared by."""
+    return {step: _values_of(rows) for step, rows in complete_evaluations(read_metrics(run_folder)).items()}
 
-    One is complete when it has as many lines as the first, at step 0.
-    """
+
+def complete_evaluations(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """The lines of each evaluation by step; it is complete when it has as many as the first, at step 0."""
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(run_folder):
+    for row in rows:
         if row["kind"] == "eval":
             by_step.setdefault(row["step"], []).append(row)
     lines = len(by_step.get(0, []))
-    return {step: _values_of(rows) for step, rows in by_step.items() if len(rows) >= lines}
+    return {step: found for step, found in by_step.items() if len(found) >= lines}
 
 
 def _values_of(rows: list[dict[str, Any]]) -> dict[str, float]:

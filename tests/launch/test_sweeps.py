@@ -138,8 +138,30 @@ def test_overrides_are_recorded_as_numbers_where_they_are_some():
         (("hydra/sweeper=optuna", "lora.rank=2,4", "sweep.pruner=median"), "add stage.eval_every_steps"),
         (("hydra.sweep.subdir=x", "seed=1,2"), "hydra.sweep.subdir has no use here"),
         (("sweep.objectives=[eval/loss:least]",), "has the goal least; use minimize or maximize"),
+        (("seed=range(1,9,step=0)",), "has no values, or too many"),
+        (("seed=range(1,inf)",), "has no end"),
+        (("sweep.objectives=[eval/loss,eval/loss:maximize]", "seed=1,2"), "names eval/loss twice"),
+        (("sweep.objectives=[eval/sample_zh/zh/los]", "seed=1,2"), "did you mean eval/sample_zh/zh/loss?"),
+        (("sweep.objectives=[eval/wiki_zh/zh/loss]", "seed=1,2"), "which no run here measures"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(overrides, told, tmp_path):
     assert told in run_verb(tmp_path, "run", "stage=sft", *overrides, "--multirun", expect=2).stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_grid_that_runs_already_is_refused_at_the_door_and_goes_on_unharmed(workspace, tmp_path):
+    arguments = command(workspace, "seed=1,2", "hydra.sweep.dir=swept", "--multirun")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments], cwd=tmp_path, env=environment,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while first.poll() is None and not (tmp_path / "swept" / "trials.jsonl").exists():
+        time.sleep(0.02)
+    second = run_verb(tmp_path, "run", *arguments, expect=2)
+    assert second.stderr == (
+        "error: another process runs the sweep in swept; wait for it, or give another folder with "
+        "hydra.sweep.dir=FOLDER.\n"
+    )
+    told, _ = first.communicate()
+    assert first.returncode == 0 and len(table(told)) == 3 - 1
+    assert [trial.state for trial in read_trials(tmp_path / "swept")] == ["finished"] * 2

@@ -293,3 +293,22 @@ def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_run_of_another_stage_in_the_folder_is_told_by_its_name(workspace, tmp_path, uninterrupted, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    assert finish_run(typed_run(workspace, "stage=sft", *SHORT), folder) == 1
+    told = capfd.readouterr().err
+    assert "is of a run of stage=pretrain, and this is stage=sft; give another folder" in told
+    assert "token_cache" not in told
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_changes_nothing(workspace, tmp_path, uninterrupted, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT), folder) == 0
+    assert f"has finished already, after {STEPS} steps" in capfd.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert_same_run(folder, uninterrupted)

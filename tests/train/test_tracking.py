@@ -129,11 +129,11 @@ def test_curves_are_over_tokens_and_the_objectives_have_their_goals(workspace):
         def define_metric(self, name: str, **given: str) -> None:
             defined[name] = given
 
-    config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/zh/accuracy:maximize]")
+    config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/sample_zh/zh/loss:maximize]")
     define_metrics(Run(), config)
     assert all(given["step_metric"] == "train/tokens" for name, given in defined.items() if name != "train/tokens")
     assert defined["eval/loss"]["summary"] == "min,last"
-    assert defined["eval/zh/accuracy"]["summary"] == "max,last"
+    assert defined["eval/sample_zh/zh/loss"]["summary"] == "max,last"
 
 
 def test_what_differs_from_the_defaults_is_named(workspace):
