@@ -146,6 +146,8 @@ class Tracker(Enum):
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
 
 
 class TrackingMode(Enum):

@@ -103,7 +103,7 @@ FOREIGN_KEYS = {
     "gradient_checkpointing": "hardware.activation_checkpointing",
     "deepspeed": "hardware.strategy=fsdp",
     "fsdp": "hardware.strategy=fsdp",
-    "report_to": "tracking=wandb, tensorboard or none",
+    "report_to": "tracking=wandb, tensorboard, trackio, mlflow or none",
     "wandb_project": "tracking.project",
     "run_name": "tracking.group",
     "wandb": "tracking=wandb",

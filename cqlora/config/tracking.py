@@ -16,7 +16,7 @@ class TrackingConfig:
     mode: TrackingMode = TrackingMode.auto
     """W&B only: send while training or not; auto is online when a key is in the environment."""
     project: str = "cqlora"
-    """W&B only: the project."""
+    """W&B, trackio and MLflow: the project, which MLflow calls an experiment."""
     entity: str | None = None
     """W&B only: user or team; null is the key's own."""
     name: str | None = None
@@ -32,7 +32,9 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for key in ("mode", "project", "entity", "group", "job_type", "tags", "log_adapter"):
+        for key in ("mode", "entity", "group", "job_type", "tags", "log_adapter"):
             require_used(self, key, self.tracker is Tracker.wandb, "tracking=wandb")
-        if self.tracker is Tracker.wandb and not self.project:
-            raise ConfigError("tracking.project is empty; give W&B a project's name, such as tracking.project=cqlora.")
+        named = self.tracker in (Tracker.wandb, Tracker.trackio, Tracker.mlflow)
+        require_used(self, "project", named, "tracking=wandb, trackio or mlflow")
+        if named and not self.project:
+            raise ConfigError("tracking.project is empty; give a project's name, such as tracking.project=cqlora.")
