@@ -26,8 +26,8 @@ def check_run(config: RunConfig, given: Given) -> None:
     """Refuse a settled run that cannot start on this machine; nothing is changed.
 
     Raises:
-        ConfigError: GPUs or a tracker's package are missing, new rows are asked for on a base that has none, or the adapter to continue
-            was trained with other values.
+        ConfigError: GPUs or a tracker's package are missing, new rows are asked for on a base that has none, or the
+            adapter to continue was trained with other values.
         CheckpointError: the run to go on with needs what this machine has not.
         ModelError: the adapter to continue has rows of another extension.
         DataError: a source is nowhere to be found.

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, run_verb
 from tests.runs import SMALL, losses
 
 RUN = (*SMALL, "stage=sft", "stage.max_steps=3", "stage.checkpoint_every_steps=1")
-GRID = ("lora.rank=2,4", "seed=1,2", "--multirun")
+GRID = ("lora.rank=2,4,8", "seed=1,2", "--multirun")
 
 
 def command(workspace: Path, *overrides: str) -> list[str]:
@@ -45,13 +45,41 @@ def start_and_kill(folder: Path, job: str, *arguments: str) -> None:
 
 def test_killed_in_the_middle_a_sweep_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
     whole = run_verb(tmp_path, "run", *command(workspace, *GRID, "hydra.sweep.dir=whole")).stdout
-    start_and_kill(tmp_path, "1", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
-    assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished", "running"]
+    start_and_kill(tmp_path, "3", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
+    assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished"] * 3 + ["running"]
     gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
-    assert table(gone_on) == table(whole) and len(table(whole)) == 3
+    assert table(gone_on) == table(whole) and len(table(whole)) == 4
     started = [json.loads(line)["number"] for line in (tmp_path / "killed" / "trials.jsonl").read_text().splitlines()]
-    assert started == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert started == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5]
     assert table(run_verb(tmp_path, "run", "sweep.resume=killed").stdout) == table(whole)
+
+
+def test_killed_in_the_middle_a_search_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra `search`")
+    search = ("hydra/sweeper=optuna", "sweep.trials=8", "sweep.startup_trials=3", "lora.rank=2,4,8",
+              "stage.learning_rate=tag(log,interval(1e-4,1e-2))", "--multirun")  # fmt: skip
+    whole = run_verb(tmp_path, "run", *command(workspace, *search, "hydra.sweep.dir=whole")).stdout
+    start_and_kill(tmp_path, "4", *command(workspace, *search, "hydra.sweep.dir=killed"))
+    assert read_trials(tmp_path / "killed")[-1].state == "running"
+    gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
+    assert table(gone_on) == table(whole) and len(table(whole)) == 9
+    proposed = [[trial.overrides for trial in read_trials(tmp_path / name)] for name in ("whole", "killed")]
+    assert proposed[0] == proposed[1] and len(proposed[0]) == 8
+
+
+def test_a_training_job_worse_than_the_median_is_pruned_and_leaves_a_checkpoint(workspace, tmp_path):
+    """This seed proposes the rates 1e-2, 1e-5, 1e-2, 1e-5: the last has nothing to win."""
+    pytest.importorskip("optuna", reason="needs the extra `search`")
+    search = ("hydra/sweeper=optuna", "sweep.trials=4", "sweep.startup_trials=4", "sweep.seed=2",
+              "sweep.pruner=median", "sweep.prune_after_trials=2", "stage.learning_rate=1e-5,1e-2")  # fmt: skip
+    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=5")
+    run_verb(tmp_path, "run", *command(workspace, *search, *length, "hydra.sweep.dir=pruned", "--multirun"))
+    trials = read_trials(tmp_path / "pruned")
+    assert [trial.overrides["stage.learning_rate"] for trial in trials] == [1e-2, 1e-5, 1e-2, 1e-5]
+    assert [trial.state for trial in trials] == ["finished", "finished", "finished", "pruned"]
+    assert "worse than the median" in (trials[3].error or "")
+    (checkpoint,) = (tmp_path / "pruned" / "3" / "checkpoints").glob("step-*")
+    assert 0 < int(checkpoint.name.removeprefix("step-")) == losses(tmp_path / "pruned" / "3")[-1][0] < 150
 
 
 def test_a_job_that_fails_is_recorded_with_its_reason_and_the_others_complete(workspace, tmp_path):
