@@ -537,7 +537,7 @@ class RunConfig:
             if self.stage.name in source.stages
         }
         for metric in self.sweep.goals:
-            require_metric(metric, languages)
+            require_metric(metric, languages, self.stage.eval_probe)
 
     def _check_sources(self) -> None:
         if not any(self.stage.name in source.stages for source in self.data.sources.values()):

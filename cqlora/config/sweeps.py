@@ -9,6 +9,13 @@ from cqlora.config.choices import Goal, Pruner
 from cqlora.errors import ConfigError
 from cqlora.system.metrics import MEAN_LOSS, MEASURES
 
+PROBED = tuple(
+    f"eval/probe/translation/{language}/{measure}"
+    for language in ("zh", "en")
+    for measure in ("gain", "loss", "first_loss")
+)
+"""What stage.eval_probe measures."""
+
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
@@ -18,7 +25,7 @@ class SweepConfig:
     """Folder of a sweep to go on with, by its own overrides: what is missing, has failed or was interrupted runs."""
     objectives: list[str] = field(default_factory=lambda: ["eval/loss"])
     """Metrics to compare runs by, the first one first, such as `[eval/wiki_zh/zh/bits_per_character]`; less is better
-    unless it is written METRIC:maximize."""
+    unless it is written METRIC:maximize, as in `eval/probe/translation/zh/gain:maximize` with stage.eval_probe=true."""
     trials: int = 20
     """Search only: trials in all, those of every process that shares the folder."""
     startup_trials: int = 10
@@ -65,9 +72,14 @@ class SweepConfig:
             require_used(self, key, searched, "hydra/sweeper=optuna and --multirun")
 
 
-def require_metric(metric: str, languages: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise ConfigError for a metric that no run measures; `languages` are those that each source may hold."""
-    known = [MEAN_LOSS]
+def require_metric(metric: str, languages: Mapping[str, tuple[str, ...]], probed: bool) -> None:
+    """Raise ConfigError for a metric that no run measures.
+
+    `languages` are those that each source may hold; `probed` is whether the in-context probe is measured.
+    """
+    if metric in PROBED and not probed:
+        raise ConfigError(f"sweep.objectives names {metric}, which is measured with stage.eval_probe=true; add it.")
+    known = [MEAN_LOSS, *(PROBED if probed else ())]
     for source, spoken in languages.items():
         known += [f"eval/{source}/{language}/{measure}" for language in spoken for measure in MEASURES]
     if metric in known:

@@ -83,7 +83,7 @@ def join_languages(rows: list[Row]) -> dict[str, float]:
     """
     bits: dict[str, float] = {}
     units: dict[tuple[str, str], float] = {}
-    for row in rows:
+    for row in (row for row in rows if row["kind"] == "eval"):
         language = row["language"]
         here = float(row["loss"]) * row["tokens"] / math.log(2)
         bits[language] = bits.get(language, 0.0) + here

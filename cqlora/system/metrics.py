@@ -38,12 +38,9 @@ def is_row(row: dict[str, Any]) -> bool:
         return False
     if kind == "event":
         return isinstance(row.get("event"), str)
-    scored = kind != "eval" or (
-        type(row.get("tokens")) is int
-        and row["tokens"] >= 0
-        and all(isinstance(row.get(key), str) for key in ("source", "language"))
-    )
-    return isinstance(kind, str) and scored and (kind == "probe" or is_number(row.get("loss")))
+    named = kind == "train" or all(isinstance(row.get(key), str) for key in ("source", "language"))
+    counted = kind != "eval" or (type(row.get("tokens")) is int and row["tokens"] >= 0)
+    return isinstance(kind, str) and named and counted and is_number(row.get("loss"))
 
 
 def is_number(value: object) -> bool:
@@ -78,8 +75,9 @@ def rewind_metrics(run_folder: Path, step: int) -> None:
 
 def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
     """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were evaluated of it."""
-    tokens = sum(row["tokens"] for row in evaluations)
-    return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
+    scored = [row for row in evaluations if row["kind"] == "eval"]
+    tokens = sum(row["tokens"] for row in scored)
+    return sum(float(row["loss"]) * row["tokens"] for row in scored) / tokens if tokens else None
 
 
 def name_values(row: dict[str, Any]) -> dict[str, float]:
@@ -100,10 +98,10 @@ def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
 
 
 def complete_evaluations(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """The lines of each evaluation by step; it is complete when it has as many as the first, at step 0."""
+    """The lines of each evaluation by step, the probe's too; it is complete with as many as the first, at step 0."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["kind"] == "eval":
+        if row["kind"] in ("eval", "probe"):
             by_step.setdefault(row["step"], []).append(row)
     lines = len(by_step.get(0, []))
     return {step: found for step, found in by_step.items() if len(found) >= lines}
