@@ -4,10 +4,12 @@
         [--recipes no_vocabulary recipe_2023 …] [--clock processor|wall] [--folder outputs/recipes]
         [--trl-python TRL_VENV/bin/python] [--write docs] [--smoke]
 
-A budget is a time (60s, 15min) or a number of characters (300000ch). Time is that of the steps alone, by a first run
-of a few steps; loading, extending and evaluating are not counted. A tenth of each file is held out, by a hash of the
-document, and held_out.txt lists the hashes. Every result is a line of results.jsonl and is not computed again; the
-table and the plot are of all lines. TRL's environment is that of benchmarks/train_step.py.
+A budget is a time (60s, 15min) or a number of characters (300000ch). Time is that of the steps alone: a few steps of
+every recipe are measured in turn before any is trained, the least of some rounds is what a step takes (paces.jsonl),
+and the recipe gets as many as the budget holds, whatever else the machine does later; loading, extending and
+evaluating are not counted. A tenth of each file is held out, by a hash of the document, and held_out.txt lists the
+hashes. Every result is a line of results.jsonl and is not computed again; the table and the plot are of all lines.
+TRL's environment is that of benchmarks/train_step.py.
 """
 
 import argparse
@@ -30,13 +32,15 @@ from cqlora.system.pages import write_between_markers
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 0.1
+PACES = "paces.jsonl"
 LANGUAGES = ("zh", "en")
 COMMON = (
     "stage=pretrain", "data=wiki_zh_en", "data.sources.wiki_zh.sample=null", "data.sources.wiki_en.sample=null",
     "data.val_fraction=0", "hardware=cpu", "tracking=none", "stage.sequence_length=512",
     "stage.checkpoint_every_steps=100000",
 )  # fmt: skip
-CALIBRATION_STEPS = 3
+PACE_STEPS, PACE_ROUNDS = 4, 2
+"""Of every recipe, in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +91,21 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="folder with recipes.md and recipes.zh-CN.md to put the table into")
     parser.add_argument("--smoke", action="store_true", help="small sequences, for a model and a budget of seconds")
     options = parser.parse_args()
-    recipes = read_recipes(options.recipes)
+    recipes, results = read_recipes(options.recipes), options.folder / "results.jsonl"
     split_text(options)
+    for turn in range(PACE_ROUNDS):
+        for name, recipe in recipes.items():
+            measure_pace(options, name, recipe, turn)
     for seed in options.seeds:
         for name in ["base", *recipes]:
             key = {"recipe": name, "seed": seed if name in recipes else 0, "budget": str(options.budget),
                    "clock": options.clock}  # fmt: skip
             key |= {} if name in recipes else {"budget": "", "clock": ""}
-            if not find_line(options.folder, key):
-                add_line(options.folder, key | compare(options, name, recipes.get(name), seed))
-    table = show_table(read_lines(options.folder))
+            if not find_line(results, key):
+                add_line(results, key | compare(options, name, recipes.get(name), seed))
+    table = show_table(read_lines(results))
     print(table)
-    plot(read_lines(options.folder), options.folder / "recipes.svg")
+    plot(read_lines(results), options.folder / "recipes.svg")
     if options.write:
         write_between_markers(options.write / "recipes.md", "recipes", table)
         write_between_markers(options.write / "recipes.zh-CN.md", "recipes", translate(table))
@@ -147,14 +154,40 @@ def compare(options: argparse.Namespace, name: str, recipe: dict[str, Any] | Non
     folder = options.folder / "runs" / f"{name}-{seed}-{options.budget}-{options.clock}"
     # What an interrupted comparison left is of other steps, perhaps.
     shutil.rmtree(folder, ignore_errors=True)
-    train = train_with_trl if recipe.get("trainer") == "trl" else train_with_cqlora
-    first = train(options, recipe, base, seed, CALIBRATION_STEPS, folder / "calibration")
-    spent = first.characters if options.budget.unit == "ch" else first.seconds[options.clock]
-    steps = max(1, round(options.budget.amount / spent * first.steps))
-    done = train(options, recipe, base, seed, steps, folder / "run")
+    steps = max(1, round(options.budget.amount / read_pace(options, name)))
+    done = train(options, recipe, base, seed, steps, folder)
     found = evaluate(options, f"{base}+{done.adapter}", folder.name)
     seconds = {f"{clock}_seconds": round(value, 1) for clock, value in done.seconds.items()}
     return {"steps": done.steps, "characters": round(done.characters), **seconds, **found}
+
+
+def measure_pace(options: argparse.Namespace, name: str, recipe: dict[str, Any], turn: int) -> None:
+    """Put what a step takes in this turn behind the others, where it is not there yet."""
+    key = {"recipe": name, "turn": turn, "sequences": options.sequences}
+    if find_line(options.folder / PACES, key):
+        return
+    print(f"{name}, pace, turn {turn + 1} of {PACE_ROUNDS}", flush=True)
+    folder = options.folder / "paces" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    done = train(options, recipe, extend(options, name, recipe), 1, PACE_STEPS, folder)
+    spent = {"ch": done.characters, **done.seconds}
+    add_line(options.folder / PACES, key | {unit: amount / done.steps for unit, amount in spent.items()})
+
+
+def read_pace(options: argparse.Namespace, name: str) -> float:
+    """The least that a step of a recipe takes, in the budget's unit."""
+    unit = "ch" if options.budget.unit == "ch" else options.clock
+    lines = read_lines(options.folder / PACES)
+    key = {"recipe": name, "sequences": options.sequences}
+    return min(line[unit] for line in lines if all(line[field] == key[field] for field in key))
+
+
+def train(
+    options: argparse.Namespace, recipe: dict[str, Any], base: Path, seed: int, steps: int, folder: Path
+) -> Trained:
+    """A run of so many steps, by the recipe's program."""
+    program = train_with_trl if recipe.get("trainer") == "trl" else train_with_cqlora
+    return program(options, recipe, base, seed, steps, folder)
 
 
 def extend(options: argparse.Namespace, name: str, recipe: dict[str, Any]) -> Path:
@@ -175,9 +208,10 @@ def train_with_cqlora(
     """A run of so many steps."""
     small = ["model=tiny", "stage.sequence_length=64"] if options.smoke else ["model=smollm2_135m"]
     spent = call(
-        "run", *COMMON, *recipe["run"], *small, f"model.path={base}", f"data.root={options.folder / 'text' / 'train'}",
+        "run", *COMMON, f"stage.global_batch_size={options.sequences}", *recipe["run"], *small, f"model.path={base}",
+        f"data.root={options.folder / 'text' / 'train'}",
         f"data.cache_dir={options.folder / 'cache'}", f"stage.max_steps={steps}", f"seed={seed}",
-        f"stage.global_batch_size={options.sequences}", f"hydra.run.dir={folder}",
+        f"hydra.run.dir={folder}",
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
@@ -204,7 +238,8 @@ def train_with_trl(
     """TRL in a process of its own, on the same documents in the same order of magnitude of a step."""
     length = "64" if options.smoke else "512"
     texts = options.folder / "text" / "train"
-    worker = [ROOT / "benchmarks" / "recipes_trl.py", base, texts, folder, steps, seed, length, options.sequences]
+    settings = {"per_device_train_batch_size": options.sequences, **recipe["settings"]}
+    worker = [ROOT / "benchmarks" / "recipes_trl.py", base, texts, folder, steps, seed, length, json.dumps(settings)]
     spent = start([options.trl_python, *map(str, worker)])
     told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
     seconds = {"wall": told["seconds"], "processor": spent["processor"] * told["seconds"] / spent["wall"]}
@@ -250,26 +285,25 @@ def start(command: list[str]) -> dict[str, float]:
     return {"wall": time.monotonic() - began, "processor": processor}
 
 
-def read_lines(folder: Path) -> list[dict[str, Any]]:
-    """Every result so far; a last line that was cut off counts for nothing."""
-    file = folder / "results.jsonl"
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Every line so far; a last one that was cut off counts for nothing."""
     if not file.is_file():
         return []
     whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def find_line(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a recipe, seed, budget and clock, where it is there."""
-    return next((line for line in read_lines(folder) if all(line[name] == key[name] for name in key)), None)
+def find_line(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The line of a recipe, seed, budget and clock, say, where it is there."""
+    return next((line for line in read_lines(file) if all(line[name] == key[name] for name in key)), None)
 
 
-def add_line(folder: Path, line: dict[str, Any]) -> None:
-    """Put a result behind the others, and away what an interrupted write left."""
-    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in [*read_lines(folder), line])
-    staged = folder / "results.jsonl.staging"
+def add_line(file: Path, line: dict[str, Any]) -> None:
+    """Put a line behind the others, and away what an interrupted write left."""
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in [*read_lines(file), line])
+    staged = file.with_name(f"{file.name}.staging")
     staged.write_text(lines, encoding="utf-8")
-    staged.replace(folder / "results.jsonl")
+    staged.replace(file)
 
 
 def show_table(lines: list[dict[str, Any]]) -> str:

@@ -1,9 +1,9 @@
 """TRL's own recipe on the documents of benchmarks/recipes.py, which starts this.
 
-    python benchmarks/recipes_trl.py BASE TEXTS FOLDER STEPS SEED LENGTH SEQUENCES
+    python benchmarks/recipes_trl.py BASE TEXTS FOLDER STEPS SEED LENGTH SETTINGS
 
-SFTTrainer with its defaults, and with LoRA as TRL's command line gives it (rank 16, alpha 32, dropout 0.05) at the
-ten times higher rate that TRL's documentation advises for LoRA. A step has as many sequences as the other recipes'.
+SFTTrainer with LoRA as TRL's command line gives it (rank 16, alpha 32, dropout 0.05). SETTINGS is JSON: of SFTConfig,
+and `target_modules` of LoraConfig.
 """
 
 import json
@@ -20,8 +20,12 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    base, texts, folder, *numbers = sys.argv[1:]
-    steps, seed, length, sequences = map(int, numbers)
+    base, texts, folder, *numbers, given = sys.argv[1:]
+    steps, seed, length = map(int, numbers)
+    given = json.loads(given)
+    lora = LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM", target_modules=given.pop("target_modules", None)
+    )
     began: list[float] = []
 
     class Clock(TrainerCallback):
@@ -34,27 +38,25 @@ def main() -> None:
         output_dir=f"{folder}/trainer",
         max_steps=steps,
         seed=seed,
-        learning_rate=2e-4,
         max_length=length,
-        per_device_train_batch_size=sequences,
         use_cpu=True,
-        bf16=False,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
+        **given,
     )
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=settings,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(base),
-        peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM"),
+        peft_config=lora,
         callbacks=[Clock()],
     )
     trainer.train()
     seconds = time.monotonic() - began[0]
     trainer.save_model(f"{folder}/adapter")
-    told = {"seconds": seconds, "characters": steps * sequences * count_characters(trainer)}
+    told = {"seconds": seconds, "characters": steps * settings.per_device_train_batch_size * count_characters(trainer)}
     (Path(folder) / "told.json").write_text(json.dumps(told))
 
 

@@ -98,7 +98,7 @@ def test_a_known_kind_has_the_losses_and_gradients_of_stock_transformers(kind, o
                 parameter.normal_(std=0.1)
     save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
     fuse_blocks(adapted)
-    loss, _, _ = Objective(adapted, torch.float32, autocast=False)(
+    loss, _ = Objective(adapted, torch.float32, autocast=False)(
         build_batch([pack()], CPU), sum(DOCUMENTS) - len(DOCUMENTS)
     )
     loss.backward()

@@ -81,6 +81,18 @@ def document_kwargs(
     }
 
 
+def mask_kwargs(decoder: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The mask of packed rows as a keyword argument of `decoder`, a transformers model, where it has to be handed in.
+
+    `attend_by_document` reads none. Left to itself transformers looks whether position_ids restart, for which the host
+    waits until a GPU has computed all that was asked of it before; a mask of four dimensions it passes on as it is.
+    """
+    config: Any = decoder.config
+    if config._attn_implementation != DOCUMENTS:
+        return {}
+    return {"attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)}
+
+
 def attend_by_document(
     module: nn.Module,
     query: Tensor,

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from cqlora.model.attention import document_kwargs
-from cqlora.model.loss import IGNORED
 
 
 class PackOfDocuments(Protocol):
@@ -33,32 +32,45 @@ class Batch:
     """(1, T) int64."""
     position_ids: torch.Tensor
     """(1, T) int64, from 0 in every document."""
-    labels: torch.Tensor
-    """(1, T) int64, IGNORED where a token is not predicted; the first of every document is never."""
-    source_ids: torch.Tensor
-    """(T,) int64, the source of each token."""
+    label_positions: torch.Tensor
+    """(L,) int64, which of the T tokens are predicted, in order; the first of a document never is."""
+    targets: torch.Tensor
+    """(L,) int64, the ids of those tokens."""
+    label_sources: torch.Tensor
+    """(L,) int64, the source of each of those tokens; on the host, where losses are counted."""
     document_lengths: list[int]
     attention: dict[str, Any]
     """Document boundaries, as the attention functions take them."""
 
 
 def build_batch(packs: Sequence[PackOfDocuments], device: torch.device) -> Batch:
-    """Lay packs end to end."""
+    """Lay packs end to end.
+
+    All that depends on the data is worked out here, on the host, so that a device is never waited for in a micro batch.
+    """
     lengths = [length for pack in packs for length in pack.document_lengths]
     tokens = np.concatenate([pack.token_ids for pack in packs])
     mask = np.concatenate([pack.label_mask for pack in packs])
     starts = np.cumsum([0, *lengths[:-1]])
     mask[starts] = False
+    labels = np.flatnonzero(mask)
     sources = np.repeat([source for pack in packs for source in pack.source_ids], lengths)
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     return Batch(
-        input_ids=torch.from_numpy(tokens)[None].to(device, non_blocking=True),
-        position_ids=torch.from_numpy(positions)[None].to(device, non_blocking=True),
-        labels=torch.from_numpy(np.where(mask, tokens, IGNORED))[None].to(device, non_blocking=True),
-        source_ids=torch.from_numpy(sources.astype(np.int64)).to(device, non_blocking=True),
+        input_ids=_send(tokens, device)[None],
+        position_ids=_send(positions, device)[None],
+        label_positions=_send(labels, device),
+        targets=_send(tokens[labels], device),
+        label_sources=torch.from_numpy(sources[labels].astype(np.int64)),
         document_lengths=lengths,
         attention=document_kwargs(lengths, device),
     )
+
+
+def _send(numbers: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """`numbers` on `device`; only from pinned memory does a GPU copy while the host goes on."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def count_labels(packs: Sequence[PackOfDocuments]) -> int:

@@ -53,7 +53,7 @@ def sum_losses(objective: nn.Module, micro_batches: Iterable[Sequence[PackOfDocu
     objective.eval()
     summed_loss = 0.0
     for packs in micro_batches:
-        _, token_losses, _ = objective(build_batch(packs, device), 1.0)
+        _, token_losses = objective(build_batch(packs, device), 1.0)
         summed_loss += float(token_losses.double().sum())
     objective.train(was_training)
     return summed_loss

@@ -20,9 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from cqlora.errors import ModelError
 
-IGNORED = -100
-"""Label of a position that is not trained on."""
-
 CHUNK_TOKENS = 256
 """Label positions whose logits exist at once.
 
@@ -92,31 +89,29 @@ class OutputHead:
 
 def label_cross_entropy(
     hidden: Tensor,
-    labels: Tensor,
+    positions: Tensor,
+    targets: Tensor,
     head: OutputHead,
     divisor: Tensor | float,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Sum of the label tokens' cross entropies over `divisor`.
 
-    The label at position t of a row is predicted from the hidden state at t - 1 of the same row (labels are
-    token ids as they stand, shifted here as transformers does), so a row's first label counts for nothing.
-    Where several documents share a row, the caller sets the first label of each to -100: no document predicts
-    the next one's first token. No label at all gives a loss of 0 with gradients of 0.
+    A token is predicted from the hidden state before it. No label at all gives a loss of 0 with gradients of 0.
 
     Args:
         hidden: (B, T, D) or (B * T, D), what the head is applied to.
-        labels: (B, T) int64 token ids, -100 where a token is not a label.
+        positions: (L,) int64, where among the B * T the predicted tokens stand, ascending; none is the first of a
+            row or of a document.
+        targets: (L,) int64, the ids of those tokens.
         head: the output projection; see `OutputHead.from_module`.
         divisor: label tokens of the whole global batch, so that gradients add up to its mean.
         chunk_tokens: label positions whose logits exist at once.
 
     Returns:
-        The loss, a float32 scalar to call backward on (once: its gradients are scaled in place); the token
-        losses (L,) in float32, detached; and the flat positions (L,) in `labels` of the tokens they are of.
+        The loss, a float32 scalar to call backward on (once: its gradients are scaled in place); and the token
+        losses (L,) in float32, detached.
     """
-    positions = find_label_positions(labels)
-    targets = labels.reshape(-1)[positions]
     flat = hidden.reshape(-1, hidden.shape[-1])
     if torch.is_grad_enabled():
         tensors = (head.weight, head.rows, head.lora_a, head.lora_b)
@@ -126,14 +121,7 @@ def label_cross_entropy(
     else:
         losses = _sweep(flat, head, positions - 1, targets, chunk_tokens, _Gradients())
         total = losses.sum()
-    return (total / divisor if len(positions) else total), losses, positions
-
-
-def find_label_positions(labels: Tensor) -> Tensor:
-    """Flat positions (L,) of the tokens of `labels` (B, T) that are predicted, never a row's first."""
-    labelled = labels != IGNORED
-    labelled[:, 0] = False
-    return labelled.reshape(-1).nonzero().squeeze(1)
+    return (total / divisor if len(positions) else total), losses
 
 
 @dataclass(slots=True)

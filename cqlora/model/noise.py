@@ -23,7 +23,8 @@ class EmbeddingNoise:
         word = int(np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0])
         generator = torch.Generator(embeddings.device).manual_seed(word >> 1)
         noise = torch.empty_like(embeddings, requires_grad=False).uniform_(-1, 1, generator=generator)
-        lengths = torch.tensor(document_lengths, device=embeddings.device)
-        magnitude = self.alpha / torch.sqrt(lengths * embeddings.shape[-1])
-        magnitude = magnitude.repeat_interleave(lengths, output_size=embeddings.shape[1])
-        return embeddings + noise * magnitude[:, None].to(noise.dtype)
+        lengths = torch.tensor(document_lengths)
+        magnitude = (self.alpha / torch.sqrt(lengths * embeddings.shape[-1])).repeat_interleave(
+            lengths, output_size=embeddings.shape[1]
+        )
+        return embeddings + noise * magnitude[:, None].to(noise.device, noise.dtype, non_blocking=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from cqlora.model.attention import mask_kwargs
 from cqlora.model.batch import Batch
 from cqlora.model.load import find_decoder, find_embedding, find_head
 from cqlora.model.loss import OutputHead, label_cross_entropy
@@ -22,7 +23,7 @@ class Objective(nn.Module):
 
     def forward(
         self, batch: Batch, divisor: float, noise: EmbeddingNoise | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of one micro batch.
 
         Args:
@@ -31,8 +32,7 @@ class Objective(nn.Module):
             noise: what is added to the embeddings of the tokens, in training alone.
 
         Returns:
-            The sum of the token losses over `divisor`; the token losses (L,) in float32, detached; and the
-            flat positions (L,) of the tokens that they predict.
+            The sum of the token losses over `divisor`, and the token losses (L,) in float32, detached.
         """
         decoder = find_decoder(self.model)
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.autocast):
@@ -40,12 +40,13 @@ class Objective(nn.Module):
             if noise is not None:
                 embeddings = find_embedding(self.model)(batch.input_ids)
                 inputs = {"inputs_embeds": noise.add_to(embeddings, batch.document_lengths)}
+            mask = mask_kwargs(decoder, batch.input_ids.device)
             hidden = decoder(
-                **inputs, position_ids=batch.position_ids, use_cache=False, **batch.attention
+                **inputs, **mask, position_ids=batch.position_ids, use_cache=False, **batch.attention
             ).last_hidden_state
         # A head that trains whole is held in float32 and computes as the rest does.
         head = replace(OutputHead.from_module(find_head(self.model)), dtype=self.dtype)
         # Under `layers` the head may be on another GPU than the last block, and both on another than the batch.
         device = head.weight.device
-        loss, losses, positions = label_cross_entropy(hidden.to(device), batch.labels.to(device), head, divisor)
-        return loss, losses, positions.to(batch.labels.device)
+        positions, targets = batch.label_positions.to(device), batch.targets.to(device)
+        return label_cross_entropy(hidden.to(device), positions, targets, head, divisor)

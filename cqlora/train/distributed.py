@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from cqlora.config.choices import Device
+from cqlora.config.choices import Device, Strategy
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
 from cqlora.system.handover import STORE_SOCKET
@@ -35,6 +35,8 @@ class Worker:
     device: torch.device
     group: dist.ProcessGroup | None = None
     """The process group for exchanges on the host, with a long time limit; None for a worker that is alone."""
+    gpus: tuple[torch.device, ...] = ()
+    """All that this worker computes on: its own, or under `layers` every one of its machine."""
 
     @property
     def is_main(self) -> bool:
@@ -92,10 +94,18 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
         torch.set_num_threads(max(1, cores // hardware.processes_per_node))
     group = join_workers(on_cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     state = PartialState(cpu=on_cpu)
-    yield Worker(rank=state.process_index, world_size=state.num_processes, device=state.device, group=group)
+    gpus = () if on_cpu else list_gpus(hardware, state.device)
+    yield Worker(state.process_index, state.num_processes, state.device, group, gpus)
     if group is not None:
         dist.destroy_process_group()
     PartialState._reset_state()
+
+
+def list_gpus(hardware: HardwareConfig, own: torch.device) -> tuple[torch.device, ...]:
+    """What a worker computes on."""
+    if hardware.strategy is not Strategy.layers:
+        return (own,)
+    return tuple(torch.device("cuda", gpu) for gpu in range(max(1, hardware.gpus_per_node)))
 
 
 def require_cuda() -> None:
@@ -150,7 +160,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     torch.manual_seed(seed + rank)
 
 
-def generator_states(device: torch.device) -> dict[str, Any]:
+def generator_states(gpus: Sequence[torch.device]) -> dict[str, Any]:
     """Every random generator's state, as plain values and tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     states = {
@@ -158,16 +168,16 @@ def generator_states(device: torch.device) -> dict[str, Any]:
         "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if gpus:
+        states["cuda"] = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
     return states
 
 
-def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+def restore_generators(states: dict[str, Any], gpus: Sequence[torch.device]) -> None:
     """Put every random generator back to where `generator_states` found it."""
     random.setstate(states["python"])
     kind, keys, position, has_gauss, gauss = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    for gpu, state in zip(gpus, states.get("cuda", ()), strict=True):
+        torch.cuda.set_rng_state(state, gpu)

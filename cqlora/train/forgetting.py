@@ -49,9 +49,10 @@ class ProbePattern:
         """Nats per character of the last answers (`loss`), of the first, and what is gained between them."""
         was_training = objective.training
         objective.eval()
-        _, losses, positions = objective(build_batch([self], device), 1.0)
+        batch = build_batch([self], device)
+        _, losses = objective(batch, 1.0)
         objective.train(was_training)
-        places = self.places[positions.cpu().numpy()]
+        places = self.places[batch.label_positions.cpu().numpy()]
         nats = losses.double().cpu().numpy()
         first, last = (float(nats[places == place].sum()) / self.characters for place in (FIRST, LAST))
         return {

@@ -1,6 +1,6 @@
 """A GPU that is full, described as what the run took, what the plan had said, and what to change."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from cqlora.plan.memory import plan_memory
 
 
 @contextmanager
-def described_when_full(config: RunConfig, device: torch.device) -> Iterator[None]:
+def described_when_full(config: RunConfig, gpus: Sequence[torch.device]) -> Iterator[None]:
     """Turn the allocator's error into one sentence; the last checkpoint stands.
 
     Raises:
@@ -22,7 +22,7 @@ def described_when_full(config: RunConfig, device: torch.device) -> Iterator[Non
     try:
         yield
     except torch.OutOfMemoryError as error:
-        peak_gib = torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
+        peak_gib = max((torch.cuda.max_memory_reserved(gpu) for gpu in gpus), default=0) / GIB
         raise TrainingError(describe_full(config, peak_gib, str(error))) from error
 
 

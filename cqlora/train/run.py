@@ -57,7 +57,7 @@ def train(config: RunConfig, run_folder: Path) -> Path:
         goes_on = (run_folder / RUN_FILE).exists()
         return f"the same command with hydra.run.dir={run_folder} {'goes on' if goes_on else 'starts it'}."
 
-    with preempt_on_signals(again), start_worker(config.hardware) as worker, described_when_full(config, worker.device):
+    with preempt_on_signals(again), start_worker(config.hardware) as worker, described_when_full(config, worker.gpus):
         run_folder = agree_on_folder(run_folder, worker)
         train_as(worker, agree_on_values(config, worker), run_folder)
     return run_folder

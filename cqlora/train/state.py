@@ -147,7 +147,7 @@ def save_state(
         store.write(counters.step, _file("trainable", worker, "safetensors"), save(held))
         states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         store.write(counters.step, _file("optimizer", worker, "pt"), _serialise(states))
-    store.write(counters.step, _file("random", worker, "pt"), _serialise(generator_states(worker.device)))
+    store.write(counters.step, _file("random", worker, "pt"), _serialise(generator_states(worker.gpus)))
     worker.wait()
     if worker.is_main:
         state = {**asdict(counters), "identity": identity, METRICS_KEY: measure_metrics(store.root.parent)}
@@ -178,7 +178,7 @@ def restore_state(
     load_optimizer(optimizer, states["optimizer"])
     scaler.load_state_dict(states["scaler"])
     random = torch.load(folder / _file("random", worker, "pt"), map_location="cpu", weights_only=True)
-    restore_generators(random, worker.device)
+    restore_generators(random, worker.gpus)
     state = read_state(folder)
     return Counters(
         step=state["step"],

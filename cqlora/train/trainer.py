@@ -111,9 +111,9 @@ class Trainer:
         """
         stage = self.config.stage
         self._measure_speed()
-        if self.worker.device.type == "cuda":
+        for gpu in self.worker.gpus:
             # What loading took at its most is not the step's.
-            torch.cuda.reset_peak_memory_stats(self.worker.device)
+            torch.cuda.reset_peak_memory_stats(gpu)
         # Loading leaves a model in evaluation mode, in which activations are never checkpointed nor dropped.
         self.module.train()
         display = StepDisplay(self.total_steps, self.worker.is_main)
@@ -156,19 +156,17 @@ class Trainer:
         packs = {pack: self.split.pack(pack) for pack in ids}
         divisor = max(1, count_labels(list(packs.values())))
         shares = share_among_ranks(ids, self.worker.rank, self.worker.world_size, self.config.hardware.micro_batch_size)
-        sums = torch.zeros(2, len(self.cache.sources) + 1, dtype=torch.float64)
+        losses, sources = [], []
         for number, share in enumerate(shares):
             batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
             last = number == len(shares) - 1
             with nullcontext() if last else accumulate_without_sync(self.module):
-                loss, token_losses, positions = self.module(batch, divisor, self._noise(number))
+                loss, token_losses = self.module(batch, divisor, self._noise(number))
                 # Replication and sharding average over workers; the divisor is global already.
                 self.scaler.scale(loss * self.worker.world_size).backward()
-            sources = batch.source_ids[positions].cpu()
-            sums[0].index_add_(0, sources, token_losses.double().cpu())
-            sums[1].index_add_(0, sources, torch.ones(len(sources), dtype=torch.float64))
-        sums[0, -1] = float(stop_asked)
-        sums = self.worker.sum(sums)
+            losses.append(token_losses)
+            sources.append(batch.label_sources)
+        sums = self.worker.sum(self._sum_by_source(torch.cat(losses), torch.cat(sources), stop_asked))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trainable, self.config.stage.max_grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -179,6 +177,14 @@ class Trainer:
             grad_norm=float(norm),
             stop_asked=bool(sums[0, -1] > 0),
         )
+
+    def _sum_by_source(self, token_losses: torch.Tensor, sources: torch.Tensor, stop_asked: bool) -> torch.Tensor:
+        """(2, sources + 1) float64 on the host: losses, label tokens; the last column tells of a signal."""
+        sums = torch.zeros(2, len(self.cache.sources) + 1, dtype=torch.float64)
+        sums[0].index_add_(0, sources, token_losses.double().cpu())
+        sums[1].index_add_(0, sources, torch.ones(len(sources), dtype=torch.float64))
+        sums[0, -1] = float(stop_asked)
+        return sums
 
     def _noise(self, micro_batch: int) -> EmbeddingNoise | None:
         alpha, place = self.config.stage.neftune_alpha, (self.worker.rank, micro_batch)
@@ -274,7 +280,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens": self.counters.tokens,
             "tokens_per_second": result.tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(self.worker.device),
+            "peak_memory_gib": peak_memory_gib(self.worker.gpus),
             "seconds": seconds,
             "matmul_share": flops / seconds / self._matmul_limit,
         }
@@ -331,8 +337,8 @@ def tell_signal(number: int) -> None:
     logger.info("%s: finishing the step, then committing", signal.Signals(number).name)
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this worker has used: on a GPU what the allocator reserved, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
+def peak_memory_gib(gpus: Sequence[torch.device]) -> float:
+    """Most memory this worker has used: reserved by the allocator on the fullest of its GPUs, else resident."""
+    if gpus:
+        return max(torch.cuda.max_memory_reserved(gpu) for gpu in gpus) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -81,19 +81,32 @@ def test_the_table_has_means_over_seeds_the_best_first_and_all_against_the_base(
 
 
 def test_a_line_that_was_cut_off_is_computed_again_and_a_whole_one_found(tmp_path):
-    recipes.add_line(tmp_path, line("a", 1.0, 1.0))
-    with (tmp_path / "results.jsonl").open("a") as stream:
+    results = tmp_path / "results.jsonl"
+    recipes.add_line(results, line("a", 1.0, 1.0))
+    with results.open("a") as stream:
         stream.write('{"recipe": "b", "se')
-    assert recipes.find_line(tmp_path, {"recipe": "a", "seed": 1, "budget": "60s"})
-    assert not recipes.find_line(tmp_path, {"recipe": "a", "seed": 2, "budget": "60s"})
-    recipes.add_line(tmp_path, line("b", 1.0, 1.0))
-    assert [each["recipe"] for each in recipes.read_lines(tmp_path)] == ["a", "b"]
+    assert recipes.find_line(results, {"recipe": "a", "seed": 1, "budget": "60s"})
+    assert not recipes.find_line(results, {"recipe": "a", "seed": 2, "budget": "60s"})
+    recipes.add_line(results, line("b", 1.0, 1.0))
+    assert [each["recipe"] for each in recipes.read_lines(results)] == ["a", "b"]
+
+
+def test_what_a_step_takes_is_the_least_of_its_turns_and_of_steps_of_that_size(tmp_path):
+    options = argparse.Namespace(folder=tmp_path, sequences=4, clock="wall", budget=recipes.Budget(60.0, "s"))
+    for turn, wall, sequences in ((0, 3.0, 4), (1, 2.0, 4), (0, 1.0, 2)):
+        recipes.add_line(
+            tmp_path / recipes.PACES,
+            {"recipe": "a", "turn": turn, "sequences": sequences, "wall": wall, "processor": 9.0, "ch": 700.0},
+        )
+    assert recipes.read_pace(options, "a") == 2.0
+    options.budget = recipes.Budget(5000.0, "ch")
+    assert recipes.read_pace(options, "a") == 700.0
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
     recipe = KNOWN[name]
-    assert recipe["about"] and set(recipe) <= {"about", "extend", "run", "trainer"}
+    assert recipe["about"] and set(recipe) <= {"about", "extend", "run", "trainer", "settings"}
     if "trainer" in recipe:
         return
     for verb, overrides in (("run", [*recipes.COMMON, *recipe["run"]]), ("extend", recipe["extend"])):

@@ -18,6 +18,13 @@ VOCABULARY, HIDDEN, RANK = 131, 24, 4
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
+def score(hidden: Tensor, labels: Tensor, head: OutputHead, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and token losses of `labels` (B, T), -100 where a token is not predicted, and where those are that are."""
+    predicted = (labels != -100).logical_and(torch.arange(labels.shape[1]) > 0)
+    positions = predicted.flatten().nonzero().squeeze(1)
+    return *label_cross_entropy(hidden, positions, labels.flatten()[positions], head, *options), positions
+
+
 def random_tensor(*shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * scale).requires_grad_()
 
@@ -52,7 +59,7 @@ def _seed() -> None:
 def test_value_and_gradients_equal_the_stock_loss_at_every_chunk_size(chunk_tokens: int, share: float) -> None:
     hidden, weight = random_tensor(2, 11, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = random_labels(2, 11, share)
-    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 13.0, chunk_tokens)
+    loss, _, _ = score(hidden, labels, OutputHead(weight), 13.0, chunk_tokens)
     expected = stock_loss(hidden, weight, labels, 13.0)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert_same(gradients_of(loss, hidden, weight), gradients_of(expected, hidden, weight))
@@ -61,7 +68,7 @@ def test_value_and_gradients_equal_the_stock_loss_at_every_chunk_size(chunk_toke
 def test_token_losses_and_positions_are_those_of_the_predicted_tokens() -> None:
     hidden, weight = random_tensor(3, 9, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = random_labels(3, 9, 0.5)
-    loss, token_losses, positions = label_cross_entropy(hidden, labels, OutputHead(weight), 2.0, 4)
+    loss, token_losses, positions = score(hidden, labels, OutputHead(weight), 2.0, 4)
     logits = (hidden @ weight.T).detach()
     expected = [
         (row * 9 + column, -logits[row, column - 1].log_softmax(0)[labels[row, column]].item())
@@ -79,8 +86,8 @@ def test_token_losses_and_positions_are_those_of_the_predicted_tokens() -> None:
 def test_flat_hidden_states_give_the_same_as_rows_of_them() -> None:
     hidden, head = random_tensor(2, 6, HIDDEN), OutputHead(random_tensor(VOCABULARY, HIDDEN))
     labels = random_labels(2, 6, 0.7)
-    rows, _, _ = label_cross_entropy(hidden, labels, head, 5.0)
-    flat, _, _ = label_cross_entropy(hidden.reshape(12, HIDDEN), labels, head, 5.0)
+    rows, _, _ = score(hidden, labels, head, 5.0)
+    flat, _, _ = score(hidden.reshape(12, HIDDEN), labels, head, 5.0)
     assert torch.equal(rows, flat)
 
 
@@ -88,7 +95,7 @@ def test_a_masked_first_label_keeps_a_document_from_predicting_the_next() -> Non
     hidden, weight = random_tensor(1, 10, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = torch.randint(0, VOCABULARY, (1, 10))
     labels[0, 4] = -100
-    packed, _, positions = label_cross_entropy(hidden, labels, OutputHead(weight), 8.0)
+    packed, _, positions = score(hidden, labels, OutputHead(weight), 8.0)
     documents = [(slice(0, 4), labels[:, :4]), (slice(4, 10), labels[:, 4:])]
     expected = sum(stock_loss(hidden[:, span], weight, part, 8.0) for span, part in documents)
     torch.testing.assert_close(packed, expected, **TOLERANCE)
@@ -110,7 +117,7 @@ def test_replaced_rows_equal_a_weight_with_those_rows_written_in(indices: list[i
     hidden, weight = random_tensor(1, 15, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     rows, labels = random_tensor(len(indices), HIDDEN), random_labels(1, 15, 0.8)
     head = OutputHead(weight, rows=rows, row_indices=torch.tensor(indices))
-    loss, _, _ = label_cross_entropy(hidden, labels, head, 7.0, 4)
+    loss, _, _ = score(hidden, labels, head, 7.0, 4)
     whole = weight.index_copy(0, torch.tensor(indices), rows)
     expected = stock_loss(hidden, whole, labels, 7.0)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
@@ -121,7 +128,7 @@ def test_low_rank_gradients_equal_the_stock_loss() -> None:
     hidden, weight = random_tensor(1, 15, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     a, b = random_tensor(RANK, HIDDEN), random_tensor(VOCABULARY, RANK)
     labels = random_labels(1, 15, 0.8)
-    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight, lora_a=a, lora_b=b, lora_scale=0.5), 7.0, 4)
+    loss, _, _ = score(hidden, labels, OutputHead(weight, lora_a=a, lora_b=b, lora_scale=0.5), 7.0, 4)
     expected = stock_loss(hidden, weight, labels, 7.0, added=0.5 * hidden @ a.T @ b.T)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert_same(gradients_of(loss, hidden, weight, a, b), gradients_of(expected, hidden, weight, a, b))
@@ -133,7 +140,7 @@ def test_low_rank_dropout_uses_one_mask_for_value_and_gradients() -> None:
     labels = torch.randint(0, VOCABULARY, (1, 9))
     head = OutputHead(weight, lora_a=a, lora_b=b, lora_scale=2.0, lora_dropout=0.4)
     torch.manual_seed(5)
-    loss, _, _ = label_cross_entropy(hidden, labels, head, 8.0)
+    loss, _, _ = score(hidden, labels, head, 8.0)
     torch.manual_seed(5)
     keep = nn.functional.dropout(torch.ones(8, HIDDEN), 0.4)
     dropped = torch.cat([hidden[0, :8] * keep, hidden[0, 8:]])
@@ -147,7 +154,7 @@ def test_no_label_at_all_gives_zero_loss_and_zero_gradients(divisor: Tensor | fl
     hidden, weight = random_tensor(2, 5, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = torch.full((2, 5), -100)
     labels[:, 0] = 3
-    loss, token_losses, positions = label_cross_entropy(hidden, labels, OutputHead(weight), divisor)
+    loss, token_losses, positions = score(hidden, labels, OutputHead(weight), divisor)
     assert loss.item() == 0.0
     assert token_losses.shape == positions.shape == (0,)
     assert all(not gradient.any() for gradient in gradients_of(loss, hidden, weight))
@@ -156,7 +163,7 @@ def test_no_label_at_all_gives_zero_loss_and_zero_gradients(divisor: Tensor | fl
 def test_a_single_label_equals_the_stock_loss() -> None:
     hidden, weight = random_tensor(1, 5, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = torch.tensor([[-100, -100, 7, -100, -100]])
-    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 1.0)
+    loss, _, _ = score(hidden, labels, OutputHead(weight), 1.0)
     expected = stock_loss(hidden, weight, labels, 1.0)
     torch.testing.assert_close(loss, expected, **TOLERANCE)
     assert_same(gradients_of(loss, hidden, weight), gradients_of(expected, hidden, weight))
@@ -165,7 +172,7 @@ def test_a_single_label_equals_the_stock_loss() -> None:
 def test_logits_far_from_zero_stay_finite_and_equal_the_stock_loss() -> None:
     hidden, weight = random_tensor(1, 6, HIDDEN, scale=40.0), random_tensor(VOCABULARY, HIDDEN, scale=40.0)
     labels = torch.randint(0, VOCABULARY, (1, 6))
-    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 5.0)
+    loss, _, _ = score(hidden, labels, OutputHead(weight), 5.0)
     expected = stock_loss(hidden, weight, labels, 5.0)
     torch.testing.assert_close(loss, expected, atol=0.0, rtol=1e-5)
     torch.testing.assert_close(gradients_of(loss, hidden), gradients_of(expected, hidden), atol=1e-3, rtol=1e-4)
@@ -176,7 +183,7 @@ def test_bfloat16_rounds_the_products_and_nothing_else() -> None:
     weight = torch.randn(VOCABULARY, HIDDEN).bfloat16().requires_grad_()
     labels = random_labels(1, 40, 0.8)
     divisor = 31.0
-    loss, token_losses, _ = label_cross_entropy(hidden, labels, OutputHead(weight), divisor, 8)
+    loss, token_losses, _ = score(hidden, labels, OutputHead(weight), divisor, 8)
     stock = stock_loss(hidden, weight, labels, divisor)
     # The stock loss rounds the logits to bfloat16 in the same product, and its sum in float32.
     torch.testing.assert_close(loss, stock, **TOLERANCE)
@@ -193,9 +200,9 @@ def test_gradients_are_scaled_in_float32_however_small_the_loss_scale() -> None:
     hidden = torch.randn(1, 5, HIDDEN).half().requires_grad_()
     weight = torch.randn(VOCABULARY, HIDDEN).half()
     labels = torch.randint(0, VOCABULARY, (1, 5))
-    loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 1e6)
+    loss, _, _ = score(hidden, labels, OutputHead(weight), 1e6)
     scaled = gradients_of(loss * 2.0**16, hidden)[0]
-    plain, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 1e6 / 2.0**16)
+    plain, _, _ = score(hidden, labels, OutputHead(weight), 1e6 / 2.0**16)
     torch.testing.assert_close(scaled, gradients_of(plain, hidden)[0], rtol=2e-3, atol=1e-6)
 
 
@@ -203,10 +210,8 @@ def test_autocast_computes_the_products_in_its_type() -> None:
     hidden, weight = random_tensor(1, 20, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = random_labels(1, 20, 0.8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 16.0)
-    rounded, _, _ = label_cross_entropy(
-        hidden.detach().bfloat16(), labels, OutputHead(weight.detach().bfloat16()), 16.0
-    )
+        loss, _, _ = score(hidden, labels, OutputHead(weight), 16.0)
+    rounded, _, _ = score(hidden.detach().bfloat16(), labels, OutputHead(weight.detach().bfloat16()), 16.0)
     torch.testing.assert_close(loss, rounded, **TOLERANCE)
     assert gradients_of(loss, hidden)[0].dtype is torch.float32
 
@@ -236,7 +241,7 @@ def test_no_tensor_grows_beyond_a_chunk_of_logits(dtype: torch.dtype) -> None:
     head = OutputHead(torch.randn(vocabulary, HIDDEN, dtype=dtype))
     labels = torch.randint(0, vocabulary, (1, length))
     with LargestTensor() as largest:
-        label_cross_entropy(hidden, labels, head, 63.0, chunk)[0].backward()
+        score(hidden, labels, head, 63.0, chunk)[0].backward()
     assert largest.elements == max(chunk * vocabulary, vocabulary * HIDDEN)
     assert largest.elements < length * vocabulary
 
@@ -244,9 +249,9 @@ def test_no_tensor_grows_beyond_a_chunk_of_logits(dtype: torch.dtype) -> None:
 def test_evaluation_computes_the_same_losses_and_no_gradient() -> None:
     hidden, weight = random_tensor(1, 20, HIDDEN), random_tensor(VOCABULARY, HIDDEN)
     labels = torch.randint(0, VOCABULARY, (1, 20))
-    trained, _, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 19.0, 5)
+    trained, _, _ = score(hidden, labels, OutputHead(weight), 19.0, 5)
     with torch.no_grad(), LargestTensor() as largest:
-        evaluated, token_losses, _ = label_cross_entropy(hidden, labels, OutputHead(weight), 19.0, 5)
+        evaluated, token_losses, _ = score(hidden, labels, OutputHead(weight), 19.0, 5)
     assert torch.equal(trained, evaluated)
     assert not evaluated.requires_grad
     assert len(token_losses) == 19
@@ -292,7 +297,7 @@ def adapted_model(name: str) -> nn.Module:
 def loss_of_model(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
     core = model.get_base_model()
     hidden = core.model(input_ids=ids, use_cache=False).last_hidden_state
-    return label_cross_entropy(hidden, labels, OutputHead.from_module(core.lm_head), 30.0, 8)[0]
+    return score(hidden, labels, OutputHead.from_module(core.lm_head), 30.0, 8)[0]
 
 
 def parameter_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def test_the_objective_with_noise_is_the_stock_model_on_embeddings_with_that_noi
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         with torch.no_grad():
             logits = stock(inputs_embeds=embeddings[:, start:end]).logits[0, :-1]
-        labels = batch.labels[0, start + 1 : end]
+        labels = batch.input_ids[0, start + 1 : end]
         nats += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     assert found == pytest.approx(nats, rel=1e-5)
     assert abs(found - plain) > 1e-5 * plain and count_labels(packs) > 0

@@ -12,6 +12,7 @@ from cqlora.system.machine import Gpu, Machine
 from cqlora.train import distributed
 from cqlora.train.memory import described_when_full, list_changes
 from cqlora.train.optimizer import load_optimizer
+from cqlora.train.trainer import peak_memory_gib
 from tests.launch.test_settle import composed, given
 
 SEVEN_B = ("stage=pretrain", "data=sample", "model=llama2_7b", "hardware=1xa100")
@@ -43,13 +44,33 @@ def test_a_full_gpu_is_one_sentence_with_plan_and_peak_and_what_to_change():
     config = settle(composed(*SEVEN_B, "hardware.micro_batch_size=4"), given(composed(*SEVEN_B), "four A100"))
     with (
         pytest.raises(TrainingError) as raised,
-        described_when_full(config, torch.device("cpu")),
+        described_when_full(config, ()),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.25 GiB. GPU 0 has a total capacity of")
     told = str(raised.value)
     assert "1.25 GiB more was asked for" in told and "\n" not in told
     assert f"`cqlora plan` counts {plan_memory(config).step / 2**30:.1f} of 79.2 GiB" in told
     assert "hardware.micro_batch_size=2" in told and told.endswith("or a GPU with more memory.")
+
+
+def test_a_worker_that_computes_on_several_gpus_keeps_the_state_of_each_and_tells_the_fullest(monkeypatch):
+    layers = composed(*SEVEN_B, "hardware.strategy=layers", "hardware.gpus_per_node=4").hardware
+    gpus = distributed.list_gpus(layers, torch.device("cuda", 0))
+    assert gpus == tuple(torch.device("cuda", number) for number in range(4))
+    assert distributed.list_gpus(composed(*SEVEN_B).hardware, torch.device("cuda", 2)) == (torch.device("cuda", 2),)
+
+    states = {gpu: torch.tensor([gpu.index, 7]) for gpu in gpus}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.get)
+    kept = distributed.generator_states(gpus)
+    found = {}
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: found.update({gpu: state}))
+    distributed.restore_generators(kept, gpus)
+    assert found == states
+    with pytest.raises(ValueError, match="shorter"):
+        distributed.restore_generators(kept, (*gpus, torch.device("cuda", 4)))
+
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda gpu: (gpu.index % 3) * 2**30)
+    assert peak_memory_gib(gpus) == 2.0
 
 
 def test_only_changes_that_a_configuration_leaves_are_named():
@@ -63,7 +84,7 @@ def test_only_changes_that_a_configuration_leaves_are_named():
 
 
 def test_other_errors_of_a_run_pass_as_they_are():
-    with pytest.raises(RuntimeError, match="shape"), described_when_full(composed(*SEVEN_B), torch.device("cpu")):
+    with pytest.raises(RuntimeError, match="shape"), described_when_full(composed(*SEVEN_B), ()):
         raise RuntimeError("shape")
 
 
