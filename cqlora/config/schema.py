@@ -28,7 +28,7 @@ from cqlora.config.choices import (
     SourceKind,
     Strategy,
 )
-from cqlora.config.sweeps import SweepConfig, require_metric
+from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.config.tracking import TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.companions import check_accepted
@@ -531,13 +531,7 @@ class RunConfig:
 
     def _check_objectives(self) -> None:
         """Raise ConfigError for an objective that no run of this stage and data measures."""
-        languages = {
-            name: (source.language,) if source.language else LANGUAGES
-            for name, source in self.data.sources.items()
-            if self.stage.name in source.stages
-        }
-        for metric in self.sweep.goals:
-            require_metric(metric, languages, self.stage.eval_probe)
+        check_measured(self.sweep, self.data, self.stage)
 
     def _check_sources(self) -> None:
         if not any(self.stage.name in source.stages for source in self.data.sources.values()):

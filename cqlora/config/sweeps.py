@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any
 
 from cqlora.config.checks import check_fields, require_positive, require_range, require_used
-from cqlora.config.choices import Goal, Pruner
+from cqlora.config.choices import LANGUAGES, Goal, Pruner
 from cqlora.errors import ConfigError
 from cqlora.system.metrics import MEAN_LOSS, MEASURES
 
@@ -70,6 +71,17 @@ class SweepConfig:
         """Raise ConfigError for a key that would have no effect outside a search."""
         for key in ("trials", "startup_trials", "at_once", "pruner", "seed"):
             require_used(self, key, searched, "hydra/sweeper=optuna and --multirun")
+
+
+def check_measured(sweep: SweepConfig, data: Any, stage: Any) -> None:
+    """Raise ConfigError for an objective that no run of this data and stage, typed or composed, measures."""
+    languages = {
+        name: (source.language,) if source.language else LANGUAGES
+        for name, source in data.sources.items()
+        if stage.name in source.stages
+    }
+    for metric in sweep.goals:
+        require_metric(metric, languages, stage.eval_probe)
 
 
 def require_metric(metric: str, languages: Mapping[str, tuple[str, ...]], probed: bool) -> None:

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig
-from cqlora.config.sweeps import SweepConfig
+from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Pruned
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
@@ -53,9 +53,16 @@ class Sweep:
 
     @cached_property
     def settings(self) -> SweepConfig:
-        """The keys under `sweep`."""
+        """The keys under `sweep`.
+
+        Raises:
+            ConfigError: they contradict, or the jobs' folders are to be others than their numbers.
+        """
         settings: Any = OmegaConf.to_object(self.config.sweep)
         assert isinstance(settings, SweepConfig)
+        typed = [str(override) for override in self.config.hydra.overrides.hydra]
+        if any(override.startswith("hydra.sweep.subdir=") for override in typed):
+            raise ConfigError("hydra.sweep.subdir has no use here: the jobs' folders are their numbers; leave it out.")
         return settings
 
     @cached_property
@@ -72,9 +79,6 @@ class Sweep:
 
     def begin(self) -> None:
         """Make the folder, with what the sweep is to be gone on with from."""
-        typed = [str(override) for override in self.config.hydra.overrides.hydra]
-        if any(override.startswith("hydra.sweep.subdir=") for override in typed):
-            raise ConfigError("hydra.sweep.subdir has no use here: the jobs' folders are their numbers; leave it out.")
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / SWEEP_FILE, OmegaConf.to_yaml(self.config).encode())
 
@@ -190,10 +194,13 @@ def compose_job(sweep: Sweep, number: int, point: list[str]) -> DictConfig:
     """A job's configuration.
 
     Raises:
-        ConfigError: it is none; the sentence names the job.
+        ConfigError: it is none, or its run measures no such objective; the sentence names the job.
     """
     try:
-        return sweep.compose(point)
+        composed = sweep.compose(point)
+        # Told by no job, since it would be told by all of them.
+        check_measured(sweep.settings, composed.data, composed.stage)
+        return composed
     except ConfigError as error:
         raise ConfigError(f"job {number} ({' '.join(point)}): {error}") from error
 

@@ -169,7 +169,7 @@ def test_overrides_are_recorded_as_numbers_where_they_are_some():
         (("seed=range(1,9,step=0)",), "has no values, or too many"),
         (("seed=range(1,inf)",), "has no end"),
         (("sweep.objectives=[eval/loss,eval/loss:maximize]", "seed=1,2"), "names eval/loss twice"),
-        (("sweep.objectives=[eval/sample_zh/zh/los]", "seed=1,2"), "did you mean eval/sample_zh/zh/loss?"),
+        (("sweep.objectives=[eval/sample_dialog/zh/los]", "seed=1,2"), "did you mean eval/sample_dialog/zh/loss?"),
         (("sweep.objectives=[eval/wiki_zh/zh/loss]", "seed=1,2"), "which no run here measures"),
     ],
 )
