@@ -52,7 +52,6 @@ def run_program(
     config_name: str,
     schema: type,
     action: Callable[[Any], Any],
-    help_overrides: tuple[str, ...] = (),
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Compose `configs/<config_name>.yaml` with the command line, build `schema`, call `action` with it.
@@ -60,21 +59,21 @@ def run_program(
     A CqloraError, whether of the composition or of the action, is printed as one sentence and becomes the
     exit code, and so is what the operating system refuses; other exceptions keep their traceback. An int that
     `action` returns is the exit code too. The jobs of a sweep all run, whatever becomes of one of them.
-    `help_overrides` stand in for groups without a default when `--help` is asked for; `around` each job is a context
-    that sees how it ends.
+    `around` each job is a context that sees how it ends.
     """
     with until_nobody_reads():
-        sys.exit(call_program(config_name, Jobs(schema, action, around), help_overrides))
+        sys.exit(call_program(config_name, Jobs(schema, action, around)))
 
 
-def call_program(config_name: str, jobs: "Jobs", help_overrides: tuple[str, ...]) -> int:
+def call_program(config_name: str, jobs: "Jobs") -> int:
     """Compose and call; print the sentence of a CqloraError; the exit code."""
     try:
         refuse_secrets(sys.argv[1:])
         check_words(sys.argv[1:])
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
-            sys.argv[1:1] = [*help_overrides, store_help(config_name, jobs)]
+            print_help(config_name, jobs)
+            return 0
         with described_as_sentence():
             outcomes = _compose_and_call(config_name, jobs)
     except CqloraError as error:
@@ -103,22 +102,15 @@ def until_nobody_reads() -> Iterator[None]:
         sys.exit(_NOBODY_READS)
 
 
-def store_help(config_name: str, jobs: "Jobs") -> str:
-    """Put a verb's help where Hydra finds it; the override that chooses it."""
-    from hydra.core.config_store import ConfigStore
-
+def print_help(config_name: str, jobs: "Jobs") -> None:
+    """Tell a verb's keys and groups, with those of folders of one's own."""
     from cqlora.config.reference import render_help
     from cqlora.config.schema import CONFIG_DIR
 
     flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
     folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
-    # Hydra fills in what stands behind dollar signs.
-    text = render_help(config_name, jobs.schema, folders).replace("$", "$$")
-    head = "${hydra.help.app_name} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]"
-    template = f"{head}\n\n{text}\n\nHydra's own flags: --hydra-help"
-    node = {"app_name": f"cqlora {jobs.action.__name__}", "header": "", "footer": "", "template": template}
-    ConfigStore.instance().store(group="hydra/help", name="cqlora", node=node)
-    return "hydra/help=cqlora"
+    print(f"cqlora {jobs.action.__name__} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]\n")
+    print(f"{render_help(config_name, jobs.schema, folders)}\n\nHydra's own flags: --hydra-help")
 
 
 def report_sweep(outcomes: list[Any]) -> int:

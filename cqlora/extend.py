@@ -53,7 +53,7 @@ def main() -> None:
     """The verb `extend`."""
     accept_path_in_command_line()
     ConfigStore.instance().store(name="extend_schema", node=ExtendConfig)
-    run_program("extend", ExtendConfig, extend, help_overrides=("vocab=auto",))
+    run_program("extend", ExtendConfig, extend)
 
 
 if __name__ == "__main__":

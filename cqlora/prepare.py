@@ -111,7 +111,7 @@ def show_example(console: Any, source: str, tokens: int, spans: list[tuple[bool,
 def main() -> None:
     """The verb `prepare`."""
     with stop_on_signals():
-        run_program("config", RunConfig, prepare, help_overrides=("stage=pretrain",))
+        run_program("config", RunConfig, prepare)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def main() -> None:
             from cqlora.launch.sweeps import record_job
 
             arrange_sweep()
-            run_program("config", RunConfig, run, help_overrides=("stage=pretrain",), around=record_job)
+            run_program("config", RunConfig, run, around=record_job)
     except Stopped as stopped:
         stop(stop_early(stopped))
 

@@ -1,8 +1,8 @@
 """Training runs for tests: composed as a user's, on the tiny model, each in a child that may be killed."""
 
+import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,12 +24,8 @@ from cqlora.errors import CqloraError
 from cqlora.launch.preflight import check_run
 from cqlora.launch.settle import look_around, settle
 from cqlora.system.metrics import read_metrics
+from tests.commands import forked
 from tests.conftest import HANG_SECONDS
-
-# Children start from a server that has torch and transformers imported and has run nothing: no seconds of
-# import each, no threads inherited.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["cqlora.train.run"])
 
 SMALL = (
     "model=tiny",
@@ -61,7 +57,7 @@ def typed_run(workspace: Path, *overrides: str, folder: Path = Path("/nowhere"))
 
 def start_run(config: RunConfig, folder: Path, plant: Callable[[], None] | None = None) -> ForkServerProcess:
     """Start a run in a child; `plant`, a function of a test module, sets a trap in it first."""
-    child = _context.Process(target=_train, args=(write_run_yaml(config, folder), plant))
+    child = forked.Process(target=_train, args=(write_run_yaml(config, folder), plant))
     child.start()
     return child
 
@@ -82,7 +78,7 @@ def start_workers(config: RunConfig, folder: Path, plant: Callable[[], None] | N
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.hardware.world_size}
         place |= {"LOCAL_WORLD_SIZE": config.hardware.world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in place.items()}
-        children.append(_context.Process(target=_train, args=(run_file, plant, environment)))
+        children.append(forked.Process(target=_train, args=(run_file, plant, environment)))
         children[-1].start()
     return children
 
@@ -152,9 +148,13 @@ def _train(run_file: Path, plant: Callable[[], None] | None, environment: dict[s
     os.environ.update(environment or {})
     import torch
 
+    from cqlora.model.throughput import measure_matmul_flops
+    from cqlora.train import trainer
     from cqlora.train.run import train
 
     torch.set_num_threads(1)
+    # Of no use to runs that are no longer than that.
+    trainer.measure_matmul_flops = functools.partial(measure_matmul_flops, seconds=0.01)
     if plant is not None:
         plant()
     rank = os.environ.get("RANK", "0")

@@ -1,13 +1,11 @@
 """docs/python.md is run as it stands, block after block, in a folder of its own and on the tiny model."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import HANG_SECONDS, ROOT
+from tests.conftest import ROOT, run_python
 from tests.runs import build_once
 from tests.test_docs import code_blocks, in_chinese
 
@@ -33,11 +31,7 @@ def printed(workspace: Path) -> str:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS
-        )
-        assert done.returncode == 0, done.stderr
-        (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
+        (folder / "printed.txt").write_text(run_python(folder, "-c", script).stdout, encoding="utf-8")
 
     return (build_once(workspace / "python_page", build) / "printed.txt").read_text(encoding="utf-8")
 

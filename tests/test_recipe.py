@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import HANG_SECONDS, ROOT
+from tests.conftest import ROOT, run_python, run_verb
 from tests.test_scripts import load_script
 
 
@@ -36,21 +33,12 @@ def test_the_table_has_a_column_for_the_base_and_for_each_stage():
 
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
 def test_both_stages_are_trained_evaluated_and_merged_with_a_card(tmp_path):
-    make = [sys.executable, "-m", "cqlora.prepare", "stage=pretrain", "model=tiny", f"data.cache_dir={tmp_path}/cache",
-            "model.max_position_embeddings=4096"]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "CQLORA_DATA"} | {"PYTHONPATH": str(ROOT)}
-    script = [
-        sys.executable, str(ROOT / "scripts" / "recipe.py"), "--minutes", "0.05", "--base", "models/tiny", "--model",
-        "tiny",
-    ]  # fmt: skip
-    for command in (make, script):
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=HANG_SECONDS, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    run_verb(tmp_path, "prepare", "stage=pretrain", "model=tiny", f"data.cache_dir={tmp_path}/cache",
+             "model.max_position_embeddings=4096")  # fmt: skip
+    script = (ROOT / "scripts" / "recipe.py", "--minutes", "0.05", "--base", "models/tiny", "--model", "tiny")
+    run_python(tmp_path, *script)
     folder = tmp_path / "outputs" / "recipe"
     assert len(json.loads((folder / "evaluation.json").read_text())["models"]) == 3
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlanguage: [zh, en]") and "- sft: data=sample" in card and "| then tuned |" in card
-    again = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert again.returncode and "is there already; move it away" in again.stderr
+    assert "is there already; move it away" in run_python(tmp_path, *script, expect=1).stderr

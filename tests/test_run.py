@@ -17,7 +17,7 @@ from omegaconf.basecontainer import BaseContainer
 from cqlora.errors import ConfigError, Preempted, TrainingError
 from cqlora.run import train
 from cqlora.system.signals import ASKING_TO_END
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.runs import SMALL, adapter_sha256, events, losses
 
 QUICK = (*SMALL, "stage=sft", "stage.max_steps=2")
@@ -38,8 +38,14 @@ def state_of_caller() -> tuple[object, ...]:
 
 
 def test_two_calls_in_one_process_train_go_on_and_leave_the_caller_as_it_was(desk, tmp_path):
-    (tmp_path / "own").mkdir()
-    with initialize_config_dir(str(tmp_path / "own"), version_base="1.2"):
+    code = "import sys; from tests.test_run import call_twice; call_twice(sys.argv[1:])"
+    assert run_python(tmp_path, "-c", code, *desk).stdout == "called twice\n"
+
+
+def call_twice(desk: list[str]) -> None:
+    here = Path.cwd()
+    (here / "own").mkdir()
+    with initialize_config_dir(str(here / "own"), version_base="1.2"):
         before = state_of_caller()
         found: list[Path] = []
         # A notebook's code may run in a thread.
@@ -48,7 +54,7 @@ def test_two_calls_in_one_process_train_go_on_and_leave_the_caller_as_it_was(des
         thread.join()
         (folder,) = found
         weights, steps = adapter_sha256(folder), losses(folder)
-        assert folder == tmp_path / "runs" / "a"
+        assert folder == here / "runs" / "a"
         assert [step for step, _ in steps] == [1, 2]
         assert train(desk, folder=folder) == folder
         after = state_of_caller()
@@ -58,6 +64,7 @@ def test_two_calls_in_one_process_train_go_on_and_leave_the_caller_as_it_was(des
     with pytest.raises(TrainingError, match=r"learning_rate"):
         train([*desk, "stage.learning_rate=0.5"], folder=folder)
     assert adapter_sha256(folder) == weights
+    print("called twice")
 
 
 def test_without_a_folder_the_run_has_one_of_its_own_and_configuration_files_may_be_the_callers(

@@ -1,16 +1,13 @@
 """The wrappers in scripts/ say in the command line's terms what the older scripts were told."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from cqlora.errors import ConfigError
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT, run_python
 
 
 def load_script(name: str) -> ModuleType:
@@ -28,8 +25,7 @@ def test_train_reads_groups_keys_and_nodes_of_a_file(tmp_path: Path) -> None:
         "stage: sft\ndata: sample\nhardware: 4xa100\ntracking: none\nstage.learning_rate: 1e-3\nseed: 7\n"
         "lora: {rank: 4, target_modules: [q_proj, v_proj]}\nhydra.run.dir: a folder/x\n"
     )
-    command = [sys.executable, ROOT / "scripts" / "train.py", conf, "seed=8", "--cfg", "job"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    shown = run_python(tmp_path, ROOT / "scripts" / "train.py", conf, "seed=8", "--cfg", "job").stdout
     for line in ("seed: 8", "  rank: 4", "  - q_proj", "  learning_rate: 0.001", "  name: 4xa100", "  name: sft"):
         assert f"\n{line}\n" in shown, line
 

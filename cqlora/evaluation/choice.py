@@ -243,16 +243,20 @@ def score_choices(
         ConfigError, DataError: as `list_tasks`; a task without accuracy.
     """
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     from cqlora.evaluation.harness import EngineLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = EngineLM(engine, folder, batch_tokens)
+    # It need not know others: its own would read fourteen thousand definitions first, for seconds.
+    manager = TaskManager(include_defaults=False)
     for count in shots:
         # Made anew each time: a task keeps its requests and the number of its examples.
         found = lm_eval.simple_evaluate(
-            model, tasks=list_tasks(task, root), num_fewshot=count, limit=limit, confirm_run_unsafe_code=False
-        )
+            model, tasks=list_tasks(task, root), num_fewshot=count, limit=limit, task_manager=manager,
+            confirm_run_unsafe_code=False,
+        )  # fmt: skip
         yield read_results(task, count, found)
 
 

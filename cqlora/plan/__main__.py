@@ -71,7 +71,7 @@ def plan(config: PlanConfig) -> int:
 def main() -> None:
     """The verb `plan`."""
     ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
-    run_program("plan", PlanConfig, plan, help_overrides=("stage=pretrain",))
+    run_program("plan", PlanConfig, plan)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """metrics.jsonl, which pages, sweeps and checks read of a run: one flat object a line."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from cqlora.system.durable import replace_file, sync
 from cqlora.system.journal import append_object, read_objects, tell_damage, to_line
 from cqlora.system.refusals import described_as_sentence
-from cqlora.system.sealed import hash_file
+from cqlora.system.sealed import SEAL, hash_document, hash_file
 
 METRICS_FILE = "metrics.jsonl"
 MEAN_LOSS = "eval/loss"
@@ -24,7 +25,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     file = run_folder / METRICS_FILE
     rows: list[dict[str, Any]] = []
     for number, row in read_objects(file):
-        if row is None or not is_row(row):
+        if row is None or not is_row(row) or not is_as_written(row):
             tell_damage(file, number)
         else:
             rows.append(row)
@@ -46,6 +47,20 @@ def is_row(row: dict[str, Any]) -> bool:
 def is_number(value: object) -> bool:
     """Whether a value is a number as a line has it; what is not finite stands there by its name."""
     return type(value) in (int, float) or value in ("nan", "inf", "-inf")
+
+
+def seal_event(row: dict[str, Any]) -> dict[str, Any]:
+    """An event with the sha256 of what it says: a checkpoint's own is in no checkpoint. Other lines are as given."""
+    if row["kind"] != "event":
+        return row
+    said: dict[str, Any] = json.loads(to_line(row))
+    return {**said, SEAL: hash_document(said)}
+
+
+def is_as_written(row: dict[str, Any]) -> bool:
+    """Whether a line says what it was sealed with, which it loses; lines without a seal pass."""
+    seal = row.pop(SEAL, None)
+    return seal is None or bool(seal == hash_document(row))
 
 
 def measure_metrics(run_folder: Path) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def rewind_metrics(run_folder: Path, step: int) -> None:
     Events stay, since they happened. The file is replaced whole, so a kill here loses nothing.
     """
     rows = [row for row in read_metrics(run_folder) if row["kind"] == "event" or row["step"] <= step]
-    replace_file(run_folder / METRICS_FILE, "".join(to_line(row) for row in rows).encode())
+    replace_file(run_folder / METRICS_FILE, "".join(to_line(seal_event(row)) for row in rows).encode())
 
 
 def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
@@ -119,4 +134,4 @@ def append_metrics(run_folder: Path, row: dict[str, Any]) -> None:
     Raises:
         DiskError: the disk refused; the file ends as it did before.
     """
-    append_object(run_folder / METRICS_FILE, row)
+    append_object(run_folder / METRICS_FILE, seal_event(row))

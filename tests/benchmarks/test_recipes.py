@@ -3,10 +3,7 @@
 import argparse
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -17,7 +14,7 @@ from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.sources import SAMPLE_DIR
 from cqlora.model.tiny import build_tiny, read_sample_texts
 from tests.cards import drop_card
-from tests.conftest import HANG_SECONDS, ROOT
+from tests.conftest import ROOT, run_python, run_verb
 
 KNOWN = yaml.safe_load((ROOT / "benchmarks" / "recipes.yaml").read_text(encoding="utf-8"))
 
@@ -111,9 +108,7 @@ def test_every_recipe_says_what_it_is_and_composes(name, tmp_path):
         return
     for verb, overrides in (("run", [*recipes.COMMON, *recipe["run"]]), ("extend", recipe["extend"])):
         if overrides:
-            command = [sys.executable, "-m", f"cqlora.{verb}", *overrides, "--cfg", "job"]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-            assert done.returncode == 0, done.stderr
+            run_verb(tmp_path, verb, *overrides, "--cfg", "job")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cqlora.evaluate") is None, reason="there is no cqlora evaluate yet")
@@ -126,17 +121,10 @@ def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(
     base = drop_card(build_tiny(shape, read_sample_texts(SAMPLE_DIR), CHAT_TEMPLATE))
     files = [SAMPLE_DIR / f"sample_{language}" / "train.jsonl" for language in ("zh", "en")]
     command = [
-        sys.executable, str(ROOT / "benchmarks" / "recipes.py"), str(base), *map(str, files), "--smoke", "--budget",
-        "4000ch", "--recipes", "no_vocabulary", "recipe_2023", "--folder", str(tmp_path / "out"), "--characters", "400",
+        ROOT / "benchmarks" / "recipes.py", base, *files, "--smoke", "--budget", "4000ch", "--recipes", "no_vocabulary",
+        "recipe_2023", "--folder", tmp_path / "out", "--characters", "400",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    told = []
-    for _ in range(2):
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=HANG_SECONDS, check=False
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        told.append(done.stdout)
+    told = [run_python(tmp_path, *command).stdout for _ in range(2)]
     lines = [json.loads(row) for row in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [each["recipe"] for each in lines] == ["base", "no_vocabulary", "recipe_2023"]
     assert all(each["processor_seconds"] > 0 and 2000 < each["characters"] < 8000 for each in lines[1:])

@@ -1,7 +1,5 @@
 """No secret is written down, whatever it looks like and however it comes: each kind is planted by each way."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +12,7 @@ from cqlora.config.run_yaml import describe_config, write_run_yaml
 from cqlora.config.schema import RunConfig
 from cqlora.config.secrets import is_secret_name, refuse_secrets
 from cqlora.errors import ConfigError
-from tests.conftest import ROOT
+from tests.conftest import run_verb
 
 # In pieces, so that no scanner of repositories takes them for real ones.
 KINDS = {
@@ -258,13 +256,7 @@ def test_names_of_secrets_differ_from_names_of_counts_tokens_and_paths():
 
 
 def test_the_program_itself_refuses_a_planted_variable_before_it_makes_a_folder(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "cqlora.run", "stage=pretrain", "tracking.group=${oc.env:AWS_ACCESS_KEY_ID}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "AWS_ACCESS_KEY_ID": "planted"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    arguments = ("stage=pretrain", "tracking.group=${oc.env:AWS_ACCESS_KEY_ID}")
+    done = run_verb(tmp_path, "run", *arguments, expect=2, AWS_ACCESS_KEY_ID="planted")
+    assert done.stderr.count("\n") == 1
     assert "planted" not in done.stdout + done.stderr and not list(tmp_path.iterdir())

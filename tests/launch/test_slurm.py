@@ -1,13 +1,13 @@
 """Jobs of a sweep elsewhere: submitit's local executor, and which job is queued again. tests/slurm has a real Slurm."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cqlora.launch import slurm
 from cqlora.system.metrics import read_metrics
+from tests.conftest import run_verb
 
 RUN = (
     "stage=pretrain", "hardware=cpu", "tracking=none", "stage.max_steps=1", "stage.eval_tokens=300",
@@ -21,15 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweeps")
 
 
-def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A sweep whose jobs submitit runs on this machine."""
-    command = [sys.executable, "-m", "cqlora.run", *RUN, *overrides, "--multirun"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def sweep(folder: Path, *overrides: str, expect: int = 0) -> str:
+    """What a sweep says whose jobs submitit runs on this machine."""
+    return run_verb(folder, "run", *RUN, *overrides, "--multirun", expect=expect).stderr
 
 
 def test_submitit_runs_each_point_in_a_folder_of_its_own(folder: Path) -> None:
-    done = sweep(folder, "seed=1,2", "hydra.sweep.dir=points")
-    assert done.returncode == 0, done.stderr
+    sweep(folder, "seed=1,2", "hydra.sweep.dir=points")
     for job in ("0", "1"):
         assert (folder / "points" / job / "adapter" / "adapter_model.safetensors").is_file()
     losses = [[row["loss"] for row in read_metrics(folder / "points" / job) if row["kind"] == "train"] for job in "01"]
@@ -37,18 +35,15 @@ def test_submitit_runs_each_point_in_a_folder_of_its_own(folder: Path) -> None:
 
 
 def test_a_submitted_jobs_error_ends_the_sweep_in_one_sentence(folder: Path) -> None:
-    done = sweep(folder, "stage.init_adapter=nowhere", "seed=1,2", "hydra.sweep.dir=errors")
-    assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "nowhere" in done.stderr.splitlines()[-1]
+    told = sweep(folder, "stage.init_adapter=nowhere", "seed=1,2", "hydra.sweep.dir=errors", expect=1)
+    assert told.splitlines()[-1].startswith("error: ")
+    assert "nowhere" in told.splitlines()[-1]
 
 
 def test_a_single_run_is_not_started_on_the_login_node(folder: Path) -> None:
-    command = [sys.executable, "-m", "cqlora.run", "stage=pretrain", "hardware=slurm_2xcpu"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "hardware=slurm_2xcpu submits the jobs of a sweep" in done.stderr
+    told = run_verb(folder, "run", "stage=pretrain", "hardware=slurm_2xcpu", expect=2).stderr
+    assert told.count("\n") == 1
+    assert "hardware=slurm_2xcpu submits the jobs of a sweep" in told
 
 
 def test_an_arrays_job_is_named_by_array_and_index() -> None:

@@ -13,7 +13,7 @@ import pytest
 from cqlora.errors import ConfigError
 from cqlora.launch.run_folder import hold_run_folder
 from cqlora.launch.start import launch
-from tests.conftest import HANG_SECONDS, ROOT, run_verb
+from tests.conftest import HANG_SECONDS, ROOT, run_python, run_verb
 from tests.launch.test_processes import assert_gone
 from tests.runs import SMALL, events, losses, typed_run
 
@@ -53,9 +53,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+BOTH = """
+import subprocess, sys
+both = [subprocess.Popen([sys.executable, "-m", "cqlora.run", *sys.argv[1:]]) for _ in range(2)]
+sys.exit(max(each.wait() for each in both))
+"""
+
+
 def test_two_launches_at_once_share_a_cache_and_end_each_in_a_folder_of_its_own(tmp_path):
-    for process in [start(tmp_path, SELF), start(tmp_path, SELF)]:
-        finish(process)
+    run_python(tmp_path, "-c", BOTH, *RUN)
     folders = list((tmp_path / "outputs" / "pretrain").iterdir())
     assert len(folders) == 2
     for folder in folders:

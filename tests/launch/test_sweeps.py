@@ -1,11 +1,6 @@
 """Sweeps as a user starts them: run, failed, killed, gone on with; each job trains in processes of its own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +8,9 @@ from omegaconf import OmegaConf
 
 from cqlora.config.composition import leave_to_jobs
 from cqlora.errors import ConfigError
-from cqlora.launch.sweeps import check_same_sweep, expand_resume, to_values
+from cqlora.launch.sweeps import check_same_sweep, expand_resume, hold_sweep, to_values
 from cqlora.sweep.trials import read_trials, refuse_trial
-from tests.conftest import ROOT, run_verb
+from tests.conftest import run_python, run_verb
 from tests.runs import SMALL, losses
 
 RUN = (*SMALL, "stage=sft", "stage.max_steps=3", "stage.checkpoint_every_steps=1")
@@ -33,19 +28,23 @@ def table(told: str) -> list[str]:
     return [line for line in told.splitlines() if line and not line.startswith("sweep ")]
 
 
-def start_and_kill(folder: Path, job: str, *arguments: str) -> None:
-    """kill -9 a sweep when its numbered job has trained a step."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments], cwd=folder, env=environment)
-    while sweep.poll() is None and not losses(folder / "killed" / job):
-        time.sleep(0.02)
-    sweep.send_signal(signal.SIGKILL)
-    sweep.wait()
+START_AND_KILL = """
+import subprocess, sys, time
+from pathlib import Path
+from cqlora.system.metrics import read_metrics
+job, *arguments = sys.argv[1:]
+sweep = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments])
+while sweep.poll() is None and not any(row["kind"] == "train" for row in read_metrics(Path(job))):
+    time.sleep(0.02)
+sweep.kill()
+sys.exit(sweep.wait() != -9)
+"""
+"""kill -9 a sweep when a job has trained a step."""
 
 
 def test_killed_in_the_middle_a_sweep_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
     whole = run_verb(tmp_path, "run", *command(workspace, *GRID, "hydra.sweep.dir=whole")).stdout
-    start_and_kill(tmp_path, "3", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
+    run_python(tmp_path, "-c", START_AND_KILL, "killed/3", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
     assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished"] * 3 + ["running"]
     gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
     assert table(gone_on) == table(whole) and len(table(whole)) == 4
@@ -59,7 +58,7 @@ def test_killed_in_the_middle_a_search_goes_on_and_ends_in_the_table_of_one_that
     search = ("hydra/sweeper=optuna", "sweep.trials=8", "sweep.startup_trials=3", "lora.rank=2,4,8",
               "stage.learning_rate=tag(log,interval(1e-4,1e-2))", "--multirun")  # fmt: skip
     whole = run_verb(tmp_path, "run", *command(workspace, *search, "hydra.sweep.dir=whole")).stdout
-    start_and_kill(tmp_path, "4", *command(workspace, *search, "hydra.sweep.dir=killed"))
+    run_python(tmp_path, "-c", START_AND_KILL, "killed/4", *command(workspace, *search, "hydra.sweep.dir=killed"))
     assert read_trials(tmp_path / "killed")[-1].state == "running"
     gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
     assert table(gone_on) == table(whole) and len(table(whole)) == 9
@@ -180,16 +179,13 @@ def test_what_would_have_no_effect_is_refused(overrides, told, tmp_path):
 
 def test_a_grid_that_runs_already_is_refused_at_the_door_and_goes_on_unharmed(workspace, tmp_path):
     arguments = command(workspace, "seed=1,2", "hydra.sweep.dir=swept", "--multirun")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, "-m", "cqlora.run", *arguments], cwd=tmp_path, env=environment,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while first.poll() is None and not (tmp_path / "swept" / "trials.jsonl").exists():
-        time.sleep(0.02)
-    second = run_verb(tmp_path, "run", *arguments, expect=2)
-    assert second.stderr == (
-        "error: another process runs the sweep in swept; wait for it, or give another folder with "
-        "hydra.sweep.dir=FOLDER.\n"
-    )
-    told, _ = first.communicate()
-    assert first.returncode == 0 and len(table(told)) == 3 - 1
-    assert [trial.state for trial in read_trials(tmp_path / "swept")] == ["finished"] * 2
+    with hold_sweep(tmp_path / "swept"):
+        (tmp_path / "swept" / "multirun.yaml").write_text("the first one's")
+        before = sorted((tmp_path / "swept").iterdir())
+        second = run_verb(tmp_path, "run", *arguments, expect=2)
+        assert second.stderr == (
+            "error: another process runs the sweep in swept; wait for it, or give another folder with "
+            "hydra.sweep.dir=FOLDER.\n"
+        )
+        assert sorted((tmp_path / "swept").iterdir()) == before
+        assert (tmp_path / "swept" / "multirun.yaml").read_text() == "the first one's"

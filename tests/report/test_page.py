@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import httpx
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from cqlora.report.page import PAGE_FOLDER, conclude, describe, render, write_report
 from cqlora.report.watch import build_app
 from tests.browser import in_browser, open_browser
-from tests.conftest import HANG_SECONDS, run_verb
+from tests.conftest import HANG_SECONDS, run_python, run_verb
 from tests.report.folders import write_run, write_sweep
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'and' 中文 </script>"
@@ -323,8 +321,7 @@ def test_watching_ends_with_one_sentence_where_nothing_can_be_listened_on(tmp_pa
         f"sys.argv = ['report', 'folder={folder}', 'watch=true', f'port={{s.getsockname()[1]}}']\n"
         "runpy.run_module('cqlora.report', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "cannot be listened on" in done.stderr
+    assert "cannot be listened on" in run_python(tmp_path, "-c", code, expect=2).stderr
 
 
 def test_a_page_of_two_hundred_runs_stays_small(tmp_path):

@@ -5,7 +5,6 @@
 
 import hashlib
 import importlib
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -16,15 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import forked
 from tests.runs import SMALL
 from tests.weights.adapters import write_adapter, write_tiny_base
 from tests.weights.test_convert import write_model
 
 SIZES = int(os.environ.get("CQLORA_DISK_CASES", "1"))
 ROOM = 256 << 20
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.system.test_full_disks", "cqlora.train.run"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ def call(arguments: list[str], folder: Path, log: Path) -> None:
 def run_verb(name: str, place: Place, log: Path) -> tuple[int, str]:
     """Exit code and what was printed."""
     folder = place.disk if name == "run, its model" else place.roomy
-    child = _context.Process(target=call, args=(CASES[name](place), folder, log))
+    child = forked.Process(target=call, args=(CASES[name](place), folder, log))
     child.start()
     child.join(300)
     assert child.exitcode is not None, "it hangs"

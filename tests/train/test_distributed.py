@@ -229,12 +229,12 @@ def assert_half_is_held(log: str) -> None:
     assert left < 0.5 * brought
 
 
-def die_in_step_6_on_rank_1() -> None:
+def die_in_step_4_on_rank_1() -> None:
     """kill -9 of one worker while the other waits for it."""
     original = Trainer.accumulate
 
     def accumulate(self: Trainer, *arguments):
-        if self.counters.step == 5 and self.worker.rank == 1:
+        if self.counters.step == 3 and self.worker.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
 
@@ -245,13 +245,13 @@ def die_in_step_6_on_rank_1() -> None:
 def test_killed_and_resumed_with_dropout_noise_and_two_rates_two_workers_give_the_same_bits(
     layout, workspace, tmp_path
 ):
-    overrides = ("lora.dropout=0.1", "stage.max_steps=9", "stage.checkpoint_every_steps=3")
+    overrides = ("lora.dropout=0.1", "stage.max_steps=5", "stage.checkpoint_every_steps=2")
     levers = ("stage.neftune_alpha=5", "lora.b_learning_rate_ratio=4", "stage.learning_rate=1e-3")
     config = typed_run(workspace, *RUN, *overrides, *levers, *layout)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert finish_workers(config, whole, tell_memory) == [0, 0]
     # Nobody watches these two: the connection's end alone must end the other.
-    assert finish_workers(config, stopped, die_in_step_6_on_rank_1) == [1, -signal.SIGKILL]
+    assert finish_workers(config, stopped, die_in_step_4_on_rank_1) == [1, -signal.SIGKILL]
     assert finish_workers(config, stopped) == [0, 0]
     assert events(stopped)[-2:] == ["checkpoint", "checkpoint"] and "resumed" in events(stopped)
     assert losses(stopped) == losses(whole)

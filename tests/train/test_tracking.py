@@ -246,6 +246,24 @@ def test_a_new_line_never_joins_one_that_a_kill_cut_short_and_a_damaged_line_is_
     assert len((tmp_path / "metrics.jsonl").read_bytes().splitlines()) == 3
 
 
+def test_a_flipped_bit_of_an_event_that_no_checkpoint_vouches_for_is_left_out_and_told(tmp_path, caplog):
+    row = {"kind": "event", "step": 3, "event": "checkpoint"}
+    append_metrics(tmp_path, row)
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(tmp_path) == [row]
+    content, left_out = file.read_bytes(), 0
+    for place in range(len(content) - 1):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        rows = read_metrics(tmp_path)
+        # Under another name the seal is a detail more, of an event that is right.
+        assert not rows or row.items() <= rows[0].items()
+        left_out += not rows
+    assert caplog.text.count("line 1 is damaged and left out") == left_out > 100
+    file.write_bytes(content)
+    rewind_metrics(tmp_path, 1)
+    assert file.read_bytes() == content
+
+
 def test_non_finite_numbers_stay_valid_json_and_out_of_the_trackers(tmp_path):
     append_metrics(tmp_path, {"kind": "event", "step": 1, "event": "skipped_step", "loss": math.nan})
     line = (tmp_path / "metrics.jsonl").read_text()

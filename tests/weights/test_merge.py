@@ -1,10 +1,7 @@
 """A merged model answers as adapter beside base did; every weight has its place; errors are one sentence."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -35,7 +32,7 @@ from cqlora.model.load import load_base
 from cqlora.system import shards
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.cards import change_card
-from tests.conftest import ROOT, run_verb
+from tests.conftest import ROOT, run_python, run_verb
 from tests.weights.adapters import attach, load, logits, write_adapter, write_tiny_base
 
 SIXTEEN, NF4 = MergeOnto["16bit"], MergeOnto["nf4"]
@@ -430,15 +427,9 @@ def test_the_verb_and_the_older_script_merge_and_measure(untied, tmp_path):
     sixteen, nf4 = (line.split() for line in output.splitlines()[-2:])
     assert sixteen[0] == "16bit" and nf4[0] == "nf4"
     assert float(nf4[1]) < 1e-3 < float(sixteen[1]) and nf4[3] == "100.00%"
-    script = ROOT / "scripts" / "merge_lora_model.py"
     flags = ["--lora_model_path", adapter, "--base_model_path", untied, "--output_model_path", tmp_path / "again"]
-    run_script(script, flags, tmp_path)
+    run_python(tmp_path, ROOT / "scripts" / "merge_lora_model.py", *flags)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     refused = run_verb(tmp_path, "merge", *arguments[:2], "output_dir=x", "onto=nf5", expect=2).stderr
     assert "did you mean onto=nf4?" in refused
-
-
-def run_script(script: Path, flags: list, cwd: Path) -> None:
-    command = [sys.executable, str(script), *map(str, flags)]
-    subprocess.run(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

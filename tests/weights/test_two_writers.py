@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import multiprocessing
 import os
 import sys
 from multiprocessing.synchronize import Barrier
@@ -20,13 +19,11 @@ from cqlora.vocab.config import VocabConfig, VocabKind
 from cqlora.weights.convert import convert
 from cqlora.weights.extend import extend
 from cqlora.weights.merge import plan_merge, write_merge
+from tests.commands import forked
 from tests.weights.adapters import write_adapter, write_tiny_base
 from tests.weights.test_convert import write_model
 
 PAIRS = int(os.environ.get("CQLORA_PAIRS", "3"))
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.weights.test_two_writers"])
 
 
 def merge_one(base: Path, given: Path, output: Path) -> None:
@@ -94,11 +91,11 @@ def test_the_folder_is_whole_and_of_one_of_two_writers_and_the_other_is_refused(
         alone.append(digest(tmp_path / f"alone{number}" / "out"))
     assert alone[0] != alone[1]
     for pair in range(PAIRS):
-        parent, gate = tmp_path / f"pair{pair}", _context.Barrier(2)
+        parent, gate = tmp_path / f"pair{pair}", forked.Barrier(2)
         parent.mkdir()
         logs = [tmp_path / f"pair{pair}-{number}.txt" for number in range(2)]
         children = [
-            _context.Process(target=write, args=(verb, base, given, parent / "out", gate, log))
+            forked.Process(target=write, args=(verb, base, given, parent / "out", gate, log))
             for given, log in zip(adapters, logs, strict=True)
         ]
         for child in children:
