@@ -36,8 +36,9 @@ class AdapterMethod(Enum):
 
 
 class SourceKind(Enum):
-    """The shape of a source's rows."""
+    """The shape of a source's rows; `auto` tells each row's by its fields."""
 
+    auto = "auto"
     wiki = "wiki"
     text = "text"
     dialog = "dialog"
@@ -45,6 +46,8 @@ class SourceKind(Enum):
     oasst1 = "oasst1"
     sharegpt = "sharegpt"
     belle = "belle"
+    alpaca = "alpaca"
+    preference = "preference"
 
 
 class OasstPaths(Enum):

@@ -194,7 +194,7 @@ def _hint_at_choice(group: str, choice: str, options: list[str]) -> str:
         if group == "model":
             return f"a folder is given by its key, beside a shape: model={(near or ['NAME'])[0]} model.path={choice}. "
         if group == "data":
-            return f"a file is given by its key: data=messages data.sources.messages.path={choice}. "
+            return f"a file is given by its key: data=auto data.sources.auto.path={choice}. "
     foreign = FOREIGN_CHOICES.get(group, {}).get(choice.lower())
     bare = re.sub(r"nvidia|geforce|rtx|gtx|tesla|[^a-z0-9]", "", choice.lower())
     near = [foreign] if foreign else [option for option in options if bare and bare in option.replace("_", "")]

@@ -73,10 +73,10 @@ FOREIGN_KEYS = {
     "finetuning_type": "lora.method",
     "modules_to_save": "stage.embeddings",
     "additional_target": "stage.embeddings",
-    "dataset": "data=NAME, or data=messages data.sources.messages.path=FILE",
-    "datasets": "data=NAME, or data=messages data.sources.messages.path=FILE",
-    "train_file": "data=messages data.sources.messages.path=FILE",
-    "data_path": "data=messages data.sources.messages.path=FILE",
+    "dataset": "data=NAME, or data=auto data.sources.auto.path=FILE",
+    "datasets": "data=NAME, or data=auto data.sources.auto.path=FILE",
+    "train_file": "data=auto data.sources.auto.path=FILE",
+    "data_path": "data=auto data.sources.auto.path=FILE",
     "dataset_dir": "data.root",
     "data_dir": "data.root",
     "val_size": "data.val_fraction",
@@ -123,7 +123,6 @@ FOREIGN_KEYS = {
 
 FOREIGN_CHOICES = {
     "data": {
-        "alpaca": "belle",
         "self_instruct": "belle",
         "vicuna": "sharegpt",
         "openai": "messages",
@@ -132,6 +131,8 @@ FOREIGN_CHOICES = {
         "wikipedia": "wiki_zh_en",
         "wiki": "wiki_zh_en",
         "txt": "text",
+        "dpo": "preference",
+        "orpo": "preference",
         "oasst": "oasst1",
     },
     "stage": {"pt": "pretrain", "pretraining": "pretrain", "cpt": "pretrain", "finetune": "sft", "instruct": "sft"},

@@ -148,7 +148,7 @@ class SourceConfig:
     """One source of text: its rows' shape, where to find it, how much of it to take."""
 
     kind: SourceKind = MISSING
-    """The shape of its rows."""
+    """The shape of its rows; `auto` tells each row's by its fields."""
     path: str = ""
     """File or folder; empty looks under `data.root` by the source's name, then at `dataset`."""
     dataset: str = ""

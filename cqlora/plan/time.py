@@ -26,6 +26,7 @@ ACTIVATION_PASSES = 4
 """Times that what a block keeps is written or read over a forward and a backward pass."""
 
 TOKENS_PER_DOCUMENT = {
+    SourceKind.auto: 500,
     SourceKind.wiki: 2000,
     SourceKind.text: 1000,
     SourceKind.dialog: 500,
@@ -33,6 +34,8 @@ TOKENS_PER_DOCUMENT = {
     SourceKind.oasst1: 500,
     SourceKind.sharegpt: 1500,
     SourceKind.belle: 300,
+    SourceKind.alpaca: 300,
+    SourceKind.preference: 500,
 }
 """Tokens of a document where no token cache has counted them: 50,000 of Wikipedia came to 0.1B."""
 

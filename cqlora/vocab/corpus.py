@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.config.choices import SourceKind
-from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_text
-from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, list_files
+from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_table, read_text
+from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, delimiter_of, list_files
 from cqlora.errors import DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -73,6 +73,8 @@ def read_documents(file: SourceFile) -> Iterator[str]:
         rows = read_json_lines(file)
     elif ".json" in suffixes:
         rows = read_json(file)
+    elif (delimiter := delimiter_of(file.path.name)) is not None:
+        rows = read_table(file, delimiter)
     elif ".xml" in suffixes:
         raise DataError(f"vocab.corpus={file.path} is a MediaWiki dump; give JSON lines, Parquet or plain text.")
     else:

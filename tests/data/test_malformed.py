@@ -83,6 +83,15 @@ GOOD: dict[str, tuple[SourceKind, Callable[[int], list[Any]]]] = {
             {"input": f"Human: x\nAssistant: y\nHuman: z {n}\nAssistant:", "target": f"a {n}"},
         ][n % 3 : n % 3 + 1],
     ),
+    "alpaca": (
+        SourceKind.alpaca,
+        lambda n: [{"instruction": f"q {n}", "input": "i", "output": f"a {n}", "history": [["b", "c"]], "system": "s"}],
+    ),
+    "preference": (
+        SourceKind.preference,
+        lambda n: [{"prompt": f"q {n}", "chosen": [said("assistant", f"a {n}")], "rejected": f"b {n}"}],
+    ),
+    "auto": (SourceKind.auto, lambda n: [{"messages": [said("user", f"q {n}"), said("assistant", f"a {n}")]}]),
     "trees": (SourceKind.oasst1, lambda n: [oasst_tree(n)]),
     "message rows": (
         SourceKind.oasst1,
@@ -207,3 +216,16 @@ def test_xml_in_an_unknown_encoding_is_rejected_and_other_files_are_read(
     (row,) = [json.loads(line) for line in (cache.folder / "rejected.jsonl").read_text().splitlines()]
     assert (row["file"], row["line"], row["reason"][:17]) == ("a.xml", 1, "whole file unread")
     assert cache.summary["sources"]["a"]["read"] == 21
+
+
+def test_a_table_of_instructions_trains_and_the_summary_says_what_its_rows_were_taken_for(
+    tmp_path: Path, byte_base: Base, make_config: MakeConfig
+):
+    lines = [f"问题 {n}，为什么？,回答 {n}" for n in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["instruction,output", *lines, "只有提问"]), encoding="utf-8")
+    source = SourceConfig(kind=SourceKind.auto, path=str(tmp_path / "a.csv"))
+    cache = prepare_cache(make_config({"rows": source}, stage="sft", max_rejected_fraction=0.1), byte_base)
+    found = cache.summary["sources"]["rows"]
+    assert (found["read"], found["changed"]) == (21, {"rows taken for alpaca": 20})
+    assert found["rejected"] == {"1 cells where the first row has 2": 1}
+    assert sum(found["kept"].values()) == 20

@@ -219,3 +219,9 @@ def test_report_counts_what_a_recount_finds(ranks_base: Path, corpus: Path, tmp_
 def test_bundled_sample_is_enough_to_learn_from(ranks_base: Path, tmp_path: Path) -> None:
     extension = extend(ranks_base, tmp_path, None, "auto", size=8000, min_frequency=4)
     assert 1000 < extension.report.pieces_added < 8000
+
+
+def test_a_vocabulary_is_learned_from_the_columns_of_a_table_too(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("instruction,output,id\n长江在哪里？,在中国。,7\n", encoding="utf-8")
+    corpus = open_corpus([str(tmp_path)], held_out_fraction=0.0)
+    assert list(corpus.documents()) == ["长江在哪里？\n在中国。"]

@@ -8,13 +8,16 @@ from cqlora.config.choices import SourceKind
 from cqlora.config.schema import SourceConfig
 from cqlora.data.records import RawRow, Record
 from cqlora.data.sources import files
+from cqlora.data.sources.alpaca import parse_alpaca
 from cqlora.data.sources.belle import parse_belle
 from cqlora.data.sources.dialog import parse_dialog
 from cqlora.data.sources.dump import read_dump
 from cqlora.data.sources.hub import read_dataset
-from cqlora.data.sources.location import SAMPLE_DIR, Location, SourceFile, find_sources
+from cqlora.data.sources.location import SAMPLE_DIR, Location, SourceFile, delimiter_of, find_sources
 from cqlora.data.sources.messages import parse_messages
 from cqlora.data.sources.oasst1 import group_messages, parse_oasst1
+from cqlora.data.sources.preference import parse_preference
+from cqlora.data.sources.recognition import name_kind
 from cqlora.data.sources.sharegpt import parse_sharegpt
 from cqlora.data.sources.text import parse_text
 from cqlora.data.sources.wiki import parse_wiki
@@ -31,7 +34,20 @@ PARSERS: dict[SourceKind, Parser] = {
     SourceKind.oasst1: parse_oasst1,
     SourceKind.sharegpt: parse_sharegpt,
     SourceKind.belle: parse_belle,
+    SourceKind.alpaca: parse_alpaca,
+    SourceKind.preference: parse_preference,
 }
+
+
+def parse_recognised(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
+    """The row by the reader of the kind that its fields name, and a count that says which."""
+    kind = name_kind(row)
+    records = list(PARSERS[kind](row, source, counts))
+    counts[f"rows taken for {kind.value}"] += 1
+    yield from records
+
+
+PARSERS[SourceKind.auto] = parse_recognised
 
 
 def read_rows(location: Location, source: SourceConfig) -> Iterator[RawRow]:
@@ -57,6 +73,8 @@ def read_file(file: SourceFile, source: SourceConfig) -> Iterator[RawRow]:
         return files.read_json_lines(file)
     if ".json" in name:
         return files.read_json(file, rows_are_lists=source.kind is SourceKind.dialog)
+    if (delimiter := delimiter_of(name)) is not None:
+        return files.read_table(file, delimiter)
     if ".xml" in name:
         return read_dump(file)
     return files.read_text(file, source.separator)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Conversation, Record, RowError, Turn
+from cqlora.data.sources.alpaca import parse_history
 from cqlora.data.sources.fields import UNUSED, count_unused, kind_of, optional_text, text_field
 from cqlora.data.sources.sharegpt import mend_conversation
 from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles, put_system
@@ -71,22 +72,6 @@ def parse_exchange(row: dict[str, Any], asked: str, answer: str, counts: Counter
     exchange = parse_pair(asked, answer, counts)
     turns = put_system(optional_text(row, "system"), [*parse_history(row.get("history")), *exchange], counts)
     return close_conversation(turns, counts)
-
-
-def parse_history(history: Any) -> list[Turn]:
-    """The turns of earlier exchanges, `[[question, answer], …]` as Alpaca rows have them.
-
-    Raises:
-        RowError: it is of another shape.
-    """
-    turns = []
-    for exchange in [] if history is None else history if isinstance(history, list) else [history]:
-        if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
-            raise RowError("field history is not a list of questions with their answers")
-        if not all(text.strip() for text in exchange):
-            raise RowError("field history has an empty turn")
-        turns += [Turn("user", exchange[0].strip()), Turn("assistant", exchange[1].strip())]
-    return turns
 
 
 def parse_pair(asked: str, answer: str, counts: Counter[str]) -> list[Turn]:

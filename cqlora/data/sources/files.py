@@ -1,7 +1,8 @@
-"""Rows out of files, streamed: JSON lines, JSON arrays, Parquet, plain text, each compressed or not."""
+"""Rows out of files, streamed: JSON lines, JSON arrays, Parquet, tables, plain text, each compressed or not."""
 
 import bz2
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -29,7 +30,7 @@ _ESCAPE = re.compile(r"\\[nrt\\]")
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
 LONG_NUMBER = "number of thousands of digits"
 TOO_DEEP = "nested too deeply"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class UnreadableRowError(RowError):
@@ -197,6 +198,40 @@ def rows_of(batch: Any) -> list[Any]:
     return rows
 
 
+def read_table(file: SourceFile, delimiter: str) -> Iterator[RawRow]:
+    """The rows of a table as dictionaries of text, by the names in its first row; empty rows are skipped.
+
+    A row with another number of cells than the first gives an UnreadableRowError.
+
+    Raises:
+        DataError: the first row does not name every column once, or a cell is longer than MAX_ROW_BYTES.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open_stream(file.path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        table = csv.reader(text, delimiter=delimiter)
+        try:
+            names = [name.strip() for name in next(table, [])]
+            if not all(names) or len(set(names)) < len(names):
+                raise DataError(f"{file.path} has a first row that does not name every column once; name them there.")
+            line = table.line_num + 1
+            for cells in table:
+                if any(cells):
+                    yield RawRow(file.path.name, line, name_cells(names, cells), file.split)
+                line = table.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{file.path} is no table from line {table.line_num} on ({first_line(error)}); mend its quotes."
+            ) from None
+
+
+def name_cells(names: list[str], cells: list[str]) -> Any:
+    """A row's cells by their columns' names; an UnreadableRowError where they are more or fewer."""
+    if len(cells) != len(names):
+        return UnreadableRowError(f"{len(cells)} cells where the first row has {len(names)}")
+    return dict(zip(names, cells, strict=True))
+
+
 def read_text(file: SourceFile, separator: str) -> Iterator[RawRow]:
     """Documents of a plain file: the whole file, or what stands between two separators.
 
@@ -233,7 +268,7 @@ def open_stream(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield decompress(raw, path)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if path.suffix not in _COMPRESSED:
+            if path.suffix not in COMPRESSED:
                 raise
             raise DataError(
                 f"{path} is damaged or cut short near byte {raw.tell()} of {path.stat().st_size} "

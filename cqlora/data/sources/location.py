@@ -14,10 +14,14 @@ SAMPLE_DIR = Path(__file__).parent.parent / "sample"
 
 COMPRESSIONS = ("", ".gz", ".bz2", ".xz", ".zst")
 ROW_FORMATS = (".jsonl", ".json", ".parquet")
-FORMATS = (".jsonl", ".json", ".parquet", ".txt", ".md", ".xml")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""What stands between two cells of a table, by its suffix."""
+FORMATS = (*ROW_FORMATS, *DELIMITERS, ".txt", ".md", ".xml")
 SUFFIXES = tuple(kind + compression for kind in FORMATS for compression in COMPRESSIONS)
 
-_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+_WORKBOOKS = (".xls", ".xlsx")
+_FLAT = (SourceKind.wiki, SourceKind.text, SourceKind.belle, SourceKind.alpaca, SourceKind.preference, SourceKind.auto)
+"""Kinds of which a row may be flat, so that a table holds it."""
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -97,28 +101,42 @@ def find_by_name(folder: Path, name: str) -> Path | None:
     return files[0] if files else None
 
 
+def formats_of(kind: SourceKind) -> tuple[str, ...]:
+    """Suffixes, but for compression, of the files that a kind of source reads in a folder."""
+    if kind is SourceKind.wiki:
+        return FORMATS
+    if kind in (SourceKind.text, SourceKind.auto):
+        return tuple(each for each in FORMATS if each != ".xml")
+    return (*ROW_FORMATS, *DELIMITERS) if kind in _FLAT else ROW_FORMATS
+
+
+def delimiter_of(name: str) -> str | None:
+    """What stands between the cells of a file that is a table by its name; None where it is none."""
+    found = (each for suffix, each in DELIMITERS.items() for more in COMPRESSIONS if name.endswith(suffix + more))
+    return next(found, None)
+
+
 def suffixes_of(kind: SourceKind) -> tuple[str, ...]:
-    """Suffixes of the files that a kind of source reads in a folder."""
-    formats = {SourceKind.wiki: FORMATS, SourceKind.text: tuple(each for each in FORMATS if each != ".xml")}
-    return tuple(each + more for each in formats.get(kind, ROW_FORMATS) for more in COMPRESSIONS)
+    """The suffixes of formats_of, compressed or not."""
+    return tuple(each + more for each in formats_of(kind) for more in COMPRESSIONS)
 
 
 def refuse_format(file: Path, what: str, kind: SourceKind) -> None:
-    """Raise DataError for a file that holds no rows of its kind, such as a table; plain text may have any suffix."""
+    """Raise DataError for a file that holds no rows of its kind, such as a workbook; plain text may have any suffix."""
     known = file.name.lower().endswith(suffixes_of(kind))
-    table = file.suffix.lower() in _TABLES
-    if known or (kind in (SourceKind.text, SourceKind.wiki) and not table and ".xml" not in file.suffixes):
+    workbook = file.suffix.lower() in _WORKBOOKS
+    if known or (kind in (SourceKind.text, SourceKind.wiki) and not workbook and ".xml" not in file.suffixes):
         return
     convert = "convert or rename it"
-    if table:
-        reader = "read_csv" if file.suffix.lower() == ".csv" else "read_excel or read_table"
+    if workbook or file.suffix.lower() in DELIMITERS:
+        reader = "read_excel" if workbook else "read_csv"
         convert = (
             f"convert it, e.g. in Python with pandas.{reader}({file.name!r}).to_json('{file.stem}.jsonl', "
             "orient='records', lines=True, force_ascii=False)"
         )
     raise DataError(
         f"{what}={file} ends in {file.suffix or 'no suffix'}, and kind={kind.value} reads "
-        f"{', '.join(ROW_FORMATS)}, compressed or not; {convert}."
+        f"{', '.join(formats_of(kind))}, compressed or not; {convert}."
     )
 
 
@@ -135,7 +153,7 @@ def list_files(path: Path, what: str, kind: SourceKind) -> list[SourceFile]:
         raise DataError(f"{what}={path} does not exist; give a file or a folder.")
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes_of(kind)))
     if not files:
-        formats = ", ".join(each for each in FORMATS if each in suffixes_of(kind))
+        formats = ", ".join(formats_of(kind))
         raise DataError(
             f"{what}={path} holds no file with {formats}, compressed or not, which is what kind={kind.value} reads; "
             "give another folder or a file."

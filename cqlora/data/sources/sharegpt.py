@@ -36,21 +36,30 @@ def mend_conversation(row: dict[str, Any], field: str, counts: Counter[str]) -> 
     Raises:
         RowError: an unknown role, a missing field, or nothing left.
     """
-    messages = row.get(field)
-    if not isinstance(messages, list):
-        raise RowError(f"missing field {field}")
+    turns = read_turns(row.get(field), field, counts)
     count_unused(row, (field, "system"), counts)
-    spoken = [message for message in messages if not is_empty(message)]
-    if len(spoken) < len(messages):
-        counts["empty turns cut"] += 1
-    turns = [turn_of(message, role_field(message), _TEXT_FIELDS, _ROLES) for message in spoken]
-    count_unused_of_messages(spoken, ("from", "role", *_TEXT_FIELDS), counts)
     turns = put_system(optional_text(row, "system"), turns, counts)
     plain = [Turn(turn.role, unescape(turn.text)) for turn in turns]
     if plain != turns:
         counts["html unescaped"] += 1
     plain = drop_leading_answers(plain, counts)
     return close_conversation(join_repeated_roles(plain, counts), counts)
+
+
+def read_turns(messages: Any, field: str, counts: Counter[str]) -> list[Turn]:
+    """The turns of the `{from, value}` or `{role, content}` messages of a field; those without words are cut.
+
+    Raises:
+        RowError: the field is no list, or a message is of another shape.
+    """
+    if not isinstance(messages, list):
+        raise RowError(f"missing field {field}")
+    spoken = [message for message in messages if not is_empty(message)]
+    if len(spoken) < len(messages):
+        counts["empty turns cut"] += 1
+    turns = [turn_of(message, role_field(message), _TEXT_FIELDS, _ROLES) for message in spoken]
+    count_unused_of_messages(spoken, ("from", "role", *_TEXT_FIELDS), counts)
+    return turns
 
 
 def role_field(message: Any) -> str:

@@ -278,3 +278,95 @@ def test_fields_that_nothing_is_made_of_are_counted_where_they_hold_something():
     assert parse(SourceKind.messages, row)[1] == {"field not used: id": 1, "field not used: message name": 1}
     assert parse(SourceKind.wiki, {"text": "t", "url": "u"})[1] == {"field not used: url": 1}
     assert parse(SourceKind.belle, {"input": "q", "target": "a", "topic": "t"})[1] == {"field not used: topic": 1}
+
+
+def test_alpaca_keeps_every_word_and_its_order():
+    row = {
+        "instruction": "翻译",
+        "input": "Human: hello",
+        "output": "你好",
+        "system": "s",
+        "history": [["早", "早上好"]],
+        "id": 7,
+    }
+    records, counts = parse(SourceKind.alpaca, row)
+    assert records == [talk((S, "s"), (U, "早"), (A, "早上好"), (U, "翻译\nHuman: hello"), (A, "你好"))]
+    assert counts == {"field not used: id": 1}
+    empty = {"instruction": "q", "input": "", "output": "a", "system": None, "history": []}
+    assert parse(SourceKind.alpaca, empty)[0] == [talk((U, "q"), (A, "a"))]
+
+
+def said(who: str, value: str) -> dict[str, str]:
+    return {"role": who, "content": value}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "q", "chosen": "good"}, [(U, "q"), (A, "good")]),
+        ({"question": "q", "system": "s", "chosen": "good"}, [(S, "s"), (U, "q"), (A, "good")]),
+        ({"prompt": [said(U, "q")], "chosen": [said(A, "good")]}, [(U, "q"), (A, "good")]),
+        ({"prompt": "q", "chosen": [said(U, "q"), said(A, "good")]}, [(U, "q"), (A, "good")]),
+        ({"chosen": [said(S, "s"), said(U, "q"), said(A, "good")]}, [(S, "s"), (U, "q"), (A, "good")]),
+        (
+            {"instruction": "q", "input": "i", "history": [["b", "c"]], "chosen": "good"},
+            [(U, "b"), (A, "c"), (U, "q\ni"), (A, "good")],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"}},
+            [(U, "q"), (A, "good")],
+        ),
+    ],
+)
+def test_of_a_preference_pair_the_chosen_reply_trains_and_the_count_says_so(row: Any, turns: list[tuple[str, str]]):
+    records, counts = parse(SourceKind.preference, row | {"rejected": "bad"})
+    assert records == [talk(*turns)]
+    assert counts == {"pairs of which the chosen reply alone trains": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "good"}, "missing field rejected"),
+        ({"prompt": "q", "rejected": "bad"}, "missing field chosen"),
+        ({"chosen": "good", "rejected": "bad"}, "missing field instruction"),
+        ({"prompt": "q", "chosen": [], "rejected": "bad"}, "field chosen is empty"),
+        (["q"], "row is a list, not an object"),
+    ],
+)
+def test_half_a_pair_is_rejected_with_a_reason(row: Any, reason: str):
+    with pytest.raises(RowError, match=f"^{reason}$"):
+        parse(SourceKind.preference, row)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (SourceKind.dialog, [said(U, "q"), said(A, "a")]),
+        (SourceKind.messages, {"messages": [said(U, "q"), said(A, "a")]}),
+        (SourceKind.sharegpt, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        (SourceKind.alpaca, {"instruction": "q", "input": "", "output": "a"}),
+        (SourceKind.belle, {"input": "q", "target": "a"}),
+        (SourceKind.preference, {"prompt": "q", "chosen": "a", "rejected": "b"}),
+        (SourceKind.wiki, {"title": "t", "text": "x"}),
+        (SourceKind.text, {"text": "x", "meta": 1}),
+    ],
+)
+def test_auto_reads_each_row_as_its_own_kind_does_and_counts_what_it_took_it_for(kind: SourceKind, row: Any):
+    records, counts = parse(SourceKind.auto, row)
+    by_name, named_counts = parse(kind, row)
+    assert records == by_name
+    assert counts == named_counts + Counter({f"rows taken for {kind.value}": 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"message_id": "1", "text": "x"}, "set kind=oasst1"),
+        ({"a": 1}, "set kind= by name"),
+        (3, "row is a number, not an object"),
+    ],
+)
+def test_auto_rejects_what_it_does_not_know(row: Any, reason: str):
+    with pytest.raises(RowError, match=reason):
+        parse(SourceKind.auto, row)

@@ -1,6 +1,7 @@
 """Rows out of files of every format, compressed or not, and what becomes of damaged ones."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -11,7 +12,14 @@ import pytest
 
 from cqlora.data.records import RawRow
 from cqlora.data.sources import files
-from cqlora.data.sources.files import UnreadableRowError, read_json, read_json_lines, read_parquet, read_text
+from cqlora.data.sources.files import (
+    UnreadableRowError,
+    read_json,
+    read_json_lines,
+    read_parquet,
+    read_table,
+    read_text,
+)
 from cqlora.data.sources.location import SourceFile
 from cqlora.errors import DataError
 
@@ -192,3 +200,53 @@ def test_parquet_rows_that_python_cannot_hold_are_rejected_alone(tmp_path: Path)
     rows = list(read_parquet(SourceFile(tmp_path / "a.parquet", None)))
     assert [row.line for row in rows] == [1, 2, 3, 4]
     assert [isinstance(row.body, UnreadableRowError) for row in rows] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_table_gives_back_what_pythons_own_writer_wrote(tmp_path: Path, suffix: str, delimiter: str):
+    rows = [{"instruction": f'第 {n} 问,\t"引"\n第二行', "output": f"答 {n}"} for n in range(500)]
+    plain = tmp_path / "plain"
+    with plain.open("w", encoding="utf-8-sig", newline="") as stream:
+        writer = csv.DictWriter(stream, ("instruction", "output"), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    file = tmp_path / f"a.csv{suffix}"
+    file.write_bytes(COMPRESSIONS[suffix](plain.read_bytes()))
+    read = list(read_table(SourceFile(file, "val"), delimiter))
+    assert [row.body for row in read] == rows
+    assert [(row.line, row.split) for row in read[:2]] == [(2, "val"), (4, "val")]
+
+
+def test_a_row_of_a_table_with_other_cells_than_the_first_is_rejected_alone(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n\n3\n4,5,6\n7,8\n")
+    found = [row.body for row in read_table(SourceFile(tmp_path / "a.csv", None), ",")]
+    assert [str(body) for body in found] == [
+        "{'a': '1', 'b': '2'}",
+        "1 cells where the first row has 2",
+        "3 cells where the first row has 2",
+        "{'a': '7', 'b': '8'}",
+    ]
+
+
+@pytest.mark.parametrize("text", ["a,a\n1,2\n", "a,\n1,2\n"])
+def test_a_table_that_does_not_name_its_columns_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match="does not name every column once"):
+        list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
+
+
+@pytest.fixture
+def cell_limit_put_back():
+    """The limit on a cell is the process's own, and other tests read tables too."""
+    limit = csv.field_size_limit()
+    yield
+    csv.field_size_limit(limit)
+
+
+@pytest.mark.usefixtures("cell_limit_put_back")
+def test_a_quote_that_never_ends_is_named_and_swallows_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    (tmp_path / "a.csv").write_text('a,b\n1,"2\n' + "3,4\n" * 100)
+    with pytest.raises(DataError, match=r"no table from line \d+ on .*mend its quotes"):
+        list(read_table(SourceFile(tmp_path / "a.csv", None), ","))

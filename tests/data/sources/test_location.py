@@ -111,12 +111,26 @@ def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [file.path for file in location.files] == [tmp_path / "x.jsonl"]
 
 
-def test_a_table_is_refused_with_how_to_convert_it(tmp_path: Path):
-    (tmp_path / "x.csv").write_text("instruction,output\nq,a\n")
-    belle = SourceConfig(kind=SourceKind.belle, path=str(tmp_path / "x.csv"))
-    with pytest.raises(DataError, match=r"x\.csv ends in \.csv, and kind=belle reads .*read_csv\('x\.csv'\)") as error:
-        locate_source("x", belle, "")
+def test_a_table_of_a_kind_whose_rows_are_nested_is_refused_with_how_to_convert_it(tmp_path: Path):
+    (tmp_path / "x.csv").write_text("messages\nq\n")
+    rows = SourceConfig(kind=SourceKind.messages, path=str(tmp_path / "x.csv"))
+    refusal = r"x\.csv ends in \.csv, and kind=messages reads .*read_csv\('x\.csv'\)"
+    with pytest.raises(DataError, match=refusal) as error:
+        locate_source("x", rows, "")
     assert "\n" not in str(error.value)
+
+
+def test_a_workbook_is_refused_with_how_to_convert_it(tmp_path: Path):
+    (tmp_path / "x.xlsx").touch()
+    with pytest.raises(DataError, match=r"kind=alpaca reads .*\.csv.*read_excel\('x\.xlsx'\)"):
+        locate_source("x", SourceConfig(kind=SourceKind.alpaca, path=str(tmp_path / "x.xlsx")), "")
+
+
+def test_a_folder_of_notes_and_tables_is_read_whole(tmp_path: Path):
+    for name in ("a.txt", "b.md", "c.csv.gz", "d.tsv", "e.pdf", "f.xml"):
+        (tmp_path / name).touch()
+    for kind in (SourceKind.text, SourceKind.auto):
+        assert [file.path.name[0] for file in list_files(tmp_path, "x", kind)] == ["a", "b", "c", "d"]
 
 
 def test_files_that_hold_no_rows_are_refused_or_passed_over(tmp_path: Path):
