@@ -106,8 +106,17 @@ def main() -> None:
     table = show_table(read_lines(results))
     print(table)
     plot(read_lines(results), options.folder / "recipes.svg")
-    for page in ("recipes.md", "recipes.zh-CN.md") if options.write else ():
-        write_between_markers(options.write / page, "recipes", table)
+    if options.write:
+        write_between_markers(options.write / "recipes.md", "recipes", table)
+        write_between_markers(options.write / "recipes.zh-CN.md", "recipes", translate(table))
+
+
+_CHINESE = {
+    "recipe": "方案", "budget": "预算", "seeds": "种子数", "steps": "步数", "characters": "字符数",
+    "Chinese bits per character": "中文每字符比特数", "gain": "改善", "English bits per byte": "英文每字节比特数",
+    "of the base's": "相对底座", "probe, of the base's": "探针，相对底座",
+}  # fmt: skip
+"""What the table's head says, in Chinese."""
 
 
 def read_recipes(names: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -322,6 +331,15 @@ def show_table(lines: list[dict[str, Any]]) -> str:
             f"{probe / base['probe'] - 1:+.1%} |"
         )
     return "\n".join(rows)
+
+
+def translate(table: str) -> str:
+    """The table in Chinese."""
+    head, rule, *rows = table.splitlines()
+    for english, chinese in _CHINESE.items():
+        head = head.replace(f"| {english} |", f"| {chinese} |")
+    body = "\n".join([rule, *rows]).replace("| untouched base |", "| 未训练的底座 |")
+    return f"{head}\n{body}".replace("s processor |", " 秒（处理器） |").replace("s wall |", " 秒（时钟） |")
 
 
 def group_lines(lines: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:

@@ -4,9 +4,10 @@ import importlib
 import os
 import re
 import runpy
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ _FLAGS = _FLAGS_WITH_VALUE | {
     "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion",
     "-sc", "--info", "-i",
 }  # fmt: skip
+_NOBODY_READS = 128 + signal.SIGPIPE
 _FULL_WIDTH = "＝“”‘’「」"
 _VALUE_WORD = re.compile(r"[^,\[\]\s][^,\[\]]*")
 _NEEDS_QUOTES = re.compile(r"[^\x00-\x7f]|[~=#&!;<>^()`]")
@@ -59,36 +61,56 @@ def run_program(
     `action` returns is the exit code too. The jobs of a sweep all run, whatever becomes of one of them.
     `around` each job is a context that sees how it ends.
     """
+    with until_nobody_reads():
+        sys.exit(call_program(config_name, Jobs(schema, action, around)))
+
+
+def call_program(config_name: str, jobs: "Jobs") -> int:
+    """Compose and call; print the sentence of a CqloraError; the exit code."""
     try:
         refuse_secrets(sys.argv[1:])
         check_words(sys.argv[1:])
         sys.argv[1:] = order_flags([quote_words(argument) for argument in sys.argv[1:]])
         if {"--help", "-h"} & set(sys.argv):
-            print_help(config_name, schema)
-            sys.exit(0)
+            print_help(config_name, jobs)
+            return 0
         with described_as_sentence():
-            outcomes = _compose_and_call(config_name, Jobs(schema, action, around))
+            outcomes = _compose_and_call(config_name, jobs)
     except CqloraError as error:
         stop(error)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     if len(outcomes) > 1:
-        sys.exit(report_sweep(outcomes))
+        return report_sweep(outcomes)
     (outcome,) = outcomes or [None]
     if isinstance(outcome, CqloraError):
         stop(outcome)
-    sys.exit(outcome if type(outcome) is int else 0)
+    return outcome if type(outcome) is int else 0
 
 
-def print_help(config_name: str, schema: type) -> None:
+@contextmanager
+def until_nobody_reads() -> Iterator[None]:
+    """End in silence where what reads our output has ended, such as `head`, as programs do that SIGPIPE ends."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes what is left once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_NOBODY_READS)
+
+
+def print_help(config_name: str, jobs: "Jobs") -> None:
     """Tell a verb's keys and groups, with those of folders of one's own."""
     from cqlora.config.reference import render_help
     from cqlora.config.schema import CONFIG_DIR
 
     flags = [number for number, argument in enumerate(sys.argv) if argument in ("--config-dir", "-cd")]
     folders = [CONFIG_DIR, *(Path(argument) for number in flags for argument in sys.argv[number + 1 : number + 2])]
-    print(f"{sys.argv[0]} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]\n")
-    print(f"{render_help(config_name, schema, folders)}\n\nHydra's own flags: --hydra-help")
+    print(f"cqlora {jobs.action.__name__} KEY=VALUE … [--multirun] [--cfg job] [--config-dir FOLDER]\n")
+    print(f"{render_help(config_name, jobs.schema, folders)}\n\nHydra's own flags: --hydra-help")
 
 
 def report_sweep(outcomes: list[Any]) -> int:
@@ -108,6 +130,12 @@ def report_sweep(outcomes: list[Any]) -> int:
 
 def main() -> None:
     """The console script: `cqlora VERB key=value …` is `python -m cqlora.VERB key=value …`."""
+    with until_nobody_reads():
+        call_verb()
+
+
+def call_verb() -> None:
+    """The verb that was typed, or what verbs there are."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("--help", "-h"):
         print("cqlora VERB key=value …   (cqlora VERB --help lists a verb's keys)\n")

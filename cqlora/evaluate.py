@@ -23,7 +23,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Measure, print the tables, write the record."""
     from hydra.core.hydra_config import HydraConfig
 
-    from cqlora.evaluation.record import FILE_NAME, evaluate_models, write_record
+    from cqlora.evaluation.record import FILE_NAME, evaluate_models, refuse_foreign, write_record
     from cqlora.evaluation.table import show_record
     from cqlora.system.progress import StageDisplay, open_console, show_log
 
@@ -34,6 +34,8 @@ def evaluate(config: EvaluateConfig) -> None:
         raise ConfigError(f"output={file} is a folder; give the file that the record is written to.")
     if file.suffix != ".json":
         raise ConfigError(f"output={file} is to be a record; give a name that ends in .json.")
+    if config.output:
+        refuse_foreign(file)
     with find_models(config) as found, StageDisplay(is_main=True, first="reading the models' folders") as display:
         record = evaluate_models(config, found.models, found.data, found.seed, display.show)
     write_record(record, file)

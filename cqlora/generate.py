@@ -18,6 +18,7 @@ from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError
 from cqlora.inference.requests import Sampling, check_held
 from cqlora.system.durable import hold, replace_file
+from cqlora.system.journal import read_line, tell_damage
 from cqlora.system.refusals import described_as_sentence
 from cqlora.system.sealed import read_sealed, seal_document
 from cqlora.system.signals import stop_on_signals
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _FREE = ("documents", "slots", "output", "base")
 """Keys that may change before the same command goes on: no document depends on them; a base is told by its weights."""
+
+_MOST_SLOTS = 4096
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +61,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check_fields(self, paths=("base", "output"), filled=("base", "output"))
         check_held("auto", self.dtype, "auto")
-        require_positive(self, "documents", "max_tokens", "slots", "temperature")
+        require_positive(self, "documents", "max_tokens", "temperature")
+        require_range("slots", self.slots, 1, _MOST_SLOTS)
         require_range("seed", self.seed, 0, 2**31 - 1)
         self.sampling(0)
         if not self.output.endswith(".jsonl"):
@@ -83,24 +87,33 @@ def generate(config: GenerateConfig) -> None:
     output = Path(config.output)
     base = read_base(config.base)
     with described_as_sentence(output), hold(output):
-        written = take_up(config, output, fingerprint_weights(base.path))
-        missing = [number for number in range(config.documents) if number not in written]
+        documents = take_up(config, output, fingerprint_weights(base.path))
+        missing = [number for number in range(config.documents) if number not in documents]
         engine = EngineConfig(base=config.base, dtype=config.dtype, cache=False, prefix_cache_gib=0).load_engine()
         with output.open("a", encoding="utf-8") as stream, StageDisplay(is_main=True) as display:
             for done, row in enumerate(write_documents(engine, config, missing), config.documents - len(missing) + 1):
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                 stream.flush()
+                documents[row["id"]] = row["text"]
                 display.show("documents", done, config.documents)
     # A source cannot be added on the command line.
     source = json.dumps({"kind": "text", "path": str(output.absolute()), "replay": True}, ensure_ascii=False)
     print(
-        f"{output} holds {config.documents:,} documents; to replay them write this under `sources:` of a data file of "
-        f"yours (docs/data.md) and add data.replay=0.2 to the run:\n  own: {source}"
+        f"{output} holds {describe_documents(documents, config.documents)}; to replay them write this under "
+        f"`sources:` of a data file of yours (docs/data.md) and add data.replay=0.2 to the run:\n  own: {source}"
     )
 
 
-def take_up(config: GenerateConfig, output: Path, weights: str) -> set[int]:
-    """Numbers of the documents that `output` holds, which a line cut by an end in its midst is taken from.
+def describe_documents(documents: dict[int, str], asked: int) -> str:
+    """How many documents there are, where that is not what was asked for or not all have text."""
+    told = f"{len(documents):,} documents"
+    told += f" ({asked:,} were asked for)" if len(documents) != asked else ""
+    empty = sum(not text.strip() for text in documents.values())
+    return told + (f", {empty:,} of them empty, which no run reads" if empty else "")
+
+
+def take_up(config: GenerateConfig, output: Path, weights: str) -> dict[int, str]:
+    """The documents that `output` holds, by number; a line that is damaged or cut short is taken from it.
 
     Raises:
         ConfigError: they were written by another base, or otherwise.
@@ -110,18 +123,31 @@ def take_up(config: GenerateConfig, output: Path, weights: str) -> set[int]:
     if not output.exists():
         replace_file(card, seal_document(settings))
         output.touch()
-        return set()
+        return {}
     earlier = read_sealed(card)
     if earlier is None:
         raise ConfigError(f"output={output} was not written by `cqlora generate`; give another name.")
     for key, value in settings.items():
         if earlier.get(key) != value:
             raise ConfigError(f"output={output} was written with {key}={earlier.get(key)}; give another name.")
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        replace_file(output, whole)
-    return {int(json.loads(line)["id"]) for line in whole.splitlines()}
+    return read_documents(output)
+
+
+def read_documents(output: Path) -> dict[int, str]:
+    """The whole documents of a file by number, the others taken from it; the same command writes them again."""
+    documents: dict[int, str] = {}
+    content, kept = output.read_bytes(), []
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        row = (read_line(line) if line.endswith(b"\n") else None) or {}
+        if type(row.get("id")) is int and isinstance(row.get("text"), str):
+            documents[row["id"]] = row["text"]
+            kept.append(line)
+        elif number < len(lines):
+            tell_damage(output, number)
+    if len(kept) < len(lines):
+        replace_file(output, b"".join(kept))
+    return documents
 
 
 def write_documents(engine: "LlamaEngine", config: GenerateConfig, numbers: list[int]) -> Iterator[dict[str, Any]]:

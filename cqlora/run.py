@@ -48,14 +48,13 @@ def run(config: "RunConfig") -> float | None:
         if swept:
             done = str(error).partition(";")[0]
             raise Preempted(
-                f"{done}; python -m cqlora.run sweep.resume={hydra.sweep.dir} goes on with this job and those that are "
-                "left."
+                f"{done}; cqlora run sweep.resume={hydra.sweep.dir} goes on with this job and those that are left."
             ) from None
         raise
 
 
 def train(overrides: Sequence[str], folder: str | Path | None = None, config_dir: str | Path | None = None) -> Path:
-    """Train one run as `python -m cqlora.run OVERRIDES` does, from a script or a notebook; return its folder.
+    """Train one run as `cqlora run OVERRIDES` does, from a script or a notebook; return its folder.
 
         train(["stage=sft", "model=tiny"], folder="outputs/first")
 

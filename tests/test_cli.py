@@ -1,6 +1,7 @@
 """The command line as a person meets it: fast, one sentence, the nearest name; and no heavy import before that."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from cqlora.cli import check_words, order_flags, quote_words
 from cqlora.config.secrets import refuse_secrets
 from cqlora.errors import ConfigError
-from tests.conftest import run_verb
+from tests.conftest import ROOT, run_verb
 
 
 @pytest.mark.parametrize(
@@ -131,3 +132,13 @@ def test_what_is_neither_override_nor_flag_is_refused_in_one_sentence(arguments:
 def test_overrides_flags_and_their_values_pass() -> None:
     check_words(["stage=sft", "+a.b=1", "~tracking", "--config-dir", "mine", "--cfg", "job", "-m", "--info", "all"])
     check_words(["--config-dir=mine", "data.sources.t.path=语料＝一.txt", "hydra.run.dir=outputs/x"])
+
+
+@pytest.mark.parametrize("arguments", [("cqlora.run", "--help"), ("cqlora", "--help")])
+def test_a_reader_that_has_ended_ends_it_in_silence(arguments, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    os.close(writing)
+    assert done.stderr == "" and done.returncode == 128 + signal.SIGPIPE

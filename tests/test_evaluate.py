@@ -59,6 +59,7 @@ def test_the_sample_is_scored_where_nothing_else_is_given(run, workspace):
         (["base=models/nowhere"], "error: model folder models/nowhere does not exist"),
         (["base=models/tiny", "windo=3"], "did you mean window?"),
         (["run=models/tiny"], "run.yaml does not exist"),
+        (["base=models/tiny", "output=models/tiny/config.json"], "was not written by `cqlora evaluate`"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_and_leave_no_folder(arguments, told, run, workspace):

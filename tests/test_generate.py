@@ -7,7 +7,7 @@ import pytest
 from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.sources import SAMPLE_DIR
 from cqlora.errors import ConfigError
-from cqlora.generate import GenerateConfig, generate
+from cqlora.generate import GenerateConfig, describe_documents, generate
 from cqlora.model.tiny import build_tiny, read_sample_texts
 from tests.conftest import run_verb
 from tests.runs import build_once, typed_run
@@ -70,7 +70,9 @@ def test_a_file_that_it_has_not_written_is_left_alone(base, tmp_path):
     assert output.read_text() == '{"text": "mine"}\n'
 
 
-@pytest.mark.parametrize("settings", [{"documents": 0}, {"temperature": 0}, {"top_p": 2.0}, {"output": "a.txt"}])
+@pytest.mark.parametrize(
+    "settings", [{"documents": 0}, {"temperature": 0}, {"top_p": 2.0}, {"output": "a.txt"}, {"slots": 10**9}]
+)
 def test_what_cannot_be_meant_is_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         GenerateConfig(**{"base": "a", "output": "b.jsonl", **settings})
@@ -88,3 +90,20 @@ def test_what_it_prints_replays_the_documents(base, workspace, tmp_path):
     summary = json.loads(next(tmp_path.glob("cache/*/summary.json")).read_text())
     tokens = {name: found["tokens"] for name, found in summary["sources"].items()}
     assert summary["sources"]["own"]["kept"]["train"] > 0 and tokens["own"] > 0
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"[1]", b'{"id": "2", "text": "x"}', b'{"id": 2}', b"[" * 9_999])
+def test_a_damaged_line_is_written_anew(damage, base, tmp_path, capfd):
+    output = tmp_path / "a.jsonl"
+    whole = write(base, output)
+    lines = output.read_bytes().splitlines()
+    output.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    assert write(base, output) == whole
+    assert f"{output}, line 2 is damaged and left out" in " ".join(capfd.readouterr().err.split())
+
+
+def test_what_the_file_holds_is_said_where_it_is_not_what_was_asked_for():
+    assert describe_documents({0: "a", 1: "b"}, 2) == "2 documents"
+    assert describe_documents({0: "a", 1: " "}, 1) == (
+        "2 documents (1 were asked for), 1 of them empty, which no run reads"
+    )

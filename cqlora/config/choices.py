@@ -2,6 +2,9 @@
 
 from enum import Enum
 
+LANGUAGES = ("zh", "en", "mixed")
+"""What a document is written in."""
+
 
 class Quantization(Enum):
     """How the frozen base's matrices are held."""
@@ -146,6 +149,8 @@ class Tracker(Enum):
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
 
 
 class TrackingMode(Enum):

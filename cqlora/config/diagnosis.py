@@ -77,10 +77,10 @@ def explain_composition(error: Exception, schema: type, arguments: list[str], pl
     if missing_group:
         group, options = missing_group[1], missing_group[2].split()
         return f"{group} has no default; add {group}={' or '.join(options)}."
-    return _name_file_error(error, cause, place_of)
+    return _name_file_error(error, cause, schema, place_of)
 
 
-def _name_file_error(error: Exception, cause: BaseException, place_of: Place) -> str:
+def _name_file_error(error: Exception, cause: BaseException, schema: type, place_of: Place) -> str:
     """What is wrong with a file's defaults or its form, which Hydra tells in its own words."""
     sentence = re.sub(r"\b[Ii]n '[\w/.-]+'[:,]? ?", "", _whole_sentence(error) or _first_line(cause))
     within = re.search(r"\b[Ii]n '([\w/.-]+)'", str(error))
@@ -89,7 +89,10 @@ def _name_file_error(error: Exception, cause: BaseException, place_of: Place) ->
         return f"{twice[1]} is chosen twice; write {twice[1]}=NAME once, without a plus sign."
     stranger = re.search(r"Could not override '([\w/]+)'\. ?No match in the defaults list", sentence)
     if stranger:
-        groups = sorted(folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir())
+        known = _field_names(schema)
+        groups = sorted(folder.name for folder in CONFIG_DIR.iterdir() if folder.is_dir() and folder.name in known)
+        if not groups:
+            return _name_unknown_key(stranger[1], known, schema, [])
         near = get_close_matches(stranger[1], groups, n=1) or [", ".join(groups)]
         sentence = f"{stranger[1]} is no group of the defaults; did you mean {near[0]}?"
         return (place_of(stranger[1], within[1]) if within else "") + sentence
@@ -208,6 +211,8 @@ def _name_unknown_key(key: str, known: list[str], schema: type, arguments: list[
     value = _typed_value(key, arguments)
     everywhere = sorted({key for key, _ in _typed_keys(schema)})
     meant = FOREIGN_KEYS.get(leaf.lower(), "")
+    if parent.startswith("data.sources."):
+        meant = meant.replace("data.sources.NAME", parent)
     named = re.match(r"[\w.]+", meant)
     if named and (named[0] in everywhere or named[0].startswith(("hydra.", "data.sources"))) and leaf not in known:
         whole = f"{meant}={value}" if value and re.fullmatch(r"[\w.]+", meant) else meant

@@ -12,13 +12,13 @@ from omegaconf import II, MISSING
 
 from cqlora.config.checks import check_fields, require_divides, require_positive, require_range, require_used
 from cqlora.config.choices import (
+    LANGUAGES,
     AdapterMethod,
     Attention,
     Checkpointing,
     Deduplication,
     Device,
     Embeddings,
-    Goal,
     OasstPaths,
     Optimizer,
     Precision,
@@ -27,9 +27,9 @@ from cqlora.config.choices import (
     Schedule,
     SourceKind,
     Strategy,
-    Tracker,
-    TrackingMode,
 )
+from cqlora.config.sweeps import SweepConfig, check_measured
+from cqlora.config.tracking import TrackingConfig
 from cqlora.errors import ConfigError
 from cqlora.system.companions import check_accepted
 
@@ -156,7 +156,7 @@ class SourceConfig:
     subset: str = ""
     """The dataset's configuration, such as 20231101.zh."""
     language: str = ""
-    """`zh` or `en`; empty lets each document's script decide."""
+    """`zh`, `en` or `mixed`; empty lets each document's script decide."""
     sample: int | None = None
     """Documents or conversations to train on, chosen by the seed, the held-out share besides; null takes all."""
     sample_tokens: int | None = None
@@ -182,6 +182,8 @@ class SourceConfig:
         require_used(self, "langs", self.kind is SourceKind.oasst1, "kind=oasst1")
         require_used(self, "subset", bool(self.dataset), "a dataset")
         require_used(self, "weight", not self.replay, "replay=false, since data.replay decides how much of it trains")
+        if self.language not in ("", *LANGUAGES):
+            raise ConfigError(f"a source's language={self.language} is unknown; use {' or '.join(LANGUAGES)}.")
         for key in ("sample", "sample_tokens"):
             if getattr(self, key) is not None:
                 require_positive(self, key)
@@ -472,89 +474,6 @@ class HardwareConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class TrackingConfig:
-    """Where the metrics go beside metrics.jsonl, and under which names. Keys stay in the environment."""
-
-    tracker: Tracker = Tracker.none
-    """Where metrics go beside metrics.jsonl."""
-    mode: TrackingMode = TrackingMode.auto
-    """W&B only: send while training or not; auto is online when a key is in the environment."""
-    project: str = "cqlora"
-    """W&B only: the project."""
-    entity: str | None = None
-    """W&B only: user or team; null is the key's own."""
-    name: str | None = None
-    """null is stage, model and folder, and in a sweep what tells the job from the others."""
-    group: str | None = None
-    """null groups a sweep's jobs under the sweep's folder name."""
-    job_type: str | None = None
-    """null is the stage's name."""
-    tags: list[str] = field(default_factory=list)
-    """W&B only: tags beside model, data and hardware."""
-    log_adapter: bool = False
-    """W&B only: keep the finished adapter as an artifact of the run, with its fingerprints."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for key in ("mode", "project", "entity", "group", "job_type", "tags", "log_adapter"):
-            require_used(self, key, self.tracker is Tracker.wandb, "tracking=wandb")
-        if self.tracker is Tracker.wandb and not self.project:
-            raise ConfigError("tracking.project is empty; give W&B a project's name, such as tracking.project=cqlora.")
-
-
-@dataclass(kw_only=True, slots=True)
-class SweepConfig:
-    """How the runs of a sweep are compared, and how a search goes on."""
-
-    resume: str = ""
-    """Folder of a sweep to go on with, by its own overrides: what is missing, has failed or was interrupted runs."""
-    objectives: list[str] = field(default_factory=lambda: ["eval/loss"])
-    """Metrics to compare runs by, the first one first, such as `[eval/wiki_zh/zh/bits_per_character]`; less is better
-    unless it is written METRIC:maximize."""
-    trials: int = 20
-    """Search only: trials in all, those of every process that shares the folder."""
-    startup_trials: int = 10
-    """Search only: trials at random before TPE proposes."""
-    at_once: int = 1
-    """Search only: trials that are submitted together, for launchers that run jobs elsewhere."""
-    pruner: Pruner = Pruner.none
-    """Search only: median ends a trial whose evaluation is worse than the median of earlier trials at that step."""
-    prune_after_trials: int = 4
-    """Search only: trials that run to their end before any is pruned."""
-    seed: int = 1
-    """Search only: of what is proposed."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, paths=("resume",))
-        if self.resume:
-            raise ConfigError(
-                "sweep.resume stands for a sweep's overrides on the command line of cqlora.run; leave it out here."
-            )
-        require_positive(self, "trials", "at_once", "prune_after_trials")
-        goals = [goal for _, colon, goal in (each.partition(":") for each in self.objectives) if colon]
-        if unknown := set(goals) - set(Goal.__members__):
-            raise ConfigError(f"sweep.objectives has the goal {min(unknown)}; use minimize or maximize.")
-        if not self.objectives or not all(each.partition(":")[0] for each in self.objectives):
-            raise ConfigError("sweep.objectives names no metric; use [eval/loss], or leave it out.")
-        require_range("sweep.startup_trials", self.startup_trials, 0, 1_000_000)
-        require_range("sweep.seed", self.seed, 0, 2**31 - 1)
-        require_used(self, "prune_after_trials", self.pruner is not Pruner.none, "sweep.pruner=median")
-        if self.pruner is not Pruner.none and len(self.objectives) > 1:
-            raise ConfigError("sweep.pruner=median goes by one number and sweep.objectives has several; leave one out.")
-
-    @property
-    def goals(self) -> dict[str, Goal]:
-        """Metric → goal, in the order of the objectives."""
-        parts = [each.partition(":") for each in self.objectives]
-        return {metric: Goal[goal or "minimize"] for metric, _, goal in parts}
-
-    def require_search(self, searched: bool) -> None:
-        """Raise ConfigError for a key that would have no effect outside a search."""
-        for key in ("trials", "startup_trials", "at_once", "pruner", "seed"):
-            require_used(self, key, searched, "hydra/sweeper=optuna and --multirun")
-
-
-@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """One training run."""
 
@@ -576,6 +495,7 @@ class RunConfig:
         self._check_sequence_length()
         self._check_global_batch()
         self._check_sources()
+        self._check_objectives()
         self._check_adapter()
         if self.sweep.pruner is not Pruner.none and self.stage.eval_every_steps is None:
             raise ConfigError("sweep.pruner=median goes by evaluations in training; add stage.eval_every_steps=STEPS.")
@@ -608,6 +528,10 @@ class RunConfig:
                 f"stage.global_batch_size={size} is not divisible by micro_batch_size × workers = {per_pass}; "
                 f"use stage.global_batch_size={math.ceil(size / per_pass) * per_pass}."
             )
+
+    def _check_objectives(self) -> None:
+        """Raise ConfigError for an objective that no run of this stage and data measures."""
+        check_measured(self.sweep, self.data, self.stage)
 
     def _check_sources(self) -> None:
         if not any(self.stage.name in source.stages for source in self.data.sources.values()):

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from cqlora.config.choices import Deduplication
+from cqlora.config.choices import LANGUAGES, Deduplication
 from cqlora.config.schema import DataConfig, RunConfig
 from cqlora.data.chunks import EncodedBatch
 from cqlora.data.collect import Gathered, RejectionLog, Spool, collect_batch, collect_source
 from cqlora.data.encode import EncodeSettings, EncodeTask, encode_task, open_encoder
 from cqlora.data.keys import mix_keys
-from cqlora.data.language import LANGUAGES
 from cqlora.data.mix import (
     Chosen,
     choose_records,

@@ -10,11 +10,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from cqlora.config.choices import Deduplication
+from cqlora.config.choices import LANGUAGES, Deduplication
 from cqlora.config.schema import CleanConfig, SourceConfig
 from cqlora.data.clean import Cleaner
 from cqlora.data.keys import assign_splits, content_key, mix_keys
-from cqlora.data.language import LANGUAGES, detect_language
+from cqlora.data.language import detect_language
 from cqlora.data.records import SPLITS, Conversation, RawRow, Record, RowDropped, RowError, dump_record, text_of
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.fields import printable

@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from cqlora.config.choices import SourceKind
+from cqlora.config.choices import LANGUAGES, SourceKind
 from cqlora.config.schema import DataConfig, SourceConfig
 from cqlora.data.build import ReportProgress, gather_sources, sample_sizes
 from cqlora.data.collect import Gathered, parse_row
 from cqlora.data.keys import mix_keys
-from cqlora.data.language import LANGUAGES, detect_language
+from cqlora.data.language import detect_language
 from cqlora.data.mix import VAL, Chosen, choose_records, drop_near_duplicates
 from cqlora.data.records import Document, RowDropped, RowError, load_record
 from cqlora.data.sources import find_sources, read_rows

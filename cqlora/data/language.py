@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-LANGUAGES = ("zh", "en", "mixed")
 SAMPLE_CHARACTERS = 2048
 
 ZH_SHARE = 0.2

@@ -2,8 +2,9 @@
 
 import csv
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,14 +54,37 @@ BENCHMARKS = {
 
 
 def check_tasks(tasks: list[str], roots: dict[str, str]) -> None:
-    """Raise for what is known to be wrong before a model is loaded: lm-eval missing, a folder without subjects."""
+    """Raise for what can be known to be wrong before a model is loaded.
+
+    Raises:
+        ConfigError: lm-eval is missing, or knows no such task.
+        DataError: a folder without subjects, or a file of questions that is damaged.
+    """
     import importlib.util
 
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"tasks={tasks} needs lm-eval, which is not installed; install it with {_INSTALL}.")
     for task in tasks:
         if roots.get(task):
-            list_subjects(BENCHMARKS[task], Path(roots[task]))
+            benchmark, root = BENCHMARKS[task], Path(roots[task])
+            for subject in list_subjects(benchmark, root):
+                for split, suffix in (benchmark.questions, benchmark.examples):
+                    read_questions(benchmark, root / split / (subject + suffix))
+    others = [task for task in tasks if task not in BENCHMARKS]
+    if others:
+        from lm_eval.tasks import TaskManager
+
+        index = TaskManager().task_index
+        for task in others:
+            require_known(task, index)
+
+
+def require_known(task: str, index: Iterable[str]) -> None:
+    """Raise ConfigError for a task that lm-eval's index has not."""
+    if task not in index:
+        near = get_close_matches(task, [*BENCHMARKS, *index], n=1)
+        hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists what it does."
+        raise ConfigError(f"tasks= has {task}, which lm-eval does not know; {hint}")
 
 
 def list_subjects(benchmark: Benchmark, root: Path) -> list[str]:
@@ -86,11 +110,10 @@ def read_questions(benchmark: Benchmark, file: Path) -> list[dict[str, Any]]:
     """The rows of one file, as the hub's dataset has them.
 
     Raises:
-        DataError: a column is missing, or an answer is none of A, B, C and D.
+        DataError: the file is no CSV in UTF-8 or has no question, a column is missing, or an answer is none of A, B,
+            C and D.
     """
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        header = None if benchmark.has_header else benchmark.columns
-        rows = [dict(row) for row in csv.DictReader(stream, header)]
+    rows = read_rows(file, None if benchmark.has_header else benchmark.columns)
     answer = benchmark.columns[-1]
     for number, row in enumerate(rows, start=1 + benchmark.has_header):
         lacking = next((column for column in benchmark.columns if row.get(column) is None), None)
@@ -109,6 +132,24 @@ def read_questions(benchmark: Benchmark, file: Path) -> list[dict[str, Any]]:
         }
         for row in kept
     ]
+
+
+def read_rows(file: Path, header: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The rows of a CSV file; `header` is None where its first line names the columns.
+
+    Raises:
+        DataError: it is empty, or no CSV in UTF-8.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            rows = [dict(row) for row in csv.DictReader(stream, header)]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not in UTF-8; write it so, as in `iconv -f gb18030 -t utf-8`.") from error
+    except csv.Error as error:
+        raise DataError(f"{file} cannot be read as CSV ({error}); restore the file as it was published.") from error
+    if not rows:
+        raise DataError(f"{file} has no question; restore the file as it was published.")
+    return rows
 
 
 def load_local(benchmark: Benchmark, root: Path, subject: str, **_: Any) -> dict[str, Any]:
@@ -152,8 +193,7 @@ def list_tasks(task: str, root: str) -> list[Any]:
 
 def load_from_hub(manager: Any, name: str) -> list[Any]:
     """The tasks of a name or group, their datasets fetched."""
-    if name not in manager.task_index:
-        raise ConfigError(f"tasks= has {name}, which lm-eval does not know; `lm-eval ls tasks` lists what it does.")
+    require_known(name, manager.task_index)
     try:
         return list(manager.load([name])["tasks"].values())
     except (OSError, ValueError, RuntimeError) as error:

@@ -82,7 +82,7 @@ def read_models(words: list[str], quantization: str = "auto") -> list[ModelChoic
         ConfigError: a word that names no folders, or the same model twice.
     """
     pairs = [split_word(word) for word in words]
-    if len(set(pairs)) < len(pairs):
+    if len({tuple(part and part.resolve() for part in pair) for pair in pairs}) < len(pairs):
         raise ConfigError(f"models={words} names a model twice; name each once.")
     short = [f"{label(base)}+{label(adapter)}" if adapter else label(base) for base, adapter in pairs]
     names = short if len(set(short)) == len(short) else words

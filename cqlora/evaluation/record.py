@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from cqlora.base import read_base
 from cqlora.config.schema import DataConfig
 from cqlora.data.held_out import HeldOutText, read_files, read_validation
-from cqlora.errors import ConfigError
+from cqlora.errors import ConfigError, ModelError
 from cqlora.evaluation.choice import check_tasks, score_choices
 from cqlora.evaluation.config import MOST_WINDOW, EvaluateConfig
 from cqlora.evaluation.generations import generate, read_prompts
 from cqlora.evaluation.models import ModelChoice, read_models
 from cqlora.evaluation.probe import list_patterns, probe
 from cqlora.evaluation.text import TextScore, score_text
+from cqlora.system.documents import read_object
 from cqlora.system.durable import make_folder, replace_file
 
 if TYPE_CHECKING:
@@ -191,6 +192,18 @@ def find_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def refuse_foreign(file: Path) -> None:
+    """Raise ConfigError for a file that is there and was not written by `evaluate`."""
+    if not file.exists():
+        return
+    try:
+        known = {"version", "settings", "models"} <= read_object(file).keys()
+    except ModelError:
+        known = False
+    if not known:
+        raise ConfigError(f"output={file} is there and was not written by `cqlora evaluate`; give another name.")
 
 
 def write_record(record: Record, file: Path) -> None:

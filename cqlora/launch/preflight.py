@@ -1,6 +1,17 @@
 """What can be known to be wrong before anything heavy is imported: GPUs that are not there, folders, rows."""
 
-from cqlora.config.choices import AdapterMethod, Attention, Device, Embeddings, Optimizer, Precision, Quantization
+from importlib.util import find_spec
+
+from cqlora.config.choices import (
+    AdapterMethod,
+    Attention,
+    Device,
+    Embeddings,
+    Optimizer,
+    Precision,
+    Quantization,
+    Tracker,
+)
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError, ConfigError, DoesNotFit
 from cqlora.launch.continuation import check_continuation
@@ -15,8 +26,8 @@ def check_run(config: RunConfig, given: Given) -> None:
     """Refuse a settled run that cannot start on this machine; nothing is changed.
 
     Raises:
-        ConfigError: GPUs are missing, new rows are asked for on a base that has none, or the adapter to continue
-            was trained with other values.
+        ConfigError: GPUs or a tracker's package are missing, new rows are asked for on a base that has none, or the
+            adapter to continue was trained with other values.
         CheckpointError: the run to go on with needs what this machine has not.
         ModelError: the adapter to continue has rows of another extension.
         DataError: a source is nowhere to be found.
@@ -24,6 +35,7 @@ def check_run(config: RunConfig, given: Given) -> None:
     """
     from cqlora.data.sources import find_sources
 
+    check_tracker(config)
     check_earlier(config, given)
     check_gpus(config, given)
     check_device_support(config)
@@ -33,6 +45,13 @@ def check_run(config: RunConfig, given: Given) -> None:
     check_memory(config, given)
     check_free_memory(config, given)
     find_sources(config.data, config.stage.name)
+
+
+def check_tracker(config: RunConfig) -> None:
+    """Raise ConfigError where the tracker's package is not installed."""
+    name = config.tracking.tracker.name
+    if config.tracking.tracker is not Tracker.none and find_spec(name) is None:
+        raise ConfigError(f"tracking={name} needs its package; type `pip install 'cqlora[{name}]'`.")
 
 
 def check_earlier(config: RunConfig, given: Given) -> None:

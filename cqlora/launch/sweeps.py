@@ -16,16 +16,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cqlora.config.diagnosis import to_schema
-from cqlora.config.schema import RunConfig, SweepConfig
+from cqlora.config.schema import RunConfig
+from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Pruned
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
 from cqlora.launch.settle import look_ahead, settle
 from cqlora.report.page import conclude
-from cqlora.sweep.search import Proposal, Search, check_objectives, follow_trial, read_space
+from cqlora.sweep.search import Proposal, Search, check_objectives, check_span, follow_trial, read_space
 from cqlora.sweep.summary import render_summary
 from cqlora.sweep.trials import State, read_trials, record_trial, refuse_trial
-from cqlora.system.durable import replace_file
+from cqlora.system.durable import lock_file, make_folder, replace_file
 from cqlora.system.signals import Stopped
 
 AGENT_SWEEP = "WANDB_SWEEP_ID"
@@ -52,9 +53,16 @@ class Sweep:
 
     @cached_property
     def settings(self) -> SweepConfig:
-        """The keys under `sweep`."""
+        """The keys under `sweep`.
+
+        Raises:
+            ConfigError: they contradict, or the jobs' folders are to be others than their numbers.
+        """
         settings: Any = OmegaConf.to_object(self.config.sweep)
         assert isinstance(settings, SweepConfig)
+        typed = [str(override) for override in self.config.hydra.overrides.hydra]
+        if any(override.startswith("hydra.sweep.subdir=") for override in typed):
+            raise ConfigError("hydra.sweep.subdir has no use here: the jobs' folders are their numbers; leave it out.")
         return settings
 
     @cached_property
@@ -71,9 +79,6 @@ class Sweep:
 
     def begin(self) -> None:
         """Make the folder, with what the sweep is to be gone on with from."""
-        typed = [str(override) for override in self.config.hydra.overrides.hydra]
-        if any(override.startswith("hydra.sweep.subdir=") for override in typed):
-            raise ConfigError("hydra.sweep.subdir has no use here: the jobs' folders are their numbers; leave it out.")
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / SWEEP_FILE, OmegaConf.to_yaml(self.config).encode())
 
@@ -141,7 +146,13 @@ def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
     points = list(enumerate(combine(parse(sweep, arguments))))
     check_same_sweep(sweep.folder, points)
     composed = {number: compose_job(sweep, number, point) for number, point in points}
-    sweep.begin()
+    with hold_sweep(sweep.folder):
+        sweep.begin()
+        run_grid(sweep, points, composed)
+
+
+def run_grid(sweep: Sweep, points: list[tuple[int, list[str]]], composed: dict[int, DictConfig]) -> None:
+    """Launch the jobs that have not run to their end and that fit, and tell the sweep's end."""
     ended = {trial.number for trial in read_trials(sweep.folder) if trial.state in (State.finished, State.pruned)}
     with sweep.told_at_end():
         fitting = []
@@ -157,14 +168,39 @@ def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
         sweep.launch(fitting)
 
 
+@contextmanager
+def hold_sweep(folder: Path) -> Iterator[None]:
+    """Be the one process that runs a grid in a folder; a search is shared, a grid's jobs are dealt out by one.
+
+    Raises:
+        ConfigError: another process runs it now.
+    """
+    make_folder(folder)
+    file = folder / ".sweep.lock"
+    descriptor = lock_file(file, wait=False)
+    if descriptor is None:
+        raise ConfigError(
+            f"another process runs the sweep in {folder}; wait for it, or give another folder with "
+            "hydra.sweep.dir=FOLDER."
+        )
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def compose_job(sweep: Sweep, number: int, point: list[str]) -> DictConfig:
     """A job's configuration.
 
     Raises:
-        ConfigError: it is none; the sentence names the job.
+        ConfigError: it is none, or its run measures no such objective; the sentence names the job.
     """
     try:
-        return sweep.compose(point)
+        composed = sweep.compose(point)
+        # Told by no job, since it would be told by all of them.
+        check_measured(sweep.settings, composed.data, composed.stage)
+        return composed
     except ConfigError as error:
         raise ConfigError(f"job {number} ({' '.join(point)}): {error}") from error
 
@@ -271,6 +307,7 @@ def combine(overrides: list[Any]) -> list[list[str]]:
     lists = []
     for override in overrides:
         key = override.get_key_element()
+        check_span(override)
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(
                 f"`{override.input_line}` is a range to search; add hydra/sweeper=optuna, or list values."

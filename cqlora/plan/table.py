@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cqlora.config.choices import Device, Precision
 from cqlora.config.schema import RunConfig
 from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit
@@ -29,6 +30,13 @@ _WHAT = {
 }
 
 
+_KERNELS = (
+    "Not counted: code that oneDNN generates for bfloat16 and keeps, some for each new shape; about\n"
+    "1 GiB after some hundred steps (ONEDNN_PRIMITIVE_CACHE_CAPACITY bounds it)."
+)
+"""Measured on the tiny model: resident memory rises from 0.64 to 1.54 GiB in 227 steps, in float32 it stays at 0.49."""
+
+
 def print_plan(
     config: RunConfig,
     memory: MemoryPlan,
@@ -41,6 +49,8 @@ def print_plan(
     console.print(_describe(config))
     console.print(_memory_table(memory))
     console.print(_phase_line(memory))
+    if memory.device is Device.cpu and config.hardware.precision is Precision.bfloat16:
+        console.print(_KERNELS)
     console.print(_time_line(time))
     console.print(Text(f"{verdict.fit.value}: ", style=_STYLES[verdict.fit]) + Text(f"{verdict.sentence}."))
     if verdict.suggestions:

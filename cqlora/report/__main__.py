@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 from cqlora.cli import run_program
 from cqlora.errors import ConfigError
 from cqlora.report.config import ReportConfig
-from cqlora.report.page import REPORT_FILE, describe, write_report
+from cqlora.report.page import REPORT_FILE, describe, refuse_foreign, write_report
 
 
 def report(config: ReportConfig) -> None:
@@ -20,6 +20,8 @@ def report(config: ReportConfig) -> None:
         return
     several = len(folders) > 1
     file = Path(config.output) if config.output else Path("comparison.html") if several else folders[0] / REPORT_FILE
+    if config.output:
+        refuse_foreign(file)
     write_report(folders, file)
     print(f"{file} has the report; open it in a browser.")
 

@@ -16,6 +16,8 @@ from cqlora.system.durable import replace_file
 
 PAGE_FOLDER = Path(__file__).parent / "page"
 REPORT_FILE = "report.html"
+_MARK = b'<meta name="generator" content="cqlora report">'
+"""What every page of ours has, as page.html has it."""
 _PROGRAM = ("labels.js", "columns.js", "elements.js", "charts.js", "tables.js", "run.js", "sweep.js", "main.js")
 """In the order in which one needs the other; they share one scope."""
 
@@ -34,7 +36,8 @@ def describe(folders: list[Path]) -> dict[str, Any]:
     elif is_sweep(first):
         page = describe_sweep(first)
     else:
-        what = "holds neither a run nor a sweep" if first.is_dir() else "does not exist"
+        what = "holds neither a run nor a sweep" if first.is_dir() else "is a file"
+        what = what if first.exists() else "does not exist"
         raise ConfigError(f"folder={first} {what}; give outputs/… of a run or multirun/… of a sweep.")
     return page | {"written": datetime.now().strftime("%Y-%m-%d %H:%M:%S"), "version": cqlora.__version__}
 
@@ -48,6 +51,12 @@ def write_report(folders: list[Path], file: Path) -> None:
     """
     # A damaged record may hold half a character, which UTF-8 has none of.
     replace_file(file, render(describe(folders)).encode("utf-8", "replace"))
+
+
+def refuse_foreign(file: Path) -> None:
+    """Raise ConfigError for a file that is there and is no page of ours."""
+    if file.exists() and not (file.is_file() and _MARK in file.read_bytes()):
+        raise ConfigError(f"output={file} is there and was not written by `cqlora report`; give another name.")
 
 
 def conclude(folder: Path) -> None:

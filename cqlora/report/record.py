@@ -1,16 +1,13 @@
 """A run's metrics.jsonl as a page shows it: curves, held-out numbers before and after, and what happened."""
 
 import math
-from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 from cqlora.report.columns import as_number, pack_column, thin
+from cqlora.system.metrics import MEASURES, complete_evaluations, mean_loss
 
 Row = dict[str, Any]
-
-MEASURES = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
-"""What an evaluation line holds of a source and language."""
 
 
 def describe_curves(rows: list[Row], most_points: int) -> dict[str, Any]:
@@ -56,8 +53,9 @@ def describe_evaluations(rows: list[Row]) -> list[dict[str, Any]]:
 def describe_values(rows: list[Row]) -> dict[str, float]:
     """The numbers that runs are compared by, under dotted names as sweeps record them.
 
-    `eval/loss` is the mean over all held-out tokens; `zh/bits_per_character` and its like join all sources of a
-    language by what they hold, and `…/gain` is what the run took off the number that it began with.
+    They are of the last complete evaluation. `eval/loss` is the mean over all held-out tokens;
+    `zh/bits_per_character` and its like join all sources of a language by what they hold, and `…/gain` is what the
+    run took off the number that it began with.
     """
     values: dict[str, float] = {}
     train = [row for row in rows if row.get("kind") == "train"]
@@ -67,18 +65,17 @@ def describe_values(rows: list[Row]) -> dict[str, float]:
         values["train/seconds"] = sum(filter(math.isfinite, (as_number(row.get("seconds")) for row in train)))
         values["train/peak_memory_gib"] = max(as_number(row.get("peak_memory_gib")) for row in train)
         values["train/tokens_per_second"] = median(as_number(row.get("tokens_per_second")) for row in train)
-    evaluations = [row for row in rows if row.get("kind") == "eval" and "loss" in row]
+    evaluations = list(complete_evaluations(rows).values())
     if evaluations:
-        first = join_languages(row for row in evaluations if row["step"] == evaluations[0]["step"])
-        last = join_languages(row for row in evaluations if row["step"] == evaluations[-1]["step"])
+        first, last = join_languages(evaluations[0]), join_languages(evaluations[-1])
         for key, number in last.items():
             values[f"eval/{key}"] = number
-            if key in first and evaluations[0]["step"] != evaluations[-1]["step"]:
+            if key in first and len(evaluations) > 1:
                 values[f"eval/{key}/gain"] = first[key] - number
     return {key: number for key, number in values.items() if math.isfinite(number)}
 
 
-def join_languages(rows: Iterable[Row]) -> dict[str, float]:
+def join_languages(rows: list[Row]) -> dict[str, float]:
     """Bits per character and byte of each language over all its sources, and the loss over all tokens.
 
     A line gives its bits (loss x tokens / ln 2) and, divided by its bits per character or byte, how many of them it
@@ -86,18 +83,17 @@ def join_languages(rows: Iterable[Row]) -> dict[str, float]:
     """
     bits: dict[str, float] = {}
     units: dict[tuple[str, str], float] = {}
-    summed_loss, tokens = 0.0, 0.0
-    for row in rows:
-        loss, count, language = as_number(row.get("loss")), as_number(row.get("tokens")), str(row.get("language", ""))
-        summed_loss, tokens = summed_loss + loss * count, tokens + count
-        here = loss * count / math.log(2)
+    for row in (row for row in rows if row["kind"] == "eval"):
+        language = row["language"]
+        here = float(row["loss"]) * row["tokens"] / math.log(2)
         bits[language] = bits.get(language, 0.0) + here
         for name in ("bits_per_character", "bits_per_byte"):
             rate = as_number(row.get(name))
             counted = here / rate if rate else math.nan
             units[language, name] = units.get((language, name), 0.0) + counted
     joined = {f"{language}/{name}": bits[language] / count for (language, name), count in units.items() if count}
-    return joined | ({"loss": summed_loss / tokens} if tokens else {})
+    loss = mean_loss(rows)
+    return joined | ({} if loss is None else {"loss": loss})
 
 
 def describe_events(rows: list[Row]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What the folder of one run says of it."""
 
-import fcntl
 import json
 import math
+import re
 import shlex
 from datetime import datetime
 from pathlib import Path
@@ -15,12 +15,15 @@ from cqlora.errors import ConfigError, CqloraError, ModelError
 from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
-from cqlora.report.changes import describe_settings
+from cqlora.report.changes import GROUPS, describe_settings
 from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values
 from cqlora.system.documents import read_object
+from cqlora.system.durable import is_locked
 from cqlora.system.metrics import METRICS_FILE, read_metrics
 
 EVALUATION_FILE = "evaluation.json"
+_PLAIN_WORD = re.compile(r"(?!(?:true|false|null|nan|inf)$)[a-z_/.][\w/.:-]*", re.ASCII | re.IGNORECASE)
+"""Text that needs no quotes in an override."""
 MOST_POINTS = 4000
 """Of a curve on the page of one run; a screen has fewer columns."""
 
@@ -56,31 +59,19 @@ def describe_run(folder: Path, most_points: int = MOST_POINTS) -> dict[str, Any]
     if config is not None:
         run |= {"title": f"{config.stage.name} · {config.model.name} · {config.data.name}", "stage": config.stage.name}
         run |= {"settings": describe_settings(config), "planned_gib": plan_peak(config)}
-        run |= {"mix": read_mix(folder, config, notes), "commands": write_commands(folder, config)}
+        run |= {"mix": read_mix(folder, config, notes), "commands": write_commands(folder, config, run["settings"])}
     run |= {"evaluation": read_evaluation(folder, notes), "notes": notes}
     return run
 
 
 def describe_state(folder: Path, rows: list[dict[str, Any]]) -> str:
     """`running`, `finished`, `interrupted` by a signal, or `stopped` without a word."""
-    if is_held(folder):
+    if is_locked(folder / LOCK_FILE):
         return "running"
     if (folder / "adapter" / "adapter_config.json").is_file():
         return "finished"
     events = [row["event"] for row in rows if row.get("kind") == "event"]
     return "interrupted" if events and events[-1] == "preempted" else "stopped"
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a run is going on in a folder, and holds its lock."""
-    try:
-        with (folder / LOCK_FILE).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def last_change(folder: Path) -> str:
@@ -163,17 +154,30 @@ def keep_tables(model: dict[str, Any]) -> dict[str, Any]:
     return {"name": str(model.get("name", ""))} | rows_of
 
 
-def write_commands(folder: Path, config: RunConfig) -> dict[str, str]:
-    """What to type to go on with a run, and with what came out of it."""
+def write_commands(folder: Path, config: RunConfig, settings: list[dict[str, Any]]) -> dict[str, str]:
+    """What to type to go on with a run, and with what came out of it; `resume` only where its groups are ours."""
     place, base = shlex.quote(str(folder)), shlex.quote(config.model.path)
-    groups = " ".join(f"{group}={getattr(config, group).name}" for group in ("stage", "model", "data", "hardware"))
     adapter = shlex.quote(str(folder / "adapter"))
-    return {
-        "resume": f"python -m cqlora.run {groups} … hydra.run.dir={place}",
-        "evaluate": f"python -m cqlora.evaluate run={place}",
-        "merge": f"python -m cqlora.merge base={base} adapter={adapter} output_dir=models/merged",
-        "chat": f"python -m cqlora.chat base={base} adapter={adapter}",
+    commands = {
+        "evaluate": f"cqlora evaluate run={place}",
+        "merge": f"cqlora merge base={base} adapter={adapter} output_dir=models/merged",
+        "chat": f"cqlora chat base={base} adapter={adapter}",
     }
+    if not any("default" in setting for setting in settings):
+        return commands
+    words = [f"{group}={getattr(config, group).name}" for group in GROUPS]
+    words += [f"{each['key']}={to_override(each['value'])}" for each in settings if each.get("changed")]
+    return {"resume": f"cqlora run {shlex.join(words)} hydra.run.dir={place}"} | commands
+
+
+def to_override(value: object) -> str:
+    """A value as Hydra's grammar reads it behind `KEY=`."""
+    if isinstance(value, list):
+        return f"[{','.join(map(to_override, value))}]"
+    if isinstance(value, str) and not _PLAIN_WORD.fullmatch(value):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_json(page: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """A page that follows runs which are going on: served to this machine's browsers, and to them alone."""
 
 import socket
+from html import escape
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,12 +33,16 @@ def build_app(folders: list[Path]) -> FastAPI:
     # Not `async`: reading records takes a while, and runs in a thread of its own so.
     @app.get("/")
     def page() -> Response:
-        return HTMLResponse(render(describe(folders), watched=True), headers=_HEADERS)
+        try:
+            content = render(describe(folders), watched=True)
+        except CqloraError as error:
+            return HTMLResponse(f"<!doctype html><title>cqlora</title><p>{escape(str(error))}", 503, headers=_HEADERS)
+        return HTMLResponse(content.encode("utf-8", "replace"), headers=_HEADERS)
 
     @app.get("/data")
     def data() -> Response:
         try:
-            content: Any = to_json(describe(folders))
+            content = to_json(describe(folders)).encode("utf-8", "replace")
         except CqloraError as error:
             return Response(to_json({"error": str(error)}), status_code=503, media_type="application/json")
         return Response(content, media_type="application/json", headers=_HEADERS)

@@ -7,6 +7,7 @@ that a killed process forgets.
 
 import hashlib
 import json
+import math
 import os
 import threading
 import warnings
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from cqlora.config.choices import Goal, Pruner
-from cqlora.config.schema import SweepConfig
+from cqlora.config.sweeps import SweepConfig
 from cqlora.errors import ConfigError, DiskError
 from cqlora.sweep.trials import State, Trial, is_held, read_trials
 from cqlora.system.durable import hold, lock_file, make_folder
@@ -36,6 +37,8 @@ _FOLLOW_SECONDS = 0.5
 _LOCK_SECONDS = 120
 """How long SQLite waits for another process of the search."""
 _REFUSED = "refused"
+_MOST_VALUES = 1_000_000
+"""Of a range; a typing error has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def to_distribution(override: Override) -> "BaseDistribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     key, sweep = override.get_key_element(), override.value()
+    check_span(override)
     low: Any
     high: Any
     if key == "seed":
@@ -86,7 +90,7 @@ def to_distribution(override: Override) -> "BaseDistribution":
     low, high = (sweep.start, sweep.stop) if isinstance(sweep, RangeSweep) else (sweep.start, sweep.end)
     step = sweep.step if isinstance(sweep, RangeSweep) else None
     log, whole = "log" in sweep.tags, isinstance(low, int) and isinstance(high, int) and isinstance(step or 1, int)
-    if low is None or high is None or low >= high or (log and low <= 0):
+    if low >= high or (log and low <= 0):
         raise ConfigError(f"`{override.input_line}` spans nothing{' that has a logarithm' * log}; give LOW,HIGH.")
     if isinstance(sweep, RangeSweep):
         # Hydra's range ends before its stop.
@@ -97,6 +101,21 @@ def to_distribution(override: Override) -> "BaseDistribution":
     if whole:
         return IntDistribution(int(low), int(high), step=int(step or 1))
     return FloatDistribution(low, high, step=step)
+
+
+def check_span(override: Override) -> None:
+    """Raise ConfigError for a range or interval of numbers that has no values, or never ends."""
+    sweep = override.value()
+    if not isinstance(sweep, RangeSweep | IntervalSweep):
+        return
+    low, high = sweep.start, sweep.stop if isinstance(sweep, RangeSweep) else sweep.end
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigError(f"`{override.input_line}` has no end; give LOW,HIGH as numbers.")
+    if isinstance(sweep, RangeSweep) and not (sweep.step and 0 < (high - low) / sweep.step < _MOST_VALUES):
+        raise ConfigError(
+            f"`{override.input_line}` has no values, or too many; give LOW,HIGH,step=STEP with fewer than "
+            f"{_MOST_VALUES:,}."
+        )
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from cqlora.config.secrets import holds_secret
 from cqlora.errors import ConfigError, DoesNotFit, Preempted, Pruned
-from cqlora.system.durable import lock_file, make_folder, sync
+from cqlora.system.durable import is_locked, lock_file, make_folder, sync
 from cqlora.system.journal import append_object, read_objects, tell_damage
 from cqlora.system.metrics import evaluated_values
 from cqlora.system.signals import Stopped
@@ -153,10 +153,7 @@ def hold_trial(sweep: Path, number: int) -> Iterator[None]:
 
 def is_held(sweep: Path, number: int) -> bool:
     """Whether a process runs a trial now."""
-    descriptor = lock_file(lock_of(sweep, number), wait=False, create=False)
-    if descriptor is not None:
-        os.close(descriptor)
-    return descriptor is None and lock_of(sweep, number).exists()
+    return is_locked(lock_of(sweep, number))
 
 
 def lock_of(sweep: Path, number: int) -> Path:

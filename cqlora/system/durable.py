@@ -241,6 +241,18 @@ def lock_file(file: Path, wait: bool, create: bool = True) -> int | None:
         os.close(descriptor)
 
 
+def is_locked(file: Path) -> bool:
+    """Whether a process holds a file's lock now; to ask takes no right to write."""
+    try:
+        with file.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def list_names(folder: Path) -> list[Path]:
     """What a folder holds; nothing where it is not there."""
     try:

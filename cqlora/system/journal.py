@@ -58,4 +58,15 @@ def to_line(row: dict[str, Any]) -> str:
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    line = json.dumps(finite, ensure_ascii=False)
+    # Half a character, which damage or a tokenizer may leave, has no UTF-8.
+    return (line if is_encodable(line) else json.dumps(finite)) + "\n"
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

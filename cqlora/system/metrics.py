@@ -14,6 +14,10 @@ from cqlora.system.sealed import SEAL, hash_document, hash_file
 METRICS_FILE = "metrics.jsonl"
 MEAN_LOSS = "eval/loss"
 """The held-out loss over all sources, to compare runs by."""
+MEASURES = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
+"""What an evaluation line holds of a source and language."""
+_MOST = 1 << 62
+"""Of any count; a longer number is damage."""
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -29,9 +33,20 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def is_row(row: dict[str, Any]) -> bool:
-    """Whether an object is a line of a record."""
-    known = isinstance(row.get("step"), int) and "kind" in row
-    return known and (row["kind"] == "event" or "loss" in row)
+    """Whether an object is a line of a record, with what every reader takes of its kind."""
+    kind, step = row.get("kind"), row.get("step")
+    if type(step) is not int or not 0 <= step <= _MOST or any(type(v) is int and abs(v) > _MOST for v in row.values()):
+        return False
+    if kind == "event":
+        return isinstance(row.get("event"), str)
+    named = kind == "train" or all(isinstance(row.get(key), str) for key in ("source", "language"))
+    counted = kind != "eval" or (type(row.get("tokens")) is int and row["tokens"] >= 0)
+    return isinstance(kind, str) and named and counted and is_number(row.get("loss"))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number as a line has it; what is not finite stands there by its name."""
+    return type(value) in (int, float) or value in ("nan", "inf", "-inf")
 
 
 def seal_event(row: dict[str, Any]) -> dict[str, Any]:
@@ -75,8 +90,9 @@ def rewind_metrics(run_folder: Path, step: int) -> None:
 
 def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
     """Mean over all tokens of an evaluation's lines: each source weighs as many tokens as were evaluated of it."""
-    tokens = sum(row["tokens"] for row in evaluations)
-    return sum(float(row["loss"]) * row["tokens"] for row in evaluations) / tokens if tokens else None
+    scored = [row for row in evaluations if row["kind"] == "eval"]
+    tokens = sum(row["tokens"] for row in scored)
+    return sum(float(row["loss"]) * row["tokens"] for row in scored) / tokens if tokens else None
 
 
 def name_values(row: dict[str, Any]) -> dict[str, float]:
@@ -92,16 +108,18 @@ def name_values(row: dict[str, Any]) -> dict[str, float]:
 
 
 def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
-    """What each complete evaluation of a run measured, by step, under the names that runs are compared by.
+    """What each complete evaluation of a run measured, by step, under the names that runs are compared by."""
+    return {step: _values_of(rows) for step, rows in complete_evaluations(read_metrics(run_folder)).items()}
 
-    One is complete when it has as many lines as the first, at step 0.
-    """
+
+def complete_evaluations(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """The lines of each evaluation by step, the probe's too; it is complete with as many as the first, at step 0."""
     by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in read_metrics(run_folder):
-        if row["kind"] == "eval":
+    for row in rows:
+        if row["kind"] in ("eval", "probe"):
             by_step.setdefault(row["step"], []).append(row)
     lines = len(by_step.get(0, []))
-    return {step: _values_of(rows) for step, rows in by_step.items() if len(rows) >= lines}
+    return {step: found for step, found in by_step.items() if len(found) >= lines}
 
 
 def _values_of(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -56,7 +56,8 @@ def explain_os_error(error: OSError, path: Path | None = None, needed_bytes: int
     `needed_bytes` is how much was to be written, where that is known.
     """
     needed_bytes = error.needed_bytes if isinstance(error, NoRoom) else needed_bytes
-    place = path or (Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None)
+    named = find_place(error)
+    place = path or (Path(named) if named else None)
     subject = shorten(place) if place else "a file"
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error) or type(error).__name__)
     if error.errno in _OUT_OF_SPACE:
@@ -66,8 +67,16 @@ def explain_os_error(error: OSError, path: Path | None = None, needed_bytes: int
     return DiskError(f"{subject} could not be {'written' if path else 'read or written'}: {reason}.")
 
 
+def find_place(error: OSError) -> str | None:
+    """The path that an error names; where a copy found no room, the copy and not what was copied."""
+    named = error.filename2 if error.errno in _OUT_OF_SPACE and error.filename2 else error.filename
+    return os.fsdecode(named) if isinstance(named, str | bytes) else None
+
+
 def find_os_error(error: BaseException) -> OSError | None:
-    """The operating system's error that `error` is or was made from; None where it has nothing to do with one."""
+    """The operating system's error that `error` is or was made from; None where it has nothing to do with a file."""
+    if isinstance(error, BrokenPipeError):
+        return None
     if isinstance(error, OSError):
         if _NUMPY_ERROR.fullmatch(str(error)):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -90,7 +99,7 @@ def described_as_sentence(
         refused = find_os_error(error)
         if refused is None:
             raise
-        named = refused.filename if isinstance(refused.filename, str) else None
+        named = find_place(refused)
         own = named is None or (staging is not None and Path(named).is_relative_to(staging))
         raise explain_os_error(refused, path if own else None, needed_bytes) from error
 

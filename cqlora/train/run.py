@@ -27,13 +27,14 @@ from cqlora.system.companions import ACCEPT_IN_RUN, hash_companions
 from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
+from cqlora.train.checkpoint import step_of
 from cqlora.train.distributed import Worker, seed_everything, start_worker
 from cqlora.train.export import describe_card
 from cqlora.train.forgetting import encode_probe
 from cqlora.train.learning_rate import find_learning_rate
 from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
-from cqlora.train.resumption import find_start
+from cqlora.train.resumption import Start, find_start
 from cqlora.train.state import COMPANIONS_KEY, describe_identity
 from cqlora.train.tracking import MetricsLog, open_metrics_log
 from cqlora.train.trainer import Trainer, count_total_steps
@@ -70,6 +71,8 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
     total_steps = count_total_steps(config, cache)
     identity = worker.first(lambda: identify(config, base, cache, total_steps))
     start = find_start(config, run_folder, identity, worker)
+    if has_ended(config, start, total_steps, run_folder):
+        return
     card = describe_card(config)
 
     dtype = COMPUTE_DTYPES[config.hardware.precision]
@@ -101,6 +104,19 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
             save_final(config, trainer, base, card, run_folder)
             if config.tracking.log_adapter and worker.is_main:
                 metrics.log_adapter(run_folder / "adapter")
+
+
+def has_ended(config: RunConfig, start: Start, total_steps: int, run_folder: Path) -> bool:
+    """Whether the run has done all its steps and written its adapter, which is said."""
+    if start.checkpoint is None or config.stage.find_learning_rate or not (run_folder / "adapter").is_dir():
+        return False
+    if step_of(start.checkpoint) < total_steps:
+        return False
+    logger.info(
+        "%s has finished already, after %d steps; for another run give another folder with hydra.run.dir=FOLDER",
+        run_folder, total_steps,
+    )  # fmt: skip
+    return True
 
 
 @contextmanager

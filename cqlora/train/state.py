@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _STATE_FILE = "state.json"
 COMPANIONS_KEY, METRICS_KEY = "companions", "metrics"
 """Under which a checkpoint tells of the base's companions, in its identity, and of the run's metrics.jsonl so far."""
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{32,}")
 _FREE_TO_CHANGE = {
     "tracking",
     "sweep",
@@ -96,12 +98,25 @@ def require_same_run(identity: dict[str, Any], folder: Path, model: ModelConfig)
     # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
+    if "stage.name" in different:
+        was, asked = stored.get("stage.name"), identity.get("stage.name")
+        raise CheckpointError(
+            f"{folder} is of a run of stage={was}, and this is stage={asked}; give another folder with "
+            "hydra.run.dir=FOLDER."
+        )
     if different:
-        differences = "; ".join(f"{key} was {stored.get(key)!r} and is {identity.get(key)!r}" for key in different)
+        differences = "; ".join(
+            f"{key} was {shown(stored.get(key))} and is {shown(identity.get(key))}" for key in different
+        )
         raise CheckpointError(
             f"{folder} cannot be resumed, since the result would differ: {differences}; give the values that it was "
             "started with, or another folder with hydra.run.dir=FOLDER."
         )
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence names it; a fingerprint by its beginning."""
+    return repr(f"{value[:12]}…" if isinstance(value, str) and _FINGERPRINT.fullmatch(value) else value)
 
 
 def save_state(

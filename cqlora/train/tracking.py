@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, W&B or TensorBoard through Accelerate; rank 0 alone writes."""
+"""Where a run's numbers go: metrics.jsonl always, a tracker through Accelerate; rank 0 alone writes."""
 
 import logging
 import math
@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from accelerate.utils import is_tensorboard_available
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from cqlora.base import read_card
 from cqlora.config.choices import Goal, Tracker, TrackingMode
 from cqlora.config.run_yaml import describe_config, flatten, list_changes
-from cqlora.config.schema import RunConfig, TrackingConfig
-from cqlora.errors import ConfigError
+from cqlora.config.schema import RunConfig
+from cqlora.config.tracking import TrackingConfig
 from cqlora.system.durable import replace_file
 from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, read_metrics, rewind_metrics
 
 logger = logging.getLogger(__name__)
 
-_RUN_ID_FILE = "wandb_run_id"
+_RUN_ID_FILE, _MLFLOW_ID_FILE = "wandb_run_id", "mlflow_run_id"
 TOKENS = "train/tokens"
 """What curves are drawn over: tokens trained on so far."""
 
@@ -99,23 +98,54 @@ def open_metrics_log(config: RunConfig, run_folder: Path, is_main: bool) -> Iter
 
 
 def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
-    """The tracker that `tracking` names, started with the run's configuration.
-
-    Raises:
-        ConfigError: TensorBoard is asked for and not installed.
-    """
-    if config.tracking.tracker is Tracker.none:
+    """The tracker that `tracking` names, started with the run's configuration."""
+    chosen = config.tracking.tracker
+    if chosen is Tracker.none:
         return []
-    if config.tracking.tracker is Tracker.tensorboard:
-        if not is_tensorboard_available():
-            raise ConfigError("tracking=tensorboard needs its package; type `pip install 'cqlora[tensorboard]'`.")
-        tracker: GeneralTracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
-        tracker.start()
-        # TensorBoard takes no nested values and no lists.
-        values = flatten(describe_config(config)).items()
-        tracker.store_init_configuration({k: v if isinstance(v, str | int | float) else str(v) for k, v in values})
-        return [tracker]
-    # W&B reads these two when it is imported: its files belong in the run's folder, and it need not chat.
+    start = {
+        Tracker.tensorboard: start_tensorboard,
+        Tracker.trackio: start_trackio,
+        Tracker.mlflow: start_mlflow,
+        Tracker.wandb: start_wandb,
+    }[chosen]
+    return [start(config, run_folder)]
+
+
+def start_tensorboard(config: RunConfig, run_folder: Path) -> GeneralTracker:
+    """Events in the run's folder."""
+    tracker = TensorBoardTracker("tensorboard", logging_dir=run_folder)
+    tracker.start()
+    tracker.store_init_configuration(to_flat_words(config))
+    return tracker
+
+
+def start_trackio(config: RunConfig, run_folder: Path) -> GeneralTracker:
+    """Rows in trackio's database on this machine; a run that goes on keeps its name, and so its row."""
+    group = sweep_group(run_folder)
+    tracker = TrackioTracker(
+        config.tracking.project, name=name_run(config, run_folder), group=group, resume="allow", embed=False
+    )
+    tracker.start()
+    tracker.store_init_configuration(to_flat_words(config))
+    return tracker
+
+
+def start_mlflow(config: RunConfig, run_folder: Path) -> GeneralTracker:
+    """An MLflow run, by its id the same when the run goes on."""
+    file = run_folder / _MLFLOW_ID_FILE
+    earlier = file.read_text(encoding="utf-8") if file.is_file() else None
+    tracker = MLflowTracker(config.tracking.project, run_id=earlier, run_name=name_run(config, run_folder))
+    tracker.start()
+    if earlier is None:
+        # MLflow takes a parameter once, and a run that goes on may have others in what changes no result.
+        tracker.store_init_configuration(to_flat_words(config))
+        replace_file(file, tracker.tracker.info.run_id.encode())
+    return tracker
+
+
+def start_wandb(config: RunConfig, run_folder: Path) -> GeneralTracker:
+    """A W&B run, its files in the run's folder."""
+    # W&B reads these two when it is imported; it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = WandBTracker(config.tracking.project, **wandb_options(config, run_folder))
@@ -124,7 +154,18 @@ def start_trackers(config: RunConfig, run_folder: Path) -> list[GeneralTracker]:
     define_metrics(tracker.tracker, config)
     for line in describe_wandb(tracker.tracker, run_folder):
         logger.info(line)
-    return [tracker]
+    return tracker
+
+
+def to_flat_words(config: RunConfig) -> dict[str, Any]:
+    """The configuration under dotted keys for trackers that take no nested values and no lists."""
+    values = flatten(describe_config(config)).items()
+    return {key: value if isinstance(value, str | int | float) else str(value) for key, value in values}
+
+
+def name_run(config: RunConfig, run_folder: Path) -> str:
+    """What a tracker's page calls the run."""
+    return config.tracking.name or f"{config.stage.name}-{config.model.name}-{run_folder.name}"
 
 
 def describe_wandb(run: Any, run_folder: Path) -> list[str]:
@@ -140,7 +181,7 @@ def wandb_options(config: RunConfig, run_folder: Path) -> dict[str, Any]:
     """What `wandb.init` is given: names that W&B's sweep and group pages sort by, and an id that survives resume."""
     tracking = config.tracking
     options: dict[str, Any] = {
-        "name": tracking.name or f"{config.stage.name}-{config.model.name}-{run_folder.name}",
+        "name": name_run(config, run_folder),
         "dir": str(run_folder),
         "id": run_id(run_folder),
         "resume": "allow",

@@ -85,12 +85,12 @@ class Merge:
         return card
 
     def summary(self) -> str:
-        """What was merged and how much of the base it changed, as one sentence."""
+        """What was merged and into how much of the base, as one sentence."""
         count, pairs = len(self.adapters), len(self.pairs)
         told = f"{count} adapter{'s' * (count != 1)} {'averaged and ' if self.averaged else ''}merged"
         told += f", {pairs} difference{'s' * (pairs != 1)} added" if pairs else ""
-        changed = sum(bool(self.source.plan.changes.get(name)) for name in self.source.specs)
-        return f"{told}, {changed} of {len(self.source.specs)} tensors changed."
+        reached = sum(bool(self.source.plan.changes.get(name)) for name in self.source.specs)
+        return f"{told}, into {reached} of {len(self.source.specs)} tensors."
 
 
 def plan_merge(

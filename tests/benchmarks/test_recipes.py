@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 
 import pytest
 import yaml
@@ -129,3 +130,12 @@ def test_a_comparison_of_seconds_runs_to_its_end_and_once_more_computes_nothing(
     assert all(each["processor_seconds"] > 0 and 2000 < each["characters"] < 8000 for each in lines[1:])
     assert "no_vocabulary, seed 1, 4000ch" in told[0] and "seed" not in told[1].partition("|")[0]
     assert (tmp_path / "out" / "recipes.svg").read_text().startswith("<?xml")
+
+
+def test_the_chinese_page_has_the_english_pages_table_in_chinese():
+    def table(page):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        return text.partition("<!-- recipes: begin -->\n")[2].partition("\n<!-- recipes: end -->")[0]
+
+    translated = recipes.translate(table("recipes.md"))
+    assert translated == table("recipes.zh-CN.md") and not re.search("recipe \\|| gain | seeds |untouched", translated)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig, register_schemas
+from cqlora.config.sweeps import PROBED, require_metric
 from cqlora.errors import ConfigError
 
 GROUPS = ("model", "data", "stage", "hardware", "tracking")
@@ -152,3 +153,15 @@ def test_no_file_of_a_group_restates_a_default_of_the_schema():
                 key for key, value in written.items() if value == getattr(defaults.get(key), "name", defaults.get(key))
             ]
             assert not restated, file.name
+
+
+def test_an_objective_of_the_probe_needs_the_probe():
+    from cqlora.evaluation.probe import list_patterns
+    from cqlora.train.forgetting import WATCHED
+
+    languages = sorted({pattern.language for pattern in list_patterns() if pattern.name == WATCHED})
+    assert {metric.rpartition("/")[0] for metric in PROBED} == {f"eval/probe/{WATCHED}/{each}" for each in languages}
+    for metric in PROBED:
+        require_metric(metric, {}, probed=True)
+        with pytest.raises(ConfigError, match=r"is measured with stage\.eval_probe=true; add it"):
+            require_metric(metric, {}, probed=False)

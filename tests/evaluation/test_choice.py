@@ -171,3 +171,26 @@ def test_an_unknown_task_and_a_hub_out_of_reach_are_told():
         load_from_hub(Manager(), "arc_esay")
     with pytest.raises(DataError, match=r"the dataset of arc_easy cannot be fetched \(no route to host\)"):
         load_from_hub(Manager(), "arc_easy")
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "has no question"),
+        (b"id,question,A,B,C,D,answer\n", "has no question"),
+        ("id,question,A,B,C,D,answer\n0,长江,a,b,c,d,A\n".encode("gb18030"), "is not in UTF-8"),
+        (f"id,question,A,B,C,D,answer\n0,{'x' * 200_000},a,b,c,d,A\n".encode(), "cannot be read as CSV"),
+    ],
+)
+def test_damaged_files_of_questions_are_told_before_a_model_is_loaded(content, told, tmp_path):
+    root = write_benchmark("ceval", tmp_path)
+    check_tasks(["ceval"], {"ceval": str(root)})
+    (root / "dev" / "physician_dev.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"physician_dev.csv {told}"):
+        check_tasks(["ceval"], {"ceval": str(root)})
+
+
+def test_a_mistyped_task_is_told_before_a_model_is_loaded():
+    check_tasks(["arc_easy", "cmmlu"], {})
+    with pytest.raises(ConfigError, match="tasks= has cevall, which lm-eval does not know; did you mean ceval"):
+        check_tasks(["cevall"], {})

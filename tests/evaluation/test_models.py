@@ -32,6 +32,7 @@ def test_names_that_are_not_apart_become_the_words(base, tmp_path):
     ("words", "told"),
     [
         (["a", "a"], "names a model twice"),
+        (["a+b", "./a+c/../b"], "names a model twice"),
         (["a+b+c"], "a model takes one adapter"),
         (["+b"], "lacks a folder"),
         (["a+"], "lacks a folder"),

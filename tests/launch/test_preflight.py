@@ -8,6 +8,7 @@ import pytest
 from cqlora.config.choices import Checkpointing, Embeddings
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError, DataError, DoesNotFit, ModelError
+from cqlora.launch.preflight import check_tracker
 from cqlora.launch.settle import misses_gpus, probe_for
 from cqlora.system.machine import list_gpus
 from tests.runs import typed_run
@@ -147,3 +148,13 @@ def test_activation_checkpointing_is_as_little_as_fits(workspace):
     assert roomy.hardware.activation_checkpointing is Checkpointing.none
     tight = typed_run(workspace, "stage=pretrain", "hardware.host_memory_gib=0.001", "hardware.allow_misfit=true")
     assert tight.hardware.activation_checkpointing is Checkpointing.full
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_anything_is_loaded(workspace, monkeypatch):
+    monkeypatch.setattr("cqlora.launch.preflight.find_spec", lambda name: None)
+    for name in ("trackio", "mlflow", "tensorboard"):
+        with pytest.raises(
+            ConfigError, match=rf"tracking={name} needs its package; type `pip install 'cqlora\[{name}\]"
+        ):
+            check_tracker(typed_run(workspace, "stage=sft", f"tracking={name}"))
+    check_tracker(typed_run(workspace, "stage=sft", "tracking=none"))

@@ -8,13 +8,13 @@ from omegaconf import OmegaConf
 
 from cqlora.config.composition import leave_to_jobs
 from cqlora.errors import ConfigError
-from cqlora.launch.sweeps import check_same_sweep, expand_resume, to_values
+from cqlora.launch.sweeps import check_same_sweep, expand_resume, hold_sweep, to_values
 from cqlora.sweep.trials import read_trials, refuse_trial
 from tests.conftest import run_python, run_verb
-from tests.runs import SMALL
+from tests.runs import SMALL, losses
 
 RUN = (*SMALL, "stage=sft", "stage.max_steps=3", "stage.checkpoint_every_steps=1")
-GRID = ("lora.rank=2,4", "seed=1,2", "--multirun")
+GRID = ("lora.rank=2,4,8", "seed=1,2", "--multirun")
 
 
 def command(workspace: Path, *overrides: str) -> list[str]:
@@ -44,13 +44,41 @@ sys.exit(sweep.wait() != -9)
 
 def test_killed_in_the_middle_a_sweep_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
     whole = run_verb(tmp_path, "run", *command(workspace, *GRID, "hydra.sweep.dir=whole")).stdout
-    run_python(tmp_path, "-c", START_AND_KILL, "killed/1", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
-    assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished", "running"]
+    run_python(tmp_path, "-c", START_AND_KILL, "killed/3", *command(workspace, *GRID, "hydra.sweep.dir=killed"))
+    assert [trial.state for trial in read_trials(tmp_path / "killed")] == ["finished"] * 3 + ["running"]
     gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
-    assert table(gone_on) == table(whole) and len(table(whole)) == 3
+    assert table(gone_on) == table(whole) and len(table(whole)) == 4
     started = [json.loads(line)["number"] for line in (tmp_path / "killed" / "trials.jsonl").read_text().splitlines()]
-    assert started == [0, 0, 1, 1, 1, 2, 2, 3, 3]
+    assert started == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4, 5, 5]
     assert table(run_verb(tmp_path, "run", "sweep.resume=killed").stdout) == table(whole)
+
+
+def test_killed_in_the_middle_a_search_goes_on_and_ends_in_the_table_of_one_that_was_not(workspace, tmp_path):
+    pytest.importorskip("optuna", reason="needs the extra `search`")
+    search = ("hydra/sweeper=optuna", "sweep.trials=8", "sweep.startup_trials=3", "lora.rank=2,4,8",
+              "stage.learning_rate=tag(log,interval(1e-4,1e-2))", "--multirun")  # fmt: skip
+    whole = run_verb(tmp_path, "run", *command(workspace, *search, "hydra.sweep.dir=whole")).stdout
+    run_python(tmp_path, "-c", START_AND_KILL, "killed/4", *command(workspace, *search, "hydra.sweep.dir=killed"))
+    assert read_trials(tmp_path / "killed")[-1].state == "running"
+    gone_on = run_verb(tmp_path, "run", "sweep.resume=killed").stdout
+    assert table(gone_on) == table(whole) and len(table(whole)) == 9
+    proposed = [[trial.overrides for trial in read_trials(tmp_path / name)] for name in ("whole", "killed")]
+    assert proposed[0] == proposed[1] and len(proposed[0]) == 8
+
+
+def test_a_training_job_worse_than_the_median_is_pruned_and_leaves_a_checkpoint(workspace, tmp_path):
+    """This seed proposes the rates 1e-2, 1e-5, 1e-2, 1e-5: the last has nothing to win."""
+    pytest.importorskip("optuna", reason="needs the extra `search`")
+    search = ("hydra/sweeper=optuna", "sweep.trials=4", "sweep.startup_trials=4", "sweep.seed=2",
+              "sweep.pruner=median", "sweep.prune_after_trials=2", "stage.learning_rate=1e-5,1e-2")  # fmt: skip
+    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=5")
+    run_verb(tmp_path, "run", *command(workspace, *search, *length, "hydra.sweep.dir=pruned", "--multirun"))
+    trials = read_trials(tmp_path / "pruned")
+    assert [trial.overrides["stage.learning_rate"] for trial in trials] == [1e-2, 1e-5, 1e-2, 1e-5]
+    assert [trial.state for trial in trials] == ["finished", "finished", "finished", "pruned"]
+    assert "worse than the median" in (trials[3].error or "")
+    (checkpoint,) = (tmp_path / "pruned" / "3" / "checkpoints").glob("step-*")
+    assert 0 < int(checkpoint.name.removeprefix("step-")) == losses(tmp_path / "pruned" / "3")[-1][0] < 150
 
 
 def test_a_job_that_fails_is_recorded_with_its_reason_and_the_others_complete(workspace, tmp_path):
@@ -137,8 +165,27 @@ def test_overrides_are_recorded_as_numbers_where_they_are_some():
         (("hydra/sweeper=optuna", "lora.rank=2,4", "sweep.pruner=median"), "add stage.eval_every_steps"),
         (("hydra.sweep.subdir=x", "seed=1,2"), "hydra.sweep.subdir has no use here"),
         (("sweep.objectives=[eval/loss:least]",), "has the goal least; use minimize or maximize"),
+        (("seed=range(1,9,step=0)",), "has no values, or too many"),
+        (("seed=range(1,inf)",), "has no end"),
+        (("sweep.objectives=[eval/loss,eval/loss:maximize]", "seed=1,2"), "names eval/loss twice"),
+        (("sweep.objectives=[eval/sample_dialog/zh/los]", "seed=1,2"), "did you mean eval/sample_dialog/zh/loss?"),
+        (("sweep.objectives=[eval/wiki_zh/zh/loss]", "seed=1,2"), "which no run here measures"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(overrides, told, tmp_path):
     assert told in run_verb(tmp_path, "run", "stage=sft", *overrides, "--multirun", expect=2).stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_grid_that_runs_already_is_refused_at_the_door_and_goes_on_unharmed(workspace, tmp_path):
+    arguments = command(workspace, "seed=1,2", "hydra.sweep.dir=swept", "--multirun")
+    with hold_sweep(tmp_path / "swept"):
+        (tmp_path / "swept" / "multirun.yaml").write_text("the first one's")
+        before = sorted((tmp_path / "swept").iterdir())
+        second = run_verb(tmp_path, "run", *arguments, expect=2)
+        assert second.stderr == (
+            "error: another process runs the sweep in swept; wait for it, or give another folder with "
+            "hydra.sweep.dir=FOLDER.\n"
+        )
+        assert sorted((tmp_path / "swept").iterdir()) == before
+        assert (tmp_path / "swept" / "multirun.yaml").read_text() == "the first one's"

@@ -82,3 +82,9 @@ def test_planning_loads_neither_torch_nor_transformers(workspace: Path) -> None:
 def test_a_mistyped_key_is_named(workspace: Path) -> None:
     done = run_verb(workspace, "plan", "stage=pretrain", "plan=sugest", expect=2)
     assert "did you mean plan=suggest?" in done.stderr
+
+
+def test_what_bfloat16_keeps_on_a_processor_beyond_the_plan_is_said(workspace: Path) -> None:
+    for precision, told in (("bfloat16", True), ("float32", False)):
+        done = run_verb(workspace, "plan", "stage=pretrain", "hardware=cpu", f"hardware.precision={precision}")
+        assert ("Not counted: code that oneDNN generates for bfloat16" in done.stdout) is told

@@ -2,39 +2,23 @@
 
 import json
 import re
-import shutil
 
 import httpx
 import pytest
 
 from cqlora.report.page import PAGE_FOLDER, conclude, describe, render, write_report
 from cqlora.report.watch import build_app
+from tests.browser import in_browser, open_browser
 from tests.conftest import HANG_SECONDS, run_python, run_verb
 from tests.report.folders import write_run, write_sweep
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'and' 中文 </script>"
 
 
 @pytest.fixture(scope="module")
 def driver():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--lang=en",
-        "--window-size=1440,900",
-    ):
-        options.add_argument(argument)
-    options.add_experimental_option("prefs", {"intl.accept_languages": "en"})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with open_browser(1440, 900) as driver:
+        yield driver
 
 
 def open_page(driver, file):
@@ -167,6 +151,11 @@ def test_no_page_is_wider_than_the_screen_in_either_theme_and_language(driver, r
                 )
                 == 0
             )
+            if width == 1440:
+                # What a run has bought is seen without scrolling its table aside.
+                fits = "const [table] = document.querySelectorAll('table.measures');"
+                fits += "return !table || table.scrollWidth <= table.parentElement.clientWidth"
+                assert driver.execute_script(fits)
         assert driver.get_log("browser") == []
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -285,6 +274,14 @@ def test_the_verb_writes_a_page_and_refuses_what_is_none(tmp_path):
     assert done.stderr == (
         f"error: folder={tmp_path}/none does not exist; give outputs/… of a run or multirun/… of a sweep.\n"
     )
+    done = run_verb(tmp_path, "report", f"folder={first}/run.yaml", expect=2)
+    assert f"folder={first}/run.yaml is a file" in done.stderr
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine")
+    done = run_verb(tmp_path, "report", f"folder={first}", f"output={mine}", expect=2)
+    assert f"output={mine} is there and was not written by `cqlora report`" in done.stderr
+    assert mine.read_text() == "<p>mine"
+    run_verb(tmp_path, "report", f"folder={first}", f"output={tmp_path}/comparison.html")
     done = run_verb(tmp_path, "report", f"folder={first}", "port=9", expect=2)
     assert "port=9 has no effect without watch=true" in done.stderr
 
@@ -307,6 +304,13 @@ def test_a_watched_page_is_served_to_this_machine_alone_and_follows_its_run(tmp_
     write_run(tmp_path / "more", steps=5).joinpath("metrics.jsonl").replace(folder / "metrics.jsonl")
     assert asyncio.run(ask("/data")).json()["run"]["curves"]["points"] == 5
     assert asyncio.run(ask("/../run.yaml")).status_code == 404
+    with (folder / "metrics.jsonl").open("a") as record:
+        record.write(json.dumps({"kind": "event", "step": 5, "event": "\ud83d"}) + "\n")
+    assert asyncio.run(ask("/")).status_code == asyncio.run(ask("/data")).status_code == 200
+    folder.rename(tmp_path / "<b>moved")
+    gone = asyncio.run(ask("/"))
+    assert gone.status_code == 503 and f"folder={folder} does not exist" in gone.text
+    assert "does not exist" in asyncio.run(ask("/data")).json()["error"]
 
 
 def test_watching_ends_with_one_sentence_where_nothing_can_be_listened_on(tmp_path):

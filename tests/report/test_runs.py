@@ -3,15 +3,17 @@
 import fcntl
 import json
 import math
+import shlex
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cqlora.config.run_yaml import LOCK_FILE, load_run_yaml
 from cqlora.errors import ConfigError
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
 from cqlora.report.page import describe
-from cqlora.report.runs import describe_run, to_json
+from cqlora.report.runs import describe_run, to_json, to_override
 from cqlora.report.sweeps import describe_sweep
 from tests.report.folders import write_run, write_sweep
 
@@ -97,3 +99,20 @@ def test_folders_that_hold_neither_run_nor_sweep_are_refused(tmp_path):
 def test_json_cannot_end_the_element_that_it_stands_in():
     text = to_json({"name": "</script><!--<script>\u2028"})
     assert "<" not in text and "\u2028" not in text and json.loads(text)["name"] == "</script><!--<script>\u2028"
+
+
+def test_the_command_that_goes_on_with_a_run_composes_to_the_same_run(tmp_path):
+    overrides = ("lora.rank=32", "stage.learning_rate=3e-4", "lora.target_modules=[q_proj,v_proj]", "data.workers=2")
+    folder = write_run(tmp_path / "my run's", overrides, ended=False)
+    words = shlex.split(describe_run(folder)["commands"]["resume"])
+    assert words[:2] == ["cqlora", "run"] and words[-1] == f"hydra.run.dir={folder}"
+    again = write_run(tmp_path / "again", tuple(word for word in words[2:-1] if word != "stage=pretrain"))
+    assert load_run_yaml(again / "run.yaml") == load_run_yaml(folder / "run.yaml")
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", "a\\'b", "中文", "1e3", "true", "", [1, "x y"], True, None, 2.5])
+def test_a_value_is_written_as_hydra_reads_it(value):
+    (override,) = OverridesParser.create().parse_overrides([f"key={to_override(value)}"])
+    read = override.value()
+    plain = [getattr(each, "text", each) for each in read] if isinstance(read, list) else getattr(read, "text", read)
+    assert plain == value and type(plain) is type(value)

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import re
-import shutil
 
 import httpx
 import pytest
 
 from cqlora.serve.app import PAGE_FOLDER
+from tests.browser import in_browser, open_browser
 from tests.serve.fake import FakeEngine, fake_config, running
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 KEY = "correct-horse-battery-staple"
-in_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
 
 
 class TextEngine(FakeEngine):
@@ -32,21 +30,8 @@ class TextEngine(FakeEngine):
 
 @pytest.fixture(scope="module")
 def driver():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--lang=en",
-        "--window-size=1100,760",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with open_browser(1100, 760) as driver:
+        yield driver
 
 
 class Page:

@@ -9,7 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cqlora.config.choices import Pruner
-from cqlora.config.schema import SweepConfig
+from cqlora.config.sweeps import SweepConfig
 from cqlora.errors import ConfigError
 from cqlora.sweep.search import STUDY_FILE, Follower, Search, find_trial, follow_trial, load_study, read_space
 from cqlora.sweep.trials import hold_trial, read_trials, record_trial
@@ -90,6 +90,13 @@ def test_hydras_syntax_becomes_optunas_distributions():
         (("seed=1,2",), "seed is no value to search for"),
         (("a=tag(log,interval(0,1))",), "has a logarithm"),
         (("a=interval(2,1)",), "spans nothing"),
+        (("a=interval(1,inf)",), "has no end"),
+        (("a=interval(nan,2)",), "has no end"),
+        (("a=range(1,inf)",), "has no end"),
+        (("a=range(1,9,step=0)",), "has no values, or too many"),
+        (("a=range(1,9,step=nan)",), "has no values, or too many"),
+        (("a=range(9,1)",), "has no values, or too many"),
+        (("a=range(0,1,step=1e-9)",), "has no values, or too many"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(overrides, told):

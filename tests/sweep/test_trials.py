@@ -40,6 +40,18 @@ def test_a_finished_trial_has_its_last_whole_evaluation_under_the_names_of_the_m
     assert ended["values"]["eval/wiki/zh/loss"] == 2.0 and ended["error"] is None
 
 
+def test_the_probe_is_among_a_trials_values_and_part_of_a_whole_evaluation(tmp_path):
+    for step in (0, 5, 9):
+        evaluate(tmp_path / "0", step, 2.0, 4.0)
+        if step < 9:
+            row = {"kind": "probe", "step": step, "source": "probe/translation", "language": "zh"}
+            append_metrics(tmp_path / "0", row | {"loss": 3.0 - step / 10, "first_loss": 3.5, "gain": 0.5 + step / 10})
+    record(tmp_path, 0)
+    (trial,) = read_trials(tmp_path)
+    assert trial.values["eval/probe/translation/zh/gain"] == 1.0
+    assert trial.values["eval/loss"] == pytest.approx((2.0 * 10 + 4.0 * 30) / 40)
+
+
 @pytest.mark.parametrize(
     "raised, state",
     [

@@ -86,3 +86,13 @@ def test_a_program_ends_with_the_sentence_and_no_traceback(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert ended.value.code == 1
     assert message.startswith("error: /some/place ") and message.count("\n") == 1
+
+
+def test_a_copy_that_finds_no_room_names_where_it_goes_and_the_room_there(tmp_path):
+    copied = OSError(errno.ENOSPC, "No space left on device", "/base/a.json", None, "/full/a.json")
+    with pytest.raises(DiskError) as told, described_as_sentence():
+        raise copied
+    assert str(told.value).startswith("/full/a.json could not be")
+    with pytest.raises(DiskError) as told, described_as_sentence(tmp_path / "out", Path("/full")):
+        raise copied
+    assert str(told.value).startswith(f"{tmp_path}/out could not be written")

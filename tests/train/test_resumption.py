@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import cqlora.train.checkpoint
+import cqlora.train.run
 import cqlora.train.state
 import cqlora.train.trainer
 from cqlora.errors import CheckpointError
 from cqlora.train.checkpoint import CheckpointStore
+from cqlora.train.resumption import choose_start
+from cqlora.train.run import has_ended
 from tests.runs import (
     adapter_sha256,
     build_base,
@@ -293,3 +296,31 @@ def flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_run_of_another_stage_in_the_folder_is_told_by_its_name(workspace, tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    assert finish_run(typed_run(workspace, "stage=sft", *SHORT), folder) == 1
+    told = (folder / "stderr.txt").read_text()
+    assert "is of a run of stage=pretrain, and this is stage=sft; give another folder" in told
+    assert "token_cache" not in told
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_changes_nothing(
+    workspace, tmp_path, uninterrupted, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    config = typed_run(workspace, "stage=pretrain", *SHORT)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert finish_run(config, folder) == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    assert_same_run(folder, uninterrupted)
+    said: list[str] = []
+    monkeypatch.setattr(cqlora.train.run.logger, "info", lambda text, *values: said.append(text % values))
+    start = choose_start("auto", folder)
+    assert has_ended(config, start, STEPS, folder) and not has_ended(config, start, STEPS + 1, folder)
+    assert len(said) == 1 and said[0].startswith(f"{folder} has finished already, after {STEPS} steps")
+    shutil.rmtree(folder / "adapter")
+    assert not has_ended(config, start, STEPS, folder)

@@ -5,13 +5,14 @@ import logging
 import math
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from cqlora.config.choices import Tracker, TrackingMode
 from cqlora.config.run_yaml import flatten, list_changes, load_run_yaml
-from cqlora.config.schema import TrackingConfig
+from cqlora.config.tracking import TrackingConfig
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, name_values, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
@@ -129,11 +130,11 @@ def test_curves_are_over_tokens_and_the_objectives_have_their_goals(workspace):
         def define_metric(self, name: str, **given: str) -> None:
             defined[name] = given
 
-    config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/zh/accuracy:maximize]")
+    config = typed_run(workspace, "stage=pretrain", "sweep.objectives=[eval/loss,eval/sample_zh/zh/loss:maximize]")
     define_metrics(Run(), config)
     assert all(given["step_metric"] == "train/tokens" for name, given in defined.items() if name != "train/tokens")
     assert defined["eval/loss"]["summary"] == "min,last"
-    assert defined["eval/zh/accuracy"]["summary"] == "max,last"
+    assert defined["eval/sample_zh/zh/loss"]["summary"] == "max,last"
 
 
 def test_what_differs_from_the_defaults_is_named(workspace):
@@ -145,6 +146,36 @@ def test_what_differs_from_the_defaults_is_named(workspace):
 def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
     small_run(workspace, tmp_path / "run", "tracking=tensorboard")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def logged_losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(run) if row["kind"] == "train"}
+
+
+def test_trackio_has_the_runs_losses_in_its_folder(workspace, tmp_path):
+    pytest.importorskip("trackio", reason="needs the extra `trackio`")
+    small_run(workspace, tmp_path / "run", "tracking=trackio", "tracking.project=p", TRACKIO_DIR=str(tmp_path / "kept"))
+    with sqlite3.connect(tmp_path / "kept" / "p.db") as database:
+        rows = [(name, step, json.loads(row)) for name, step, row in
+                database.execute("select run_name, step, metrics from metrics")]  # fmt: skip
+    logged = {step: row["train/loss"] for _, step, row in rows if "train/loss" in row}
+    assert logged == logged_losses(tmp_path / "run") and len(logged) == 2
+    assert {name for name, _, _ in rows} == {"sft-tiny-run"}
+    assert not [file for secret in SECRETS.values() for file in files_with(tmp_path, secret)]
+
+
+def test_mlflow_has_the_runs_losses_and_a_run_that_goes_on_is_one(workspace, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.schedule=constant", MLFLOW_TRACKING_URI=store)
+    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.max_steps=3", "stage.schedule=constant",
+              MLFLOW_TRACKING_URI=store)  # fmt: skip
+    client = mlflow.MlflowClient(store)
+    (experiment,) = client.search_experiments(filter_string="name = 'cqlora'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    logged = {each.step: each.value for each in client.get_metric_history(run.info.run_id, "train/loss")}
+    assert logged == logged_losses(tmp_path / "run") and len(logged) == 3
+    assert run.data.params["lora.rank"] and run.info.run_name == "sft-tiny-run"
 
 
 def test_a_secret_among_the_overrides_starts_nothing_and_leaves_no_folder(workspace, tmp_path):

@@ -423,7 +423,7 @@ def test_the_verb_and_the_older_script_merge_and_measure(untied, tmp_path):
     text.write_text("长江是亚洲最长的河流。" * 9)
     arguments = [f"base={untied}", f"adapter={adapter}", f"output_dir={tmp_path}/merged", f"measure={text}"]
     output = run_verb(tmp_path, "merge", *arguments).stdout
-    assert "1 adapter merged, 14 of 21 tensors changed" in output
+    assert "1 adapter merged, into 14 of 21 tensors." in output
     sixteen, nf4 = (line.split() for line in output.splitlines()[-2:])
     assert sixteen[0] == "16bit" and nf4[0] == "nf4"
     assert float(nf4[1]) < 1e-3 < float(sixteen[1]) and nf4[3] == "100.00%"

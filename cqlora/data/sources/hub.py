@@ -84,5 +84,5 @@ def nowhere(location: Location, why: str) -> DataError:
     return DataError(
         f"source {name} is nowhere to be found: data.sources.{name}.path is empty, no file or folder of its name lies "
         f"under data.root, and data.sources.{name}.dataset={location.dataset} cannot be streamed ({why}); set "
-        f"data.sources.{name}.path=FILE or data.root=FOLDER."
+        f"data.sources.{name}.path=FILE or data.root=FOLDER, or a mirror by HF_ENDPOINT in the environment."
     )

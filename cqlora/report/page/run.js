@@ -42,7 +42,7 @@ function beforeAfter(run) {
     const told = change === null ? "–" : `${change > 0 ? "+" : ""}${formatNumber(change, 3)}`;
     return [make("td", { class: "number" }, formatNumber(first)), make("td", { class: "number" }, formatNumber(last)), make("td", { class: `number ${kind}` }, told)];
   })));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, head.map((text, place) => make("th", { class: place > 1 ? "number" : "", scope: "col" }, text)))), make("tbody", {}, body));
+  const table = make("table", { class: "measures" }, make("thead", {}, make("tr", {}, head.map((text, place) => make("th", { class: place > 1 ? "number" : "", scope: "col" }, text)))), make("tbody", {}, body));
   return section(`${say("beforeAfter")} · ${say("heldOut")}`, make("span", {}, say("bitsHint")), make("div", { class: "scroll" }, table));
 }
 
