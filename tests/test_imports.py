@@ -14,7 +14,7 @@ ARROWS = {
     "base": {"errors", "system"},
     "chat": {"cli", "config", "engine_config", "inference", "system"},
     "cli": {"config", "errors", "launch", "system"},
-    "config": {"errors", "system"},
+    "config": {"architectures", "errors", "system"},
     "convert": {"cli", "config", "vocab", "weights"},
     "data": {"base", "config", "errors", "system"},
     "engine": {"base", "data", "errors", "inference", "system"},

@@ -24,6 +24,7 @@ from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cqlora.config.base_shape import register_resolver
 from cqlora.config.diagnosis import explain_composition, find_misfit, missing_keys, name_missing_line
 from cqlora.config.files import describe_damage, holds_key, locate_key, locate_words, name_file
 from cqlora.config.schema import CONFIG_DIR, register_schemas
@@ -103,6 +104,7 @@ class Composer(ConfigLoaderImpl):
         """
         # Here too, since a launcher's job composes again in a process of its own.
         guard_environment()
+        register_resolver()
         refuse_secrets(overrides)
         self.merging = None
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import II, MISSING
 
+from cqlora.config.base_shape import register_resolver
 from cqlora.config.checks import check_fields, require_divides, require_positive, require_range, require_used
 from cqlora.config.choices import (
     LANGUAGES,
@@ -611,6 +612,7 @@ def register_schemas() -> None:
     # Not above: processes that prepare data use the schemas alone, and would wait a tenth of a second for Hydra.
     from hydra.core.config_store import ConfigStore
 
+    register_resolver()
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
     store.store(group="schema/stage", name="pretrain", node=PretrainConfig)

@@ -1,0 +1,102 @@
+"""`model=auto`: the shape is the folder's own, and what is no model's folder is refused in a sentence."""
+
+import dataclasses
+import json
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+
+from cqlora.config.diagnosis import to_schema
+from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
+from cqlora.config.schema import CONFIG_DIR, ModelConfig, RunConfig, register_schemas
+from tests.conftest import run_verb
+
+SMALL = {"vocab_size": 700, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+         "num_attention_heads": 6, "num_key_value_heads": 2}  # fmt: skip
+
+
+def typed(*overrides: str) -> RunConfig:
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+        return to_schema(compose("config", ["stage=pretrain", "data=sample", *overrides]), RunConfig)
+
+
+def shape(model: ModelConfig) -> dict[str, object]:
+    about = set(SMALL) | {"max_position_embeddings", "tie_word_embeddings"}
+    return {key: value for key, value in dataclasses.asdict(model).items() if key in about}
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config])
+def test_the_shape_is_that_which_transformers_reads_of_the_folder(kind, tmp_path):
+    stock = kind(**SMALL, max_position_embeddings=333, tie_word_embeddings=True, pad_token_id=None)
+    stock.save_pretrained(tmp_path)
+    model = typed("model=auto", f"model.path={tmp_path}", "stage.sequence_length=300").model
+    assert shape(model) == {key: getattr(stock, key) for key in shape(model)}
+    # A llama's is not written, and 8 for these; Qwen 3's is 128 unless it is.
+    assert model.head_size == (getattr(stock, "head_dim", None) or 8)
+
+
+def test_a_frozen_configuration_holds_the_numbers_and_no_longer_reads_the_folder(tmp_path):
+    folder = tmp_path / "base"
+    LlamaConfig(**SMALL).save_pretrained(folder)
+    config = typed("model=auto", f"model.path={folder}")
+    file = write_run_yaml(config, tmp_path)
+    (folder / "config.json").unlink()
+    assert load_run_yaml(file) == config and "of_base" not in file.read_text()
+
+
+def test_rows_that_an_extension_added_are_not_of_the_shape(tmp_path):
+    LlamaConfig(**{**SMALL, "vocab_size": 764}).save_pretrained(tmp_path)
+    (tmp_path / "cqlora.json").write_text(json.dumps({"first_added_row": 700, "added_rows": 60}))
+    assert typed("model=auto", f"model.path={tmp_path}").model.vocab_size == 700
+
+
+def test_a_key_that_is_typed_stands_above_the_folder(tmp_path):
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    model = typed("model=auto", f"model.path={tmp_path}", "model.num_hidden_layers=2").model
+    assert (model.num_hidden_layers, model.hidden_size) == (2, 48)
+
+
+def test_a_run_with_the_folders_shape_trains_what_one_with_its_named_group_trains(workspace, tmp_path):
+    run_verb(workspace, "run", "stage=pretrain", "model=tiny", "data=sample", "--cfg", "job")
+    folders = {}
+    for group in ("tiny", "auto"):
+        folders[group] = tmp_path / group
+        run_verb(
+            workspace, "run", "stage=pretrain", f"model={group}", "model.path=models/tiny", "data=sample",
+            "hardware=cpu", "tracking=none", "stage.max_steps=2", "stage.sequence_length=128", "stage.eval_tokens=300",
+            f"hydra.run.dir={folders[group]}",
+        )  # fmt: skip
+    weights = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in folders.values()]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (None, "has no config.json; give the folder"),
+        ("{", "cannot be read as JSON"),
+        (json.dumps({"model_type": "llama", "hidden_size": 48}), "vocab_size"),
+        (json.dumps({"model_type": "gemma3", "text_config": {}}), "which is multi-modal"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["run", "plan", "prepare"])
+def test_a_folder_without_a_model_is_refused_in_a_sentence(verb, content, told, tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    done = run_verb(
+        tmp_path, verb, "stage=pretrain", "data=sample", "model=auto", f"model.path={folder}", "hardware=cpu", expect=2
+    )
+    assert told in done.stderr and str(folder) in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "prepare"])
+def test_a_path_that_was_left_out_is_asked_for(verb, tmp_path):
+    done = run_verb(tmp_path, verb, "stage=pretrain", "data=sample", "model=auto", "hardware=cpu", expect=2)
+    assert done.stderr.strip().endswith("add model.path=FOLDER, one in Hugging Face form.")
+    assert not (tmp_path / "outputs").exists()
