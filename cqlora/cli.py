@@ -95,7 +95,9 @@ def until_nobody_reads() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            # None where it was closed before Python began.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         # Python writes what is left once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _INSTALL = "`pip install cqlora[evaluation]`"
 _LETTERS = "ABCD"
+_MOST_CHARACTERS = 131_072
+"""Of a cell: a longer one is a quote that was never closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ def read_rows(file: Path, header: tuple[str, ...] | None) -> list[dict[str, Any]
     Raises:
         DataError: it is empty, or no CSV in UTF-8.
     """
+    csv.field_size_limit(_MOST_CHARACTERS)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             rows = [dict(row) for row in csv.DictReader(stream, header)]
