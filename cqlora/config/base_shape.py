@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 
-from cqlora.architectures import find_head_dim
+from cqlora.architectures import Part, find_head_dim, require_known
 from cqlora.errors import ConfigError, ModelError
 from cqlora.system.documents import read_object, read_object_if_there
 from cqlora.system.model_config import check_config
 
 RESOLVER = "of_base"
+_DEFAULTS = {"num_key_value_heads", "max_position_embeddings"}
+"""What a kind other than llama has a default of its own for, which is asked for instead of guessed."""
 
 
 def register_resolver() -> None:
@@ -22,11 +25,17 @@ def read_from_base(key: str, *, _parent_: DictConfig) -> Any:
     """A key of the shape, as config.json has it or as transformers takes it where it has none.
 
     Raises:
-        ConfigError: there is no path, no such folder, or a config.json that is damaged or of no text model.
+        MissingMandatoryValue: there is no path.
+        ConfigError: there is no such folder, or a config.json that is damaged or of a kind that is not known.
     """
     if OmegaConf.is_missing(_parent_, "path"):
-        raise ConfigError("model=auto takes its shape from a folder; add model.path=FOLDER, one in Hugging Face form.")
-    return read_shape(Path(str(_parent_.path)).expanduser())[key]
+        # Of a sweep over folders it is each job's own.
+        raise MissingMandatoryValue("Missing mandatory value: path")
+    try:
+        folder = Path(str(_parent_.path)).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"model.path={_parent_.path} names nobody's folder ({error}); write it whole.") from None
+    return read_shape(folder)[key]
 
 
 def read_shape(folder: Path) -> dict[str, Any]:
@@ -44,9 +53,13 @@ def read_shape(folder: Path) -> dict[str, Any]:
     try:
         config = read_object(file)
         check_config(config, file)
+        # Windows are looked at with the weights, when the length of what is read is known.
+        require_known(Part.plan, config, folder, longest=1)
         card = read_object_if_there(folder / "cqlora.json")
     except ModelError as error:
         raise ConfigError(str(error)) from error
+    for key in sorted(_DEFAULTS - config.keys()) if config["model_type"] != "llama" else ():
+        raise ConfigError(f"{file} has no {key}; add it, as transformers does when it saves a model.")
     first = card.get("first_added_row")
     shape = {
         "vocab_size": first if type(first) is int and first > 0 else config["vocab_size"],

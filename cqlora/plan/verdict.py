@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cqlora.config.base_shape import RESOLVER
 from cqlora.config.choices import AdapterMethod, Checkpointing, Device, Optimizer, Precision, Quantization
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
 from cqlora.errors import ConfigError
@@ -140,6 +141,8 @@ def _total_memory(hardware: HardwareConfig) -> float:
 def _smaller_models(config: RunConfig, rows: Rows | None) -> list[Option]:
     """The largest model of the same line that fits on the machine."""
     line = config.model.name.rpartition("_")[0]
+    if not line:
+        return []
     size = _size(config.model)
     models = [m for m in _read_group("model", ModelConfig) if m.name.rpartition("_")[0] == line and _size(m) < size]
     for model in sorted(models, key=_size, reverse=True):
@@ -160,9 +163,11 @@ def _size(model: ModelConfig) -> int:
 
 def _read_group(group: str, schema: type) -> Iterator[Any]:
     """The typed choices of a configuration group, each with the files that it is built on; those for Slurm, which
-    submit another choice, are left out."""
+    submit another choice, and the one that stands for any folder's shape are left out."""
     for file in sorted(Path(CONFIG_DIR, group).glob("*.yaml")):
         values: Any = OmegaConf.load(file)
+        if f"${{{RESOLVER}:" in file.read_text(encoding="utf-8"):
+            continue
         parts = [each.partition("@") for each in values.pop("defaults", [])]
         if all(package == "_here_" for _, _, package in parts):
             beneath = [OmegaConf.load(file.parent / f"{name}.yaml") for name, _, _ in parts]

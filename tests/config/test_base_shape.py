@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -81,6 +82,8 @@ def test_a_run_with_the_folders_shape_trains_what_one_with_its_named_group_train
         ("{", "cannot be read as JSON"),
         (json.dumps({"model_type": "llama", "hidden_size": 48}), "vocab_size"),
         (json.dumps({"model_type": "gemma3", "text_config": {}}), "which is multi-modal"),
+        (json.dumps({**SMALL, "model_type": "qwen2_moe"}), "holds a qwen2_moe model"),
+        (json.dumps({**SMALL, "model_type": "qwen2"}), "has no max_position_embeddings; add it"),
     ],
 )
 @pytest.mark.parametrize("verb", ["run", "plan", "prepare"])
@@ -95,8 +98,29 @@ def test_a_folder_without_a_model_is_refused_in_a_sentence(verb, content, told, 
     assert told in done.stderr and str(folder) in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_a_sweep_may_be_over_folders_and_over_named_groups_beside_one(workspace, tmp_path):
+    base = workspace / "models" / "tiny"
+    run_verb(workspace, "prepare", "stage=pretrain", "model=tiny", "data=sample")
+    overrides = ("stage=pretrain", "data=sample", "hardware=cpu", "tracking=none", "stage.max_steps=1",
+                 "stage.sequence_length=128", "stage.eval_tokens=300", "--multirun")  # fmt: skip
+    shutil.copytree(base, tmp_path / "twin")
+    for number, swept in enumerate((["model=auto", f"model.path={base},{tmp_path}/twin"],
+                                    ["model=auto,tiny", f"model.path={base}"])):  # fmt: skip
+        folder = tmp_path / f"sweep{number}"
+        run_verb(workspace, "run", *swept, *overrides, f"hydra.sweep.dir={folder}")
+        trained = [(folder / job / "adapter" / "adapter_model.safetensors").read_bytes() for job in ("0", "1")]
+        assert trained[0] == trained[1]
+
+
+def test_a_run_that_does_not_fit_is_told_of_smaller_ones_and_auto_is_none_of_them(tmp_path):
+    done = run_verb(
+        tmp_path, "plan", "stage=sft", "data=sample", "model=llama3_70b", "hardware=1x4090", "plan=suggest", expect=3
+    )
+    assert "model=llama3_8b" in done.stdout and "auto" not in done.stdout.replace("=auto", "")
+
+
 @pytest.mark.parametrize("verb", ["run", "plan", "prepare"])
 def test_a_path_that_was_left_out_is_asked_for(verb, tmp_path):
     done = run_verb(tmp_path, verb, "stage=pretrain", "data=sample", "model=auto", "hardware=cpu", expect=2)
-    assert done.stderr.strip().endswith("add model.path=FOLDER, one in Hugging Face form.")
+    assert done.stderr.strip().endswith("model.path has no value; add model.path=VALUE.")
     assert not (tmp_path / "outputs").exists()

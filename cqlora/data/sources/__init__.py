@@ -13,7 +13,7 @@ from cqlora.data.sources.belle import parse_belle
 from cqlora.data.sources.dialog import parse_dialog
 from cqlora.data.sources.dump import read_dump
 from cqlora.data.sources.hub import read_dataset
-from cqlora.data.sources.location import SAMPLE_DIR, Location, SourceFile, delimiter_of, find_sources
+from cqlora.data.sources.location import DELIMITERS, SAMPLE_DIR, Location, SourceFile, find_sources, format_of
 from cqlora.data.sources.messages import parse_messages
 from cqlora.data.sources.oasst1 import group_messages, parse_oasst1
 from cqlora.data.sources.preference import parse_preference
@@ -66,15 +66,15 @@ def read_places(location: Location, source: SourceConfig) -> Iterator[RawRow]:
 
 def read_file(file: SourceFile, source: SourceConfig) -> Iterator[RawRow]:
     """The rows of one file, by its suffix."""
-    name = file.path.name
-    if ".parquet" in name:
-        return files.read_parquet(file)
-    if ".jsonl" in name:
-        return files.read_json_lines(file)
-    if ".json" in name:
-        return files.read_json(file, rows_are_lists=source.kind is SourceKind.dialog)
-    if (delimiter := delimiter_of(name)) is not None:
-        return files.read_table(file, delimiter)
-    if ".xml" in name:
-        return read_dump(file)
+    match format_of(file.path):
+        case ".parquet":
+            return files.read_parquet(file)
+        case ".jsonl":
+            return files.read_json_lines(file)
+        case ".json":
+            return files.read_json(file, rows_are_lists=source.kind is SourceKind.dialog)
+        case ".xml":
+            return read_dump(file)
+        case table if table in DELIMITERS:
+            return files.read_table(file, DELIMITERS[table])
     return files.read_text(file, source.separator)

@@ -199,17 +199,19 @@ def rows_of(batch: Any) -> list[Any]:
 
 
 def read_table(file: SourceFile, delimiter: str) -> Iterator[RawRow]:
-    """The rows of a table as dictionaries of text, by the names in its first row; empty rows are skipped.
+    """The rows of a table as dictionaries of text, by the names in its first row; empty rows and cells are left out.
 
     A row with another number of cells than the first gives an UnreadableRowError.
 
     Raises:
-        DataError: the first row does not name every column once, or a cell is longer than MAX_ROW_BYTES.
+        DataError: the first row does not name every column once, a cell is longer than MAX_ROW_BYTES, or a quote
+            is not closed or not at a cell's end.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     with open_stream(file.path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        table = csv.reader(text, delimiter=delimiter)
+        # Strict: a quote that is not closed, or closed within a cell, would swallow rows or vanish.
+        table = csv.reader(text, delimiter=delimiter, strict=True)
         try:
             names = [name.strip() for name in next(table, [])]
             if not all(names) or len(set(names)) < len(names):
@@ -226,10 +228,10 @@ def read_table(file: SourceFile, delimiter: str) -> Iterator[RawRow]:
 
 
 def name_cells(names: list[str], cells: list[str]) -> Any:
-    """A row's cells by their columns' names; an UnreadableRowError where they are more or fewer."""
+    """A row's cells that hold something, by their columns' names; an UnreadableRowError where there are others."""
     if len(cells) != len(names):
         return UnreadableRowError(f"{len(cells)} cells where the first row has {len(names)}")
-    return dict(zip(names, cells, strict=True))
+    return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
 
 
 def read_text(file: SourceFile, separator: str) -> Iterator[RawRow]:
@@ -268,7 +270,7 @@ def open_stream(path: Path) -> Iterator[IO[bytes]]:
         try:
             yield decompress(raw, path)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if path.suffix not in COMPRESSED:
+            if path.suffix.lower() not in COMPRESSED:
                 raise
             raise DataError(
                 f"{path} is damaged or cut short near byte {raw.tell()} of {path.stat().st_size} "
@@ -278,7 +280,7 @@ def open_stream(path: Path) -> Iterator[IO[bytes]]:
 
 def decompress(raw: IO[bytes], path: Path) -> IO[bytes]:
     """A buffered reader over the decompressed bytes of `raw`."""
-    match path.suffix:
+    match path.suffix.lower():
         case ".gz":
             return io.BufferedReader(gzip.GzipFile(fileobj=raw))
         case ".bz2":

@@ -20,6 +20,8 @@ FORMATS = (*ROW_FORMATS, *DELIMITERS, ".txt", ".md", ".xml")
 SUFFIXES = tuple(kind + compression for kind in FORMATS for compression in COMPRESSIONS)
 
 _WORKBOOKS = (".xls", ".xlsx")
+_COMPANIONS = ("readme", "license", "dataset_info", "dataset_infos")
+"""How names of files begin that lie beside a dataset's rows and hold none."""
 _FLAT = (SourceKind.wiki, SourceKind.text, SourceKind.belle, SourceKind.alpaca, SourceKind.preference, SourceKind.auto)
 """Kinds of which a row may be flat, so that a table holds it."""
 
@@ -110,15 +112,21 @@ def formats_of(kind: SourceKind) -> tuple[str, ...]:
     return (*ROW_FORMATS, *DELIMITERS) if kind in _FLAT else ROW_FORMATS
 
 
-def delimiter_of(name: str) -> str | None:
-    """What stands between the cells of a file that is a table by its name; None where it is none."""
-    found = (each for suffix, each in DELIMITERS.items() for more in COMPRESSIONS if name.endswith(suffix + more))
-    return next(found, None)
+def format_of(file: Path) -> str:
+    """The suffix, in small letters, of what a file holds when it is decompressed."""
+    inner = file.with_suffix("") if file.suffix.lower() in COMPRESSIONS[1:] else file
+    return inner.suffix.lower()
 
 
 def suffixes_of(kind: SourceKind) -> tuple[str, ...]:
     """The suffixes of formats_of, compressed or not."""
     return tuple(each + more for each in formats_of(kind) for more in COMPRESSIONS)
+
+
+def is_read(file: Path, kind: SourceKind) -> bool:
+    """Whether the kind reads a file of a folder; auto passes over what only describes the others."""
+    companion = kind is SourceKind.auto and file.name.lower().startswith(_COMPANIONS)
+    return file.name.lower().endswith(suffixes_of(kind)) and not companion
 
 
 def refuse_format(file: Path, what: str, kind: SourceKind) -> None:
@@ -151,7 +159,7 @@ def list_files(path: Path, what: str, kind: SourceKind) -> list[SourceFile]:
         return [SourceFile(path, None)]
     if not path.is_dir():
         raise DataError(f"{what}={path} does not exist; give a file or a folder.")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes_of(kind)))
+    files = sorted(file for file in path.rglob("*") if file.is_file() and is_read(file, kind))
     if not files:
         formats = ", ".join(formats_of(kind))
         raise DataError(

@@ -16,7 +16,7 @@ from cqlora.data.sources.sharegpt import read_turns
 from cqlora.data.sources.turns import close_conversation, drop_leading_answers, put_system
 
 CHOSEN_ALONE = "pairs of which the chosen reply alone trains"
-_PROMPT_FIELDS = ("prompt", "question")
+_PROMPT_FIELDS = ("conversations", "prompt", "question", "instruction")
 
 
 def parse_preference(row: Any, source: SourceConfig, counts: Counter[str]) -> Iterator[Record]:
@@ -29,15 +29,32 @@ def parse_preference(row: Any, source: SourceConfig, counts: Counter[str]) -> It
         raise RowError(f"row is {kind_of(row)}, not an object")
     if not row.get("rejected"):
         raise RowError("missing field rejected")
-    chosen = read_reply(row.get("chosen"), counts)
+    turns = pair_turns(read_prompt(row, counts), read_reply(row.get("chosen"), counts))
     counts[CHOSEN_ALONE] += 1
-    if chosen[0].role == "assistant":
-        turns = [*read_prompt(row, counts), *chosen]
-    else:
-        # Messages that begin before the reply repeat the prompt.
-        turns = put_system(optional_text(row, "system"), chosen, counts)
-    count_unused(row, ("chosen", "rejected", "conversations", *_PROMPT_FIELDS, *QUESTION_FIELDS), counts)
+    count_unused(row, ("chosen", "rejected", *_PROMPT_FIELDS, *QUESTION_FIELDS), counts)
     yield close_conversation(drop_leading_answers(turns, counts), counts)
+
+
+def pair_turns(prompt: list[Turn], chosen: list[Turn]) -> list[Turn]:
+    """The whole conversation: the prompt and the reply, or chosen messages that begin with the prompt.
+
+    Raises:
+        RowError: the prompt is no question, or the chosen messages are neither.
+    """
+    asked = [turn for turn in prompt if turn.role != "system"]
+    said = [turn for turn in chosen if turn.role != "system"]
+    if asked and asked[-1].role != "user":
+        raise RowError("the prompt does not end with a question")
+    if not asked and len(said) == 1:
+        raise RowError("missing field prompt")
+    if not asked:
+        return [*prompt, *chosen] if said == chosen else chosen
+    if len(said) == 1 and said[0].role == "assistant":
+        of_reply = [turn for turn in chosen if turn.role == "system"]
+        return [*(of_reply if asked == prompt else []), *prompt, *said]
+    if said[: len(asked)] != asked:
+        raise RowError("field chosen neither is a reply nor begins with the prompt")
+    return [*prompt, *said[len(asked) :]] if asked != prompt else chosen
 
 
 def read_reply(chosen: Any, counts: Counter[str]) -> list[Turn]:
@@ -55,14 +72,21 @@ def read_reply(chosen: Any, counts: Counter[str]) -> list[Turn]:
 
 
 def read_prompt(row: dict[str, Any], counts: Counter[str]) -> list[Turn]:
-    """The turns before the reply, from whichever fields hold them.
+    """The turns before the reply, from the field that holds them; the system message alone where none does.
 
     Raises:
-        RowError: none does.
+        RowError: fields hold them that do not go together.
     """
-    field = next((name for name in ("conversations", *_PROMPT_FIELDS) if row.get(name)), "")
+    given = [name for name in _PROMPT_FIELDS if row.get(name)]
+    field = given[0] if given else ""
+    text = isinstance(row.get(field), str)
+    beside = ("input", "history") if field == "instruction" else ("history",) if text else ()
+    given += [name for name in ("input", "history") if row.get(name) and name not in beside]
+    if given not in ([], [field]):
+        raise RowError(f"the prompt cannot be in the fields {' and '.join(given)} at once")
     if not field:
-        return [*earlier_turns(row, counts), Turn("user", join_input(row))]
-    if isinstance(row[field], str):
-        return [*earlier_turns(row, counts), Turn("user", text_field(row, field).strip())]
-    return put_system(optional_text(row, "system"), read_turns(row[field], field, counts), counts)
+        return put_system(optional_text(row, "system"), [], counts)
+    if not text:
+        return put_system(optional_text(row, "system"), read_turns(row[field], field, counts), counts)
+    asked = join_input(row) if field == "instruction" else text_field(row, field).strip()
+    return [*earlier_turns(row, counts), Turn("user", asked)]

@@ -36,6 +36,8 @@ def name_kind(row: Any) -> SourceKind:
     for names, kind in _FIELDS:
         if all(name in row for name in names):
             return kind
+    if "role" in row and ("text" in row or "content" in row):
+        raise RowError("a message by itself; set kind=dialog for rows that are lists of them")
     if "text" in row:
         return SourceKind.text
     raise RowError("no kind of source has these fields; set kind= by name")

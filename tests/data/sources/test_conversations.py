@@ -329,7 +329,43 @@ def test_of_a_preference_pair_the_chosen_reply_trains_and_the_count_says_so(row:
     [
         ({"prompt": "q", "chosen": "good"}, "missing field rejected"),
         ({"prompt": "q", "rejected": "bad"}, "missing field chosen"),
-        ({"chosen": "good", "rejected": "bad"}, "missing field instruction"),
+        ({"chosen": "good", "rejected": "bad"}, "missing field prompt"),
+        (
+            {"prompt": "q", "input": "x", "chosen": "good", "rejected": "bad"},
+            "the prompt cannot be in the fields prompt and input at once",
+        ),
+        (
+            {"prompt": "q", "instruction": "i", "chosen": "good", "rejected": "bad"},
+            "the prompt cannot be in the fields prompt and instruction at once",
+        ),
+        (
+            {"prompt": [said(U, "q"), said(A, "a")], "chosen": "good", "rejected": "bad"},
+            "the prompt does not end with a question",
+        ),
+        (
+            {"prompt": [said(U, "q"), said(A, "a"), said(U, " ")], "chosen": "good", "rejected": "bad"},
+            "the prompt does not end with a question",
+        ),
+        (
+            {"prompt": "q", "chosen": [said(U, "another"), said(A, "good")], "rejected": "bad"},
+            "field chosen neither is a reply nor begins with the prompt",
+        ),
+        (
+            {
+                "prompt": [said(U, "q"), said(A, "a"), said(U, "r")],
+                "chosen": [said(U, "r"), said(A, "good")],
+                "rejected": "bad",
+            },
+            "field chosen neither is a reply nor begins with the prompt",
+        ),
+        (
+            {
+                "prompt": [said(U, "q"), said(A, "a"), said(U, "r")],
+                "chosen": [said(A, "a"), said(U, "r"), said(A, "g")],
+                "rejected": "bad",
+            },
+            "field chosen neither is a reply nor begins with the prompt",
+        ),
         ({"prompt": "q", "chosen": [], "rejected": "bad"}, "field chosen is empty"),
         (["q"], "row is a list, not an object"),
     ],

@@ -236,6 +236,21 @@ def test_a_table_that_does_not_name_its_columns_is_refused(tmp_path: Path, text:
         list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
 
 
+@pytest.mark.parametrize("text", ['a,b\n1,"2\n3,4\n', 'a,b\n"你"好,2\n', 'a,b\n1,"2\n3,4\n5,"6\n'])
+def test_a_quote_that_would_swallow_rows_or_vanish_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=r"no table from line \d+ on .*mend its quotes"):
+        list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
+
+
+def test_an_empty_cell_is_no_field(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("instruction,history,text\nq,,\n,,t\n")
+    assert [row.body for row in read_table(SourceFile(tmp_path / "a.csv", None), ",")] == [
+        {"instruction": "q"},
+        {"text": "t"},
+    ]
+
+
 @pytest.fixture
 def cell_limit_put_back():
     """The limit on a cell is the process's own, and other tests read tables too."""

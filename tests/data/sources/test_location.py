@@ -1,5 +1,6 @@
 """Where a source is found, in which order, and what is said when it is not."""
 
+import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ import pytest
 
 from cqlora.config.choices import SourceKind
 from cqlora.config.schema import SourceConfig
-from cqlora.data.sources import hub
+from cqlora.data.sources import hub, read_rows
 from cqlora.data.sources.hub import read_dataset
 from cqlora.data.sources.location import SAMPLE_DIR, Location, list_files, locate_source
 from cqlora.errors import DataError
@@ -192,3 +193,21 @@ def test_an_address_that_nobody_listens_at_is_an_error_at_once(monkeypatch: pyte
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=THREE_PLACES.format("refused")):
         hub.require_hub(Location(dataset="a/b", name="wiki"))
+
+
+def test_a_files_format_is_its_last_suffix_in_any_letters(tmp_path: Path):
+    table, rows = "instruction,output\nq,a\n", '{"instruction": "q", "output": "a"}\n'
+    source = SourceConfig(kind=SourceKind.alpaca)
+    for name, text in (("A.CSV", table), ("B.JSONL", rows), ("chats.jsonl.csv", table)):
+        (tmp_path / name).write_text(text)
+        found = list(read_rows(Location(files=list_files(tmp_path / name, "x", source.kind)), source))
+        bodies = [json.loads(row.body) if isinstance(row.body, bytes) else row.body for row in found]
+        assert bodies == [{"instruction": "q", "output": "a"}], name
+    assert len(list_files(tmp_path, "x", source.kind)) == 3
+
+
+def test_auto_passes_over_what_only_describes_a_datasets_files(tmp_path: Path):
+    for name in ("README.md", "LICENSE.txt", "dataset_info.json", "rows.jsonl", "notes.md"):
+        (tmp_path / name).write_text("{}\n")
+    assert [file.path.name for file in list_files(tmp_path, "x", SourceKind.auto)] == ["notes.md", "rows.jsonl"]
+    assert len(list_files(tmp_path, "x", SourceKind.text)) == 5
