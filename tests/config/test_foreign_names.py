@@ -36,7 +36,7 @@ def refusal(*arguments: str) -> str:
         ("hardware=RTX-3090", "hardware=1x3090"),
         ("hardware=gpu", "did you mean hardware=auto?"),
         ("data=null", "data has no value, and no run goes without; use data=alpaca or auto"),
-        ("model=null", "use model=llama2_13b or"),
+        ("model=null", "use model=auto or llama2_13b or"),
         ("path=~/x.json", "model.path for a model's folder, data.sources.NAME.path for text"),
         ("path=models/a=b", "model.path for a model's folder"),
         ("lr=1e-4", "did you mean stage.learning_rate=1e-4?"),
