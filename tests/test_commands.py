@@ -1,6 +1,7 @@
 """A forked command is the one that is started: what it is given, what it has, how it ends."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -50,6 +51,11 @@ def last_line(text: str) -> str:
     return text.splitlines()[-1] if text else ""
 
 
+def hear_interrupts() -> None:
+    """As in a terminal, wherever the tests run: a shell lets what it starts in the background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_forked_script_has_what_one_that_is_started_has_and_ends_as_it_does(end, tmp_path):
     script = tmp_path / "script.py"
@@ -58,8 +64,9 @@ def test_a_forked_script_has_what_one_that_is_started_has_and_ends_as_it_does(en
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "MINE": "值", "LC_ALL": "C.UTF-8"}
     forked = run_command(command, tmp_path, environment, HANG_SECONDS)
     started = subprocess.run(
-        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        preexec_fn=hear_interrupts,
+    )  # fmt: skip
     assert (forked.returncode, forked.stdout) == (started.returncode, started.stdout)
     assert last_line(forked.stderr) == last_line(started.stderr)
 
