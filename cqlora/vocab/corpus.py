@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.config.choices import SourceKind
-from cqlora.data.sources.files import read_json, read_json_lines, read_parquet, read_table, read_text
-from cqlora.data.sources.location import DELIMITERS, SAMPLE_DIR, SourceFile, format_of, list_files
+from cqlora.config.schema import SourceConfig
+from cqlora.data.sources import read_file
+from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, format_of, list_files
 from cqlora.errors import DataError
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
@@ -66,20 +67,9 @@ def open_corpus(paths: list[str], held_out_fraction: float) -> Corpus:
 
 def read_documents(file: SourceFile) -> Iterator[str]:
     """The texts of one file: rows of any of the known shapes, or the lines of a plain file."""
-    form = format_of(file.path)
-    if form == ".parquet":
-        rows = read_parquet(file)
-    elif form == ".jsonl":
-        rows = read_json_lines(file)
-    elif form == ".json":
-        rows = read_json(file)
-    elif form in DELIMITERS:
-        rows = read_table(file, DELIMITERS[form])
-    elif form == ".xml":
+    if format_of(file.path) == ".xml":
         raise DataError(f"vocab.corpus={file.path} is a MediaWiki dump; give JSON lines, Parquet or plain text.")
-    else:
-        rows = read_text(file, "\n")
-    for row in rows:
+    for row in read_file(file, SourceConfig(kind=SourceKind.text, separator="\n")):
         body = json.loads(row.body) if isinstance(row.body, bytes) else row.body
         document = "\n".join(texts_in(body))
         if document:
