@@ -47,8 +47,11 @@ def typed_run(workspace: Path, *overrides: str, folder: Path = Path("/nowhere"))
     register_schemas()
     GlobalHydra.instance().clear()
     paths = (f"model.path={workspace}/models/tiny", f"data.cache_dir={workspace}/cache")
+    chosen = {override.partition("=")[0] for override in overrides}
+    # A group is chosen once.
+    small = [override for override in (*SMALL, *paths) if override.partition("=")[0] not in chosen]
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-        config: RunConfig = to_schema(compose("config", [*SMALL, *paths, *overrides]), RunConfig)
+        config: RunConfig = to_schema(compose("config", [*small, *overrides]), RunConfig)
     given = look_around(config, folder)
     settled = settle(config, given)
     check_run(settled, given)
