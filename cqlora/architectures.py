@@ -1,6 +1,6 @@
-"""Which kinds of model each part of cqlora knows, in one list that is checked before anything is loaded.
+"""Which kinds of model each part of cqlora knows, in one table that is checked before anything is loaded.
 
-A kind is on the list where a test has it equal to stock transformers: training in its loss and every gradient.
+A kind has a part where tests have it equal to stock transformers, and try it on a small model (docs/models.md).
 Any other kind would often run and be wrong without a word: a factor left out, a sliding window ignored.
 """
 
@@ -16,21 +16,29 @@ class Part(Enum):
 
     train = "cqlora trains"
     plan = "cqlora plans runs of"
-    engine = "the engine runs"
+    fused = "fused layers compute"
+    rows = "rows that an extension added train on"
+    merge = "cqlora merges into"
+    nf4 = "format=nf4 writes"
     gguf = "format=gguf writes"
+    engine = "the engine runs"
 
 
 MODEL_TYPES: dict[str, frozenset[Part]] = {
     "llama": frozenset(Part),
-    "mistral": frozenset({Part.train, Part.plan, Part.gguf}),
-    "qwen2": frozenset({Part.train, Part.plan, Part.gguf}),
-    "qwen3": frozenset({Part.train, Part.plan, Part.gguf}),
-    "smollm3": frozenset({Part.train, Part.plan, Part.gguf}),
+    "mistral": frozenset(Part),
+    "qwen2": frozenset(Part),
+    "qwen3": frozenset(Part),
+    "smollm3": frozenset(Part),
 }
 """config.json's `model_type`, and the parts that know it."""
 
-_STOCK = (Part.train, Part.plan)
-"""Parts that build on transformers' own layers, and so take their options as they are."""
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "down_proj")
+
+_INSTEAD = {Part.engine: "run this one with transformers or vLLM", Part.gguf: "use format=safetensors"}
+"""What to do with a model that a part of ours does not compute. The other parts build on transformers' own layers, and
+so take their options as they are."""
 
 
 def require_known(part: Part, config: dict[str, Any], folder: Path, longest: int | None = None) -> None:
@@ -51,7 +59,7 @@ def require_known(part: Part, config: dict[str, Any], folder: Path, longest: int
         raise ModelError(
             f"{folder} holds {_describe_kind(config)}; {part.value} {_join(known)} only, so {_ways_out(part, known)}."
         )
-    if part not in _STOCK:
+    if part in _INSTEAD:
         _require_plain(part, config, folder)
     window = find_window(config)
     if window is not None and (longest is None or longest > window):
@@ -59,7 +67,7 @@ def require_known(part: Part, config: dict[str, Any], folder: Path, longest: int
         within = f"use stage.sequence_length={window}, within which the window changes nothing, or another model"
         raise ModelError(
             f"{folder} attends within a sliding window of {window} tokens{read}, which cqlora does not; "
-            f"{within if part in _STOCK else 'give a model without one'}."
+            f"{_INSTEAD.get(part, within)}."
         )
 
 
@@ -82,21 +90,52 @@ def find_head_dim(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or default)
 
 
+def find_biases(config: dict[str, Any]) -> list[str]:
+    """Linear layers of a block that have a bias, in their order."""
+    kind = config["model_type"]
+    if kind == "qwen2":
+        return ["q_proj", "k_proj", "v_proj"]
+    attention = kind != "mistral" and config.get("attention_bias")
+    mlp = kind in ("llama", "smollm3") and config.get("mlp_bias")
+    return [*(ATTENTION_LAYERS if attention else ()), *(MLP_LAYERS if mlp else ())]
+
+
+def has_head_norms(config: dict[str, Any]) -> bool:
+    """Whether each head's queries and keys are normalised before they are rotated."""
+    return bool(config["model_type"] == "qwen3")
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool:
+    """Whether input and output share one embedding matrix."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") == "smollm3"))
+
+
+def find_unrotated_layers(config: dict[str, Any]) -> list[int]:
+    """Numbers of the layers without rotary embedding, from 0."""
+    if config["model_type"] != "smollm3":
+        return []
+    layers, step = range(config["num_hidden_layers"]), config.get("no_rope_layer_interval") or 4
+    # 1 stands for a layer with rotary embedding, whatever the key is called.
+    stated = config.get("no_rope_layers") or [(layer + 1) % step for layer in layers]
+    return [layer for layer, rotary in enumerate(stated) if not rotary]
+
+
 def _require_plain(part: Part, config: dict[str, Any], folder: Path) -> None:
-    """Raise ModelError for options of LLaMA's layers that only transformers' own have."""
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise ModelError(f"{folder} has {key}=true, and {part.value} layers without bias only; give another model.")
+    """Raise ModelError for options of a kind's layers that only transformers' own have."""
+    if part is Part.gguf and config["model_type"] != "qwen2" and (biased := find_biases(config)):
+        raise ModelError(
+            f"{folder} has a bias in {_join(biased)}, and {part.value} layers without bias only; {_INSTEAD[part]}."
+        )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(
-            f"{folder} has hidden_act={config['hidden_act']}, and {part.value} silu only; give another model."
+            f"{folder} has hidden_act={config['hidden_act']}, and {part.value} silu only; {_INSTEAD[part]}."
         )
 
 
 def _ways_out(part: Part, known: list[str]) -> str:
     """What to do with a model of a kind that a part does not know."""
     give = f"give a model of {'that kind' if len(known) == 1 else 'one of these kinds'}"
-    return f"{give}, or run this one with transformers or vLLM" if part is Part.engine else give
+    return f"{give}, or {_INSTEAD[part]}" if part in _INSTEAD else give
 
 
 def _describe_kind(config: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """What a base model's folder says of itself, read without torch: shape, tokenizer, added rows, fingerprints."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cqlora.architectures import ties_embeddings
 from cqlora.errors import ModelError
 from cqlora.system.companions import hash_companions, refuse_changed
 from cqlora.system.documents import read_object, read_object_if_there, shorten, take, take_number, write_json
@@ -48,7 +50,7 @@ class Base:
     @property
     def tied(self) -> bool:
         """Whether input and output share one embedding matrix."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return ties_embeddings(self.config)
 
 
 def read_base(path: str | Path) -> Base:
@@ -66,7 +68,7 @@ def read_base(path: str | Path) -> Base:
         )
     config_file, tokenizer_file = folder / "config.json", folder / "tokenizer.json"
     for file, what in ((config_file, "model"), (tokenizer_file, "tokenizer")):
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise ModelError(
                 f"{folder} has no {file.name}, so it holds no Hugging Face {what}; give the folder of a "
                 "converted model (`cqlora convert`)."

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ARROWS = {
     "__main__": {"cli"},
     "architectures": {"errors"},
-    "base": {"errors", "system"},
+    "base": {"architectures", "errors", "system"},
     "chat": {"cli", "config", "engine_config", "inference", "system"},
     "cli": {"config", "errors", "launch", "system"},
     "config": {"architectures", "errors", "system"},

@@ -1,12 +1,14 @@
 """The shape of `model=auto`: what the base's own folder says, read while the configuration is composed."""
 
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from cqlora.architectures import Part, find_head_dim, require_known
+from cqlora.architectures import Part, find_biases, find_head_dim, has_head_norms, require_known, ties_embeddings
 from cqlora.errors import ConfigError, ModelError
 from cqlora.system.documents import read_object, read_object_if_there
 from cqlora.system.model_config import check_config
@@ -44,8 +46,14 @@ def read_shape(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: see `read_from_base`.
     """
+    # Nine keys are asked for, one after the other, and a folder says the same to each.
+    return _read_shape(folder, _state_of(folder / "config.json"), _state_of(folder / "cqlora.json"))
+
+
+@lru_cache(maxsize=8)
+def _read_shape(folder: Path, *_: object) -> dict[str, Any]:
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ConfigError(
             f"model.path={folder} has no config.json; give the folder of a model in Hugging Face form, or make one "
             "with `cqlora fetch` or `cqlora convert`."
@@ -66,7 +74,18 @@ def read_shape(folder: Path) -> dict[str, Any]:
         "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": find_head_dim(config),
         "max_position_embeddings": config.get("max_position_embeddings") or 2048,
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "tie_word_embeddings": ties_embeddings(config),
+        "biases": find_biases(config),
+        "head_norms": has_head_norms(config),
     }
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     return shape | {key: config[key] for key in same}
+
+
+def _state_of(file: Path) -> tuple[int, ...]:
+    """What tells a file from itself before a change; nothing of one that is not there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import II, MISSING
 
+from cqlora.architectures import ATTENTION_LAYERS, MLP_LAYERS
 from cqlora.config.base_shape import register_resolver
 from cqlora.config.checks import check_fields, require_divides, require_positive, require_range, require_used
 from cqlora.config.choices import (
@@ -80,6 +81,10 @@ class ModelConfig:
     """Positions that the base was trained for."""
     tie_word_embeddings: bool = False
     """Input and output share one embedding matrix."""
+    biases: list[str] = field(default_factory=list)
+    """Linear layers of a block that have a bias, such as [q_proj, k_proj, v_proj] in Qwen 2."""
+    head_norms: bool = False
+    """Each head's queries and keys are normalised, as in Qwen 3."""
     sequence_length: int = 2048
     """Tokens in a pack unless the stage says otherwise."""
     quantization: Quantization = Quantization.nf4
@@ -101,6 +106,10 @@ class ModelConfig:
         else:
             require_positive(self, "head_dim")
         require_divides(self, "model", "num_key_value_heads", "num_attention_heads")
+        unknown = set(self.biases) - {*ATTENTION_LAYERS, *MLP_LAYERS}
+        if unknown:
+            known = ",".join((*ATTENTION_LAYERS, *MLP_LAYERS))
+            raise ConfigError(f"model.biases names {min(unknown)}, which no block has; use some of [{known}].")
 
     @property
     def head_size(self) -> int:

@@ -11,7 +11,7 @@ from cqlora.plan.shapes import (
     block_parameters,
     embedding_matrices,
     largest_matrix,
-    norm_parameters,
+    vector_parameters,
 )
 from cqlora.plan.workload import Workload
 
@@ -143,11 +143,11 @@ def packed_bytes(work: Workload, parameters: int) -> tuple[float, float]:
 
 def _held(work: Workload) -> dict[str, float]:
     packed, constants = packed_bytes(work, _own_blocks(work) * block_parameters(work.model))
-    norms = norm_parameters(work.model) * work.program.embedding_bytes
+    vectors = vector_parameters(work.model) * work.program.embedding_bytes
     share = 0.0 if work.cpu_offload else 1 / work.shards
     trained = trainable_parameters(work) * _own_share(work)
     return {
-        "weights": (packed + norms) * share + constants,
+        "weights": (packed + vectors) * share + constants,
         "embeddings": _own_embeddings(work) * share,
         "adapter": trained * work.program.adapter_bytes * share,
         "optimizer": trained * work.program.optimizer_bytes * share,

@@ -9,7 +9,7 @@ from cqlora.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One linear layer of a block, without bias."""
+    """The matrix of one linear layer of a block."""
 
     inputs: int
     outputs: int
@@ -69,14 +69,17 @@ def embedding_parameters(model: ModelConfig) -> int:
     return embedding_matrices(model) * model.vocab_size * model.hidden_size
 
 
-def norm_parameters(model: ModelConfig) -> int:
-    """Numbers in the norms: two a block and the last."""
-    return (2 * model.num_hidden_layers + 1) * model.hidden_size
+def vector_parameters(model: ModelConfig) -> int:
+    """Numbers in biases and norms, which are not quantised: two norms a block, those of its heads, and the last."""
+    matrices = block_matrices(model)
+    biases = sum(matrices[name].outputs for name in model.biases)
+    of_block = 2 * model.hidden_size + 2 * model.head_size * model.head_norms + biases
+    return model.num_hidden_layers * of_block + model.hidden_size
 
 
 def base_parameters(model: ModelConfig) -> int:
     """Numbers in the whole base."""
-    return linear_parameters(model) + embedding_parameters(model) + norm_parameters(model)
+    return linear_parameters(model) + embedding_parameters(model) + vector_parameters(model)
 
 
 def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> dict[str, Matrix]:

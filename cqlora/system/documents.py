@@ -38,8 +38,7 @@ def read_text(file: Path) -> str:
         ModelError: the file is missing, no plain file, too large, or no UTF-8.
     """
     if not file.is_file():
-        what = "is no plain file" if file.exists() else "does not exist"
-        raise ModelError(f"{file} {what}; give the folder of a whole model or adapter.")
+        raise ModelError(f"{file} {_describe_other(file)}; give the folder of a whole model or adapter.")
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ModelError(f"{file} has {size:,} bytes, more than any such file needs; fetch it again.")
@@ -153,3 +152,12 @@ def carry_over(folder: Path, target: Path, rewritten: Set[str]) -> None:
 def write_json(file: Path, document: object) -> None:
     """Write JSON as people read it."""
     file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe_other(path: Path) -> str:
+    """What there is in place of a plain file."""
+    if path.is_dir():
+        return "is a folder and no file"
+    if path.exists():
+        return "is no plain file"
+    return f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "does not exist"

@@ -15,7 +15,10 @@ _SIZES = {
     "vocab_size": 1 << 31, "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "num_hidden_layers": 10_000,
     "num_attention_heads": 1 << 16,
 }  # fmt: skip
-_OPTIONAL_SIZES = {"num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "max_position_embeddings": 1 << 31}
+_OPTIONAL_SIZES = {
+    "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "max_position_embeddings": 1 << 31,
+    "no_rope_layer_interval": 10_000,
+}  # fmt: skip
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _LARGEST = 1e12
@@ -37,6 +40,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
     take_number(config, "rms_norm_eps", file, 1e-12, 1.0, float, default=None)
     take(config, "hidden_act", file, str, default=None)
     take(config, "quantization_config", file, dict, default=None)
+    take(config, "no_rope_layers", file, list, default=None)
     for key in _SWITCHES:
         take(config, key, file, bool, default=None)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -40,6 +40,8 @@ _FREE_TO_CHANGE = {
     "hardware.network_gb_per_s",
     "hardware.global_batch_size",
     "model.accept_changed",
+    "model.biases",
+    "model.head_norms",
     "model.path",
     "model.name",
     "data",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 
 import pytest
@@ -9,9 +11,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
+from cqlora.base import read_base
+from cqlora.config import base_shape
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, ModelConfig, RunConfig, register_schemas
+from cqlora.errors import ConfigError, ModelError
 from tests.conftest import run_verb
 
 SMALL = {"vocab_size": 700, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
@@ -30,6 +35,16 @@ def shape(model: ModelConfig) -> dict[str, object]:
     return {key: value for key, value in dataclasses.asdict(model).items() if key in about}
 
 
+@pytest.mark.parametrize(
+    "kind, biases, head_norms",
+    [(LlamaConfig, [], False), (Qwen2Config, ["q_proj", "k_proj", "v_proj"], False), (Qwen3Config, [], True)],
+)  # fmt: skip
+def test_biases_and_norms_of_heads_are_those_of_the_kind(kind, biases, head_norms, tmp_path):
+    kind(**SMALL).save_pretrained(tmp_path)
+    model = typed("model=auto", f"model.path={tmp_path}").model
+    assert (model.biases, model.head_norms) == (biases, head_norms)
+
+
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config])
 def test_the_shape_is_that_which_transformers_reads_of_the_folder(kind, tmp_path):
     stock = kind(**SMALL, max_position_embeddings=333, tie_word_embeddings=True, pad_token_id=None)
@@ -38,6 +53,32 @@ def test_the_shape_is_that_which_transformers_reads_of_the_folder(kind, tmp_path
     assert shape(model) == {key: getattr(stock, key) for key in shape(model)}
     # A llama's is not written, and 8 for these; Qwen 3's is 128 unless it is.
     assert model.head_size == (getattr(stock, "head_dim", None) or 8)
+
+
+def test_a_folder_is_read_once_for_all_keys_and_again_once_it_changed(tmp_path, monkeypatch):
+    read, read_object = [], base_shape.read_object
+    monkeypatch.setattr(base_shape, "read_object", lambda file: read.append(file) or read_object(file))
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    for layers in (3, 5):
+        LlamaConfig(**SMALL | {"num_hidden_layers": layers}).save_pretrained(tmp_path)
+        read.clear()
+        assert typed("model=auto", f"model.path={tmp_path}").model.num_hidden_layers == layers
+        assert read == [tmp_path / "config.json"]
+
+
+@pytest.mark.parametrize(
+    "make, told",
+    [(lambda file: file.mkdir(), "is a folder and no file"), (os.mkfifo, "is no plain file"),
+     (lambda file: file.symlink_to("gone.json"), "is a link to gone.json, which does not exist")],
+    ids=["folder", "pipe", "broken link"],
+)  # fmt: skip
+def test_what_stands_in_the_place_of_config_json_is_told(make, told, tmp_path):
+    file = tmp_path / "config.json"
+    make(file)
+    for read, error in ((base_shape.read_shape, ConfigError), (read_base, ModelError)):
+        (tmp_path / "tokenizer.json").write_text("{}")
+        with pytest.raises(error, match=f"{re.escape(str(file))} {told}; give the folder"):
+            read(tmp_path)
 
 
 def test_a_frozen_configuration_holds_the_numbers_and_no_longer_reads_the_folder(tmp_path):
