@@ -13,23 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
 from cqlora.model.fused.linear import AdaptedMatrix, FusedLinear, FusedLinear4bit, cast_input, has_one_unmerged_adapter
+
+_GATED = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP)
+"""Blocks of one arithmetic under several names, so that one class stands for all."""
 
 
 def fuse_mlps(model: nn.Module) -> int:
     """Give the lean forward to every block whose three layers `fuse_lora_linears` fused; return how many."""
     fused = 0
     for module in model.modules():
-        if type(module) is LlamaMLP and module.config.hidden_act == "silu" and _has_fused_layers(module):
+        if type(module) in _GATED and _is_plain(module):
             module.__class__ = FusedMLP
             fused += 1
     return fused
 
 
-def _has_fused_layers(mlp: LlamaMLP) -> bool:
+def _is_plain(mlp: Any) -> bool:
     layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return all(isinstance(layer, FusedLinear | FusedLinear4bit) for layer in layers)
+    return mlp.config.hidden_act == "silu" and all(isinstance(layer, FusedLinear | FusedLinear4bit) for layer in layers)
 
 
 class FusedMLP(LlamaMLP):

@@ -7,27 +7,33 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cqlora.model.fused.linear import fuse_lora_linears
 from cqlora.model.fused.mlp import FusedMLP, fuse_mlps
+from tests.kinds import OPTIONS
 
 VOCABULARY, HIDDEN, INTERMEDIATE, TOKENS = 64, 32, 80, 24
 LAYERS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def build_model(targets: list[str] = LAYERS, **options: Any) -> PeftModel:
-    config = LlamaConfig(
+def build_model(targets: list[str] = LAYERS, kind: str = "llama", **options: Any) -> PeftModel:
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=2,
         num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=None,
         **options,
     )
     torch.manual_seed(0)
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -54,6 +60,19 @@ def fuse(model: nn.Module) -> None:
     assert fuse_mlps(model) == 2
 
 
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_block_of_every_kind_is_the_same_arithmetic_with_and_without_its_adapter(kind: str) -> None:
+    model = build_model(kind=kind)
+    ids = torch.arange(TOKENS)[None]
+    stock = run(model)
+    with model.disable_adapter():
+        base = model(input_ids=ids).logits
+    fuse(model)
+    assert_same(run(model), stock)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=ids).logits, base, **TOLERANCE)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("checkpointed", [True, False], ids=["checkpointed", "kept"])
 def test_logits_and_gradients_equal_the_stock_block(bias: bool, checkpointed: bool) -> None:
@@ -75,16 +94,6 @@ def test_autocast_differs_by_rounding() -> None:
     assert (rounded.float() - logits).norm() < 0.03 * logits.norm()
     for name, gradient in rounded_gradients.items():
         assert (gradient - gradients[name]).norm() < 0.05 * gradients[name].norm(), name
-
-
-def test_a_disabled_adapter_gives_the_base() -> None:
-    model = build_model()
-    ids = torch.arange(TOKENS)[None]
-    with model.disable_adapter():
-        expected = model(input_ids=ids).logits
-    fuse(model)
-    with model.disable_adapter():
-        torch.testing.assert_close(model(input_ids=ids).logits, expected, **TOLERANCE)
 
 
 def test_two_tensors_of_the_intermediate_size_are_kept() -> None:
