@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cqlora.architectures import MODEL_TYPES, Part, find_head_dim, find_window, require_known
+from cqlora.architectures import MODEL_TYPES, Part, find_window, require_known
 from cqlora.base import read_base
+from cqlora.config.base_shape import read_shape
 from cqlora.config.choices import Attention, Device, Embeddings, Quantization
 from cqlora.config.schema import HardwareConfig, LoraConfig, ModelConfig
 from cqlora.errors import ModelError
@@ -21,52 +22,28 @@ from cqlora.launch.settle import look_around
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.batch import build_batch
 from cqlora.model.fused import fuse_blocks
+from cqlora.model.fused.linear import FusedLinear
+from cqlora.model.fused.mlp import FusedMLP
 from cqlora.model.load import load_base
 from cqlora.model.objective import Objective
 from tests.conftest import run_verb
+from tests.kinds import OPTIONS, VARIANTS, write_kind
 from tests.runs import build_base, typed_run
 
 CPU = torch.device("cpu")
-SHAPE = {
-    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128,
-}  # fmt: skip
 DOCUMENTS = [9, 20, 3]
-OPTIONS = {
-    "llama": [{}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 32}, {"hidden_act": "gelu"}],
-    "mistral": [{"sliding_window": None, "head_dim": 32}, {"sliding_window": 20}],
-    "qwen2": [{}],
-    "qwen3": [{"head_dim": 32}],
-    "smollm3": [{"no_rope_layer_interval": 2}],
-}
-"""What a test builds each kind with: options that its layers compute with."""
-
-
-def build(kind: str, options: dict, folder: Path) -> Path:
-    """A random model of a kind, biases and norms among it, with the tokenizer file that a base has."""
-    torch.manual_seed(0)
-    known = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, **SHAPE, **options}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known))
-    for parameter in model.parameters():
-        # Untrained scores are so small that a wrong attention would hardly show.
-        parameter.data = parameter.data * 8 if parameter.dim() == 2 else parameter.data + 0.2 * torch.randn(
-            parameter.shape
-        )  # fmt: skip
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+TRAINED = [*VARIANTS, ("llama", {"hidden_act": "gelu"}), ("mistral", {"sliding_window": 20})]
 
 
 def configured(folder: Path) -> ModelConfig:
-    config = json.loads((folder / "config.json").read_text())
     return ModelConfig(
-        name="mine", path=str(folder), head_dim=find_head_dim(config), quantization=Quantization.none,
-        tie_word_embeddings=config["tie_word_embeddings"], attention=Attention.documents, **SHAPE,
+        name="mine", path=str(folder), quantization=Quantization.none, attention=Attention.documents,
+        **read_shape(folder),
     )  # fmt: skip
 
 
 def pack() -> SimpleNamespace:
-    tokens = np.random.default_rng(0).integers(3, 128, sum(DOCUMENTS))
+    tokens = np.random.default_rng(0).integers(3, 320, sum(DOCUMENTS))
     return SimpleNamespace(
         token_ids=tokens, label_mask=np.ones(len(tokens), bool), document_lengths=DOCUMENTS, source_ids=[0, 0, 0]
     )
@@ -85,9 +62,9 @@ def stock_gradients(folder: Path, adapter: Path) -> tuple[float, dict[str, torch
     return total, {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind, options", [(kind, each) for kind, all_ in OPTIONS.items() for each in all_], ids=str)
+@pytest.mark.parametrize("kind, options", TRAINED, ids=str)
 def test_a_known_kind_has_the_losses_and_gradients_of_stock_transformers(kind, options, tmp_path):
-    folder = build(kind, options, tmp_path / "base")
+    folder = write_kind(kind, tmp_path / "base", **options)
     base = read_base(folder)
     require_known(Part.train, base.config, folder, max(DOCUMENTS))
     model = load_base(base, configured(folder), HardwareConfig(name="cpu", device=Device.cpu), CPU, torch.float32)
@@ -98,6 +75,8 @@ def test_a_known_kind_has_the_losses_and_gradients_of_stock_transformers(kind, o
                 parameter.normal_(std=0.1)
     save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
     fuse_blocks(adapted)
+    fused = [type(module) for module in adapted.model.model.layers.modules()]
+    assert fused.count(FusedLinear) == 7 * 4 and fused.count(FusedMLP) == (0 if "hidden_act" in options else 4)
     loss, _ = Objective(adapted, torch.float32, autocast=False)(
         build_batch([pack()], CPU), sum(DOCUMENTS) - len(DOCUMENTS)
     )
@@ -113,7 +92,7 @@ def test_a_known_kind_has_the_losses_and_gradients_of_stock_transformers(kind, o
 
 
 def test_attention_by_document_refuses_a_document_beyond_the_window_of_its_layer(tmp_path):
-    folder = build("mistral", {"sliding_window": max(DOCUMENTS) - 1}, tmp_path / "base")
+    folder = write_kind("mistral", tmp_path / "base", sliding_window=max(DOCUMENTS) - 1)
     hardware = HardwareConfig(name="cpu", device=Device.cpu)
     model = load_base(read_base(folder), configured(folder), hardware, CPU, torch.float32)
     with pytest.raises(ModelError, match="a document of 20 tokens is longer than the layer's window of 19"):
@@ -146,7 +125,7 @@ def test_what_is_not_on_the_list_or_has_a_window_in_use_is_refused(config, messa
 @pytest.mark.parametrize("part", Part, ids=lambda part: part.name)
 @pytest.mark.parametrize(
     "config, words",
-    [({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 tokens|a mistral model; the engine runs"),
+    [({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 tokens"),
      ({"model_type": "gemma3", "text_config": {}}, "a gemma3 model, which is multi-modal"),
      ({"model_type": "qwen3_moe", "num_experts": 8}, "a qwen3_moe model, which is a mixture of experts"),
      ({"model_type": "qwen2_moe", "num_experts": 8}, "a qwen2_moe model, which is a mixture of experts")],
@@ -158,16 +137,22 @@ def test_every_part_refuses_windows_experts_and_several_modalities_in_one_senten
     assert str(refused.value).count(". ") == 0 and str(refused.value).endswith(".")
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "granite", "qwen3_moe"])
-def test_the_engine_takes_llama_only_and_names_what_runs_other_kinds(kind):
-    with pytest.raises(ModelError, match=rf"a {kind} model; the engine runs llama only.*run this one with .* vLLM\.$"):
+@pytest.mark.parametrize("kind", ["granite", "qwen3_moe"])
+def test_the_engine_names_what_runs_the_kinds_that_it_does_not(kind):
+    with pytest.raises(ModelError, match=rf"a {kind} model.*; the engine runs llama, .* run this one with .* vLLM\.$"):
         require_known(Part.engine, {"model_type": kind}, Path("models/mine"))
 
 
-@pytest.mark.parametrize("part", [Part.engine, Part.gguf])
-@pytest.mark.parametrize("option", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}], ids=str)
-def test_engine_and_gguf_take_plain_layers_only(part, option):
-    with pytest.raises(ModelError, match=r"layers without bias only|silu only"):
+@pytest.mark.parametrize(
+    "part, option, words",
+    [(Part.engine, {"hidden_act": "gelu"}, "the engine runs silu only; run this one with transformers or vLLM"),
+     (Part.gguf, {"hidden_act": "gelu"}, "format=gguf writes silu only; use format=safetensors"),
+     (Part.gguf, {"attention_bias": True}, "bias in q_proj, k_proj, v_proj and o_proj, and format=gguf writes layers"),
+     (Part.gguf, {"mlp_bias": True}, "bias in gate_proj, up_proj and down_proj, and format=gguf writes layers")],
+    ids=str,
+)  # fmt: skip
+def test_options_that_a_part_does_not_compute_are_refused_with_what_does(part, option, words):
+    with pytest.raises(ModelError, match=words):
         require_known(part, {"model_type": "llama"} | option, Path("models/mine"))
     require_known(part, {"model_type": "llama", "hidden_act": "silu", "attention_bias": False}, Path("models/mine"))
 

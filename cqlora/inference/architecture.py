@@ -1,4 +1,4 @@
-"""The shape of a LLaMA model, read from config.json, and the rotary frequencies that follow from it."""
+"""The shape of a model that the engine runs, read from config.json, and the rotary embedding that follows from it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from cqlora.architectures import Part, find_head_dim, require_known
+from cqlora.architectures import (
+    Part,
+    find_biases,
+    find_head_dim,
+    find_unrotated_layers,
+    has_head_norms,
+    require_known,
+    ties_embeddings,
+)
 from cqlora.errors import ModelError
 from cqlora.weights.rotary import base_frequencies, read_rope, scale_frequencies
 
@@ -32,6 +40,12 @@ class Architecture:
     """Positions that the model was made for."""
     rope: dict[str, Any]
     """`rope_type`, `rope_theta` and what the type needs."""
+    unrotated: frozenset[int] = frozenset()
+    """Layers without rotary embedding."""
+    biases: frozenset[str] = frozenset()
+    """Linear layers of a block that have a bias."""
+    head_norms: bool = False
+    """Whether each head's queries and keys are normalised before they are rotated."""
 
     @property
     def block_numbers(self) -> int:
@@ -61,10 +75,13 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
         key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=find_head_dim(config),
         vocab_size=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=ties_embeddings(config),
         epsilon=config.get("rms_norm_eps", 1e-6),
         max_length=longest,
         rope=_read_rope(config, folder),
+        unrotated=frozenset(find_unrotated_layers(config)),
+        biases=frozenset(find_biases(config)),
+        head_norms=has_head_norms(config),
     )
 
 

@@ -1,6 +1,7 @@
-"""LLaMA's forward pass for generation: ragged batches in one pass, keys and values kept per reply.
+"""The forward pass for generation: ragged batches in one pass, keys and values kept per reply.
 
-The arithmetic is that of transformers' LlamaForCausalLM. Queries, keys and values are one matrix, as are the
+The arithmetic is that of transformers' LlamaForCausalLM, with what other kinds add to it: biases, norms of heads,
+layers without rotary embedding. Queries, keys and values are one matrix, as are the
 gate and the up projection, since a processor spends a token's time in reading matrices and calling operators.
 On a processor everything between two matrices is float32 whatever the matrices are: small operators take a
 fifth of bfloat16's time there, stay on one thread, and lose nothing.
@@ -34,6 +35,8 @@ class Layer:
     attention_norm: torch.Tensor
     query_key_value: Linear
     """hidden to (heads + 2 · key_value_heads) · head_dim."""
+    head_norms: torch.Tensor | None
+    """(heads + key_value_heads, head_dim): weights of the norms of each head's queries and keys, if it has any."""
     attention_output: Linear
     feed_forward_norm: torch.Tensor
     gate_up: Linear
@@ -177,7 +180,10 @@ class Decoder:
         projected = layer.query_key_value(self._normalise(hidden, layer.attention_norm))
         projected = projected.view(len(hidden), -1, shape.head_dim)
         rotated = projected[:, : shape.heads + shape.key_value_heads]
-        rotated.copy_(self._rotate(rotated, *rotation))
+        if layer.head_norms is not None:
+            rotated.copy_(self._normalise(rotated, layer.head_norms))
+        if number not in shape.unrotated:
+            rotated.copy_(self._rotate(rotated, *rotation))
         queries = projected[:, : shape.heads]
         kept = projected[:, shape.heads :].view(len(hidden), 2, shape.key_value_heads, shape.head_dim)
         attended, first = [], 0
@@ -196,7 +202,7 @@ class Decoder:
     def _normalise(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm in five operators, of which the stock one has nine."""
         norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._epsilon, norm, norm, value=1 / self.architecture.hidden).rsqrt_()
+        scale = torch.addcmul(self._epsilon, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
         return (hidden * weight).mul_(scale)
 
     def _rotate(self, heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ PACKED = NativeCall("oneDNN's product by packed matrices", "torch", "cqlora.infe
 
 
 class Linear(Protocol):
-    """A linear layer without bias."""
+    """A linear layer."""
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
         """(tokens, in) to (tokens, out)."""
@@ -95,8 +95,23 @@ class FusedNf4:
         return outputs if self.low_rank is None else self.low_rank.add_to(outputs, inputs)
 
 
+@dataclass(frozen=True, slots=True)
+class Biased:
+    """A layer of another form with a bias on top."""
+
+    product: Linear
+    bias: torch.Tensor
+    """(out,), in the activations' type."""
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See Linear."""
+        return self.product(inputs).add_(self.bias)
+
+
 def pack_dense(linear: Linear) -> Linear:
     """The layer in oneDNN's own order, where it is of a kind that has one here; else as it is."""
+    if isinstance(linear, Biased):
+        return Biased(pack_dense(linear.product), linear.bias)
     if not isinstance(linear, Dense) or linear.weight.device.type != "cpu" or linear.weight.dtype != torch.bfloat16:
         return linear
     return pack_matrix(linear) if packs_bfloat16() and is_proven(PACKED) else linear
@@ -128,19 +143,22 @@ def pack_for_kernel(packed: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_of(linear: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a Dense or FusedNf4 layer by name, from which restore_linear makes it again."""
+    """The tensors of a Dense or FusedNf4 layer, with or without bias, by name; restore_linear makes it again."""
     found: dict[str, torch.Tensor] = {}
     for field in fields(linear):
         value = getattr(linear, field.name)
         if isinstance(value, torch.Tensor):
             found[field.name] = value
-        elif isinstance(value, AdapterTerm):
-            found |= {f"low_rank.{name}": tensor for name, tensor in tensors_of(value).items()}
+        elif value is not None:
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
     return found
 
 
 def restore_linear(tensors: Mapping[str, torch.Tensor]) -> Linear:
     """The layer that tensors_of took apart."""
+    if "bias" in tensors:
+        product = {name.removeprefix("product."): tensor for name, tensor in tensors.items() if name != "bias"}
+        return Biased(restore_linear(product), tensors["bias"])
     if "weight" in tensors:
         return Dense(tensors["weight"])
     low_rank = None

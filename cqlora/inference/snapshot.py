@@ -22,9 +22,9 @@ from cqlora.system.machine import cache_folder
 from cqlora.system.sealed import hash_document
 from cqlora.system.shards import TensorSpec, dtype_name, write_shard
 
-_VERSION = 5
+_VERSION = 6
 _DIGEST = "digest/sha256"
-_NORMS = ("attention_norm", "feed_forward_norm")
+_NORMS = ("attention_norm", "feed_forward_norm", "head_norms")
 _LINEARS = ("query_key_value", "attention_output", "gate_up", "down")
 
 
@@ -88,7 +88,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _restore_layer(groups: dict[str, dict[str, torch.Tensor]], number: int) -> Layer:
     linears = {name: restore_linear(groups[f"{number}.{name}"]) for name in _LINEARS}
-    norms = {name: groups[f"{number}.{name}"]["weight"] for name in _NORMS}
+    norms = {name: groups.get(f"{number}.{name}", {}).get("weight") for name in _NORMS}
     return Layer(**norms, **linears)  # type: ignore[arg-type]
 
 
@@ -100,7 +100,8 @@ def _flatten(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         yield "head/weight", head
     for number, layer in enumerate(weights.layers):
         for norm in _NORMS:
-            yield f"{number}.{norm}/weight", getattr(layer, norm)
+            if getattr(layer, norm) is not None:
+                yield f"{number}.{norm}/weight", getattr(layer, norm)
         for linear in _LINEARS:
             for part, tensor in tensors_of(getattr(layer, linear)).items():
                 yield f"{number}.{linear}/{part}", tensor

@@ -1,7 +1,7 @@
 """Folders to a decoder's weights: the base or merged model, the adapter's changes, the form to compute in."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from cqlora.errors import ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.decoder import Layer, Weights
 from cqlora.inference.form import Form, Layout
-from cqlora.inference.linear import AdapterTerm, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
+from cqlora.inference.linear import AdapterTerm, Biased, Dense, FusedNf4, Linear, pack_dense, pack_for_kernel
 from cqlora.inference.nf4_parts import Nf4Parts, quantise_rows, read_parts
 from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.weights.merge_changes import LowRank
@@ -68,7 +68,7 @@ def build_weights(model: Model, architecture: Architecture, form: Form) -> Weigh
     embedding = matrix(INPUT)
     return Weights(
         embedding=embedding,
-        layers=[build_layer(model, f"model.layers.{n}.", form) for n in range(architecture.layers)],
+        layers=[build_layer(model, architecture, f"model.layers.{n}.", form) for n in range(architecture.layers)],
         norm=model.dense(NORM).to(form.device, form.activations),
         head=Dense(embedding if model.source.plan.tied else matrix(OUTPUT)),
     )
@@ -78,29 +78,40 @@ def pack_weights(weights: Weights) -> Weights:
     """The weights with every bfloat16 matrix in oneDNN's own order; the layers of `weights` are used up."""
     for number, layer in enumerate(weights.layers):
         # One by one, so that no more than one of them is held twice.
-        weights.layers[number] = Layer(
-            attention_norm=layer.attention_norm,
+        weights.layers[number] = replace(
+            layer,
             query_key_value=pack_dense(layer.query_key_value),
             attention_output=pack_dense(layer.attention_output),
-            feed_forward_norm=layer.feed_forward_norm,
             gate_up=pack_dense(layer.gate_up),
             down=pack_dense(layer.down),
         )
     return Weights(weights.embedding, weights.layers, weights.norm, pack_dense(weights.head))
 
 
-def build_layer(model: Model, prefix: str, form: Form) -> Layer:
+def build_layer(model: Model, architecture: Architecture, prefix: str, form: Form) -> Layer:
     """One block's weights; `prefix` is its name with a dot at the end."""
 
-    def joined(*names: str) -> Linear:
-        return build_linear(model, [f"{prefix}{name}.weight" for name in names], form)
+    def vector(name: str) -> torch.Tensor:
+        return model.dense(f"{prefix}{name}").to(form.device, form.activations)
 
     def norm(name: str) -> torch.Tensor:
-        return model.dense(f"{prefix}{name}.weight").to(form.device, form.activations)
+        return vector(f"{name}.weight")
+
+    def joined(*names: str) -> Linear:
+        product = build_linear(model, [f"{prefix}{name}.weight" for name in names], form)
+        # Of the layers that are joined all have a bias or none has.
+        if names[0].rpartition(".")[2] not in architecture.biases:
+            return product
+        return Biased(product, torch.cat([vector(f"{name}.bias") for name in names]))
+
+    def head_norms() -> torch.Tensor:
+        heads = {"self_attn.q_norm": architecture.heads, "self_attn.k_norm": architecture.key_value_heads}
+        return torch.cat([norm(name).expand(count, -1) for name, count in heads.items()])
 
     return Layer(
         attention_norm=norm("input_layernorm"),
         query_key_value=joined("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        head_norms=head_norms() if architecture.head_norms else None,
         attention_output=joined("self_attn.o_proj"),
         feed_forward_norm=norm("post_attention_layernorm"),
         gate_up=joined("mlp.gate_proj", "mlp.up_proj"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqlora.architectures import Part, find_head_dim, require_known
+from cqlora.architectures import Part, find_head_dim, find_unrotated_layers, require_known
 from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
 from cqlora.system.model_config import DERIVED
@@ -98,12 +98,8 @@ def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
 
 def check_rotary_layers(config: dict[str, Any], folder: Path) -> None:
     """Raise ModelError where a smollm3 leaves other layers without rotary embedding than llama.cpp does."""
-    if config["model_type"] != "smollm3":
-        return
-    layers, step = range(1, config["num_hidden_layers"] + 1), config.get("no_rope_layer_interval", _STEP_WITHOUT_ROTARY)
-    # 1 stands for a layer with rotary embedding, whatever the key is called.
-    rotary = config.get("no_rope_layers") or [int(layer % step != 0) for layer in layers]
-    if list(map(bool, rotary)) != [layer % _STEP_WITHOUT_ROTARY != 0 for layer in layers]:
+    fourth = range(_STEP_WITHOUT_ROTARY - 1, config["num_hidden_layers"], _STEP_WITHOUT_ROTARY)
+    if config["model_type"] == "smollm3" and find_unrotated_layers(config) != list(fourth):
         raise ModelError(
             f"{folder} leaves other layers than every fourth without rotary embedding, which a GGUF file cannot say; "
             "use format=safetensors."

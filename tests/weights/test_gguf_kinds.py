@@ -1,53 +1,24 @@
 """GGUF files of the kinds of model that are not LLaMA: what `gguf` reads is the model, tensor by tensor."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
 from cqlora.architectures import MODEL_TYPES, Part
 from cqlora.config.choices import ModelFormat
 from cqlora.errors import ModelError
 from cqlora.weights.gguf_write import ARCHITECTURES
-from tests.weights.adapters import attach, load, logits, write_adapter, write_tiny_base
+from tests.kinds import OPTIONS, SHAPE, write_kind
+from tests.weights.adapters import attach, load, logits, write_adapter
 from tests.weights.test_merge import edit, merge
 
-SHAPE = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "bos_token_id": 1,
-    "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
-OPTIONS = {
-    "mistral": {"sliding_window": None, "head_dim": 32},
-    "qwen2": {},
-    "qwen3": {"head_dim": 32},
-    "smollm3": {},
-}
+KINDS = [kind for kind in OPTIONS if kind != "llama"]
 NEIGHBOURS = {"mistral", "smollm3"}
 """Kinds whose query and key rows llama.cpp's converter puts in the order of neighbours (its `undo_permute`)."""
-
-
-def write_kind(kind: str, folder: Path, **options) -> Path:
-    """A random model of a kind whose biases and norms matter, with a tiny base's tokenizer."""
-    plain = write_tiny_base(folder.parent / "plain")
-    vocab = json.loads((plain / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **(SHAPE | {"vocab_size": vocab} | OPTIONS[kind] | options))
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data * 4 if parameter.dim() == 2 else parameter.data + 0.2 * torch.randn(
-            parameter.shape
-        )  # fmt: skip
-    model.save_pretrained(folder)
-    for file in plain.iterdir():
-        if not (folder / file.name).exists() and file.suffix != ".safetensors":
-            shutil.copy(file, folder)
-    return folder
 
 
 def in_neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -58,7 +29,7 @@ def in_neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
     return of_heads[:, order].reshape(rows.shape)
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gguf_reads_every_tensor_of_a_merged_model_under_llama_cpps_names(kind, tmp_path):
     base = write_kind(kind, tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter")
@@ -89,7 +60,7 @@ def test_transformers_reads_the_file_as_the_model_with_its_adapter(kind, tmp_pat
     assert (logits(read) - expected).abs().max() < 0.02 * expected.std()
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_computes_what_the_unmerged_one_does(kind, tmp_path):
     base = write_kind(kind, tmp_path / "base")
     adapter = write_adapter(base, tmp_path / "adapter")
@@ -106,7 +77,7 @@ def test_qwens_rule_of_splitting_is_written_under_llama_cpps_name(tmp_path):
 
 
 REFUSED = [
-    ("mistral", {"sliding_window": 16}, "within a sliding window of 16 tokens, which cqlora does not; give a model"),
+    ("mistral", {"sliding_window": 16}, "within a sliding window of 16 tokens, which cqlora does not; use format=saf"),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "other layers than every fourth without rotary embedding"),
     ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "other layers than every fourth"),
     ("qwen3", {"attention_bias": True}, "format=gguf writes layers without bias only"),
@@ -125,4 +96,4 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(kind, changed, words,
 
 def test_every_kind_that_is_written_is_tested_here_or_as_llama():
     written = {kind for kind, parts in MODEL_TYPES.items() if Part.gguf in parts}
-    assert written == ARCHITECTURES.keys() == OPTIONS.keys() | {"llama"}
+    assert written == ARCHITECTURES.keys() == OPTIONS.keys()
