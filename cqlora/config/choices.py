@@ -25,6 +25,15 @@ class Attention(Enum):
     flex = "flex"
 
 
+class RopeScaling(Enum):
+    """How positions are scaled for longer texts than the base was trained on; none leaves them as the base has them."""
+
+    none = "none"
+    linear = "linear"
+    yarn = "yarn"
+    llama3 = "llama3"
+
+
 class AdapterMethod(Enum):
     """The low-rank method: LoRA (2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), or none."""
 

@@ -26,6 +26,7 @@ from cqlora.config.choices import (
     Precision,
     Pruner,
     Quantization,
+    RopeScaling,
     Schedule,
     SourceKind,
     Strategy,
@@ -79,6 +80,11 @@ class ModelConfig:
     """Width of one attention head; null is hidden_size / num_attention_heads."""
     max_position_embeddings: int = MISSING
     """Positions that the base was trained for."""
+    rope_scaling: RopeScaling = RopeScaling.none
+    """Scale the base's positions: linear (2306.15595), yarn (2309.00071) or llama3 (as Llama 3.1); none leaves them as
+    the base has them."""
+    rope_factor: float = 1.0
+    """How many times the base's positions a scaled one has."""
     tie_word_embeddings: bool = False
     """Input and output share one embedding matrix."""
     biases: list[str] = field(default_factory=list)
@@ -106,10 +112,25 @@ class ModelConfig:
         else:
             require_positive(self, "head_dim")
         require_divides(self, "model", "num_key_value_heads", "num_attention_heads")
+        self._check_positions()
         unknown = set(self.biases) - {*ATTENTION_LAYERS, *MLP_LAYERS}
         if unknown:
             known = ",".join((*ATTENTION_LAYERS, *MLP_LAYERS))
             raise ConfigError(f"model.biases names {min(unknown)}, which no block has; use some of [{known}].")
+
+    def _check_positions(self) -> None:
+        scaled = self.rope_scaling is not RopeScaling.none
+        require_used(self, "rope_factor", scaled, "model.rope_scaling=linear, yarn or llama3")
+        if scaled and not 1 < self.rope_factor <= 1000:
+            raise ConfigError(
+                f"model.rope_factor={self.rope_factor:g} scales no positions; with model.rope_scaling="
+                f"{self.rope_scaling.name} give a factor above 1, such as model.rope_factor=4."
+            )
+
+    @property
+    def positions(self) -> int:
+        """Positions that the model has as it trains."""
+        return int(self.max_position_embeddings * self.rope_factor)
 
     @property
     def head_size(self) -> int:
@@ -523,11 +544,12 @@ class RunConfig:
         return self.stage.global_batch_size // (self.hardware.micro_batch_size * self.hardware.world_size)
 
     def _check_sequence_length(self) -> None:
-        length, positions = self.stage.sequence_length, self.model.max_position_embeddings
+        length, positions = self.stage.sequence_length, self.model.positions
         if length > positions and not self.stage.allow_beyond_positions:
             raise ConfigError(
                 f"stage.sequence_length={length} is beyond the {positions} positions of model={self.model.name}; "
-                f"use stage.sequence_length={positions} or add stage.allow_beyond_positions=true."
+                f"use stage.sequence_length={positions}, scale them with model.rope_scaling, or add "
+                "stage.allow_beyond_positions=true."
             )
 
     def _check_global_batch(self) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqlora.base import (
     ADAPTER_CONFIG,
+    CARD,
     fingerprint_adapter,
     fingerprint_tokenizer,
     fingerprint_weights,
@@ -15,6 +16,7 @@ from cqlora.base import (
 from cqlora.errors import ConfigError
 from cqlora.inference.damage import described_as_damage
 from cqlora.lineage import check_fingerprints
+from cqlora.positions import scale_as_trained
 from cqlora.system.sealed import hash_document
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ class ModelChoice:
             if not (self.adapter / ADAPTER_CONFIG).is_file():
                 raise ConfigError(f"{self.adapter} has no {ADAPTER_CONFIG}; give a finished run's adapter/ folder.")
             check_fingerprints(self.adapter, fingerprint_tokenizer(self.base), fingerprint_weights(self.base))
+
+    def count_positions(self) -> int:
+        """Positions that it has, an adapter's scaling counted."""
+        cards = [] if self.adapter is None else [(read_card(self.adapter), self.adapter / CARD)]
+        return int(scale_as_trained(read_base(self.base).config, cards, self.base)["max_position_embeddings"])
 
     def describe(self) -> dict[str, Any]:
         """Its name, folders and a fingerprint of all that decides its numbers, for the record."""

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cqlora.base import read_base
 from cqlora.config.schema import DataConfig
 from cqlora.data.held_out import HeldOutText, read_files, read_validation
 from cqlora.errors import ConfigError, ModelError
@@ -105,8 +104,8 @@ def settle_window(config: EvaluateConfig, models: list[ModelChoice]) -> Evaluate
     Raises:
         ConfigError: the window that is asked for is longer than a model's positions.
     """
-    positions = {model.base: int(read_base(model.base).config["max_position_embeddings"]) for model in models}
-    fewest = min(positions, key=lambda base: positions[base])
+    positions = {model.adapter or model.base: model.count_positions() for model in models}
+    fewest = min(positions, key=lambda folder: positions[folder])
     if config.window is not None and config.window > positions[fewest]:
         raise ConfigError(
             f"window={config.window} is beyond the {positions[fewest]} positions of {fewest}; use "

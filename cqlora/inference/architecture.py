@@ -16,7 +16,8 @@ from cqlora.architectures import (
     ties_embeddings,
 )
 from cqlora.errors import ModelError
-from cqlora.weights.rotary import base_frequencies, read_rope, scale_frequencies
+from cqlora.positions import read_rope
+from cqlora.weights.rotary import base_frequencies, rotation_size, scale_frequencies
 
 MOST_POSITIONS = 1 << 22
 """The angles of every position are kept: a gigabyte for so many."""
@@ -85,15 +86,18 @@ def read_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     )
 
 
-def rotary_frequencies(rope: dict[str, Any], head_dim: int, max_length: int) -> torch.Tensor:
-    """float32 (head_dim / 2,): radians per position."""
-    return scale_frequencies(rope, base_frequencies(rope, head_dim), max_length)
+def rotary_tables(rope: dict[str, Any], head_dim: int, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, float32 (max_length, head_dim / 2), that each position's pairs of dimensions turn by."""
+    frequencies = scale_frequencies(rope, base_frequencies(rope, head_dim), max_length)
+    angles, size = torch.arange(max_length, dtype=torch.float32)[:, None] * frequencies, rotation_size(rope)
+    return angles.cos() * size, angles.sin() * size
 
 
 def _read_rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     rope = read_rope(config)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
         raise ModelError(
-            f"{folder} scales positions by rope_type={rope['rope_type']}; the engine runs default, linear and llama3."
+            f"{folder} scales positions by rope_type={rope['rope_type']}, and the engine runs default, linear, llama3 "
+            "and yarn; run this one with transformers or vLLM."
         )
     return rope

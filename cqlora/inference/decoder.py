@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from cqlora.inference.architecture import Architecture, rotary_frequencies
+from cqlora.inference.architecture import Architecture, rotary_tables
 from cqlora.inference.attention import Alone, Attention, Together
 from cqlora.inference.cache import KeyValueCache, Shelf
 from cqlora.inference.linear import Linear
@@ -91,10 +91,9 @@ class Decoder:
         self.weights = weights
         self.dtype, self.device = weights.norm.dtype, weights.norm.device
         self._epsilon = torch.tensor(architecture.epsilon, device=self.device)
-        frequencies = rotary_frequencies(architecture.rope, architecture.head_dim, architecture.max_length)
-        angles = torch.arange(architecture.max_length, dtype=torch.float32)[:, None] * frequencies
-        self._cosine = angles.cos().repeat(1, 2).to(self.device, self.dtype)
-        self._sine = torch.cat([-angles.sin(), angles.sin()], dim=1).to(self.device, self.dtype)
+        cosine, sine = rotary_tables(architecture.rope, architecture.head_dim, architecture.max_length)
+        self._cosine = cosine.repeat(1, 2).to(self.device, self.dtype)
+        self._sine = torch.cat([-sine, sine], dim=1).to(self.device, self.dtype)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for one sequence."""

@@ -3,10 +3,11 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cqlora.base import CARD, Base, check_companions, fingerprint_adapter, fingerprint_weights, read_base
+from cqlora.base import CARD, Base, check_companions, fingerprint_adapter, fingerprint_weights, read_base, read_card
 from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantization
 from cqlora.errors import ConfigError, DiskError
 from cqlora.inference.architecture import read_architecture
@@ -15,6 +16,7 @@ from cqlora.inference.form import Form, choose_form
 from cqlora.inference.nf4_parts import holds_nf4
 from cqlora.inference.snapshot import map_snapshot, snapshot_file, write_snapshot
 from cqlora.inference.weights import Model, build_weights, pack_weights
+from cqlora.positions import scale_as_trained
 from cqlora.system.companions import UNSEAL
 from cqlora.system.sealed import hash_file
 from cqlora.system.shards import ShardReader
@@ -57,7 +59,7 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
     base = read_base(request.folder)
     for folder in {request.folder, request.model_dir}:
         check_companions(base.path, folder, UNSEAL)
-    architecture = read_architecture(base.config, base.path)
+    architecture = read_architecture(read_trained_config(request, base), base.path)
     is_nf4 = holds_nf4(base.config, base.path)
     onto = None if is_nf4 else find_quantisation(request)
     quantised = is_nf4 or onto is not None
@@ -73,6 +75,12 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
             weights = keep_snapshot(weights, file)
     logger.info("%s: %s", request.model_dir, form)
     return Decoder(architecture, pack_weights(weights)), form
+
+
+def read_trained_config(request: Request, base: Base) -> dict[str, Any]:
+    """config.json of the base, as the adapter was trained on it where there is one."""
+    cards = [] if request.base_dir is None else [(read_card(request.model_dir), request.model_dir / CARD)]
+    return scale_as_trained(base.config, cards, base.path)
 
 
 def keep_snapshot(weights: Weights, file: Path) -> Weights:

@@ -12,11 +12,12 @@ from typing import Any
 
 from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
-from cqlora.base import Base
-from cqlora.config.choices import AdapterMethod, Embeddings
+from cqlora.base import CARD, Base, read_card
+from cqlora.config.choices import AdapterMethod, Embeddings, RopeScaling
 from cqlora.config.schema import RunConfig
 from cqlora.errors import ConfigError, ModelError
 from cqlora.plan.shapes import adapted_matrices, block_matrices
+from cqlora.positions import read_positions
 
 _EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
 
@@ -34,6 +35,8 @@ class Fixed:
     embeddings: Embeddings
     rows: frozenset[int]
     """Rows of the embedding matrices that train, under `new_rows`."""
+    positions: tuple[RopeScaling, float] = (RopeScaling.none, 1.0)
+    """How the base's positions were scaled, and by what factor."""
 
 
 def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> None:
@@ -58,7 +61,7 @@ def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> No
 
 def list_differences(config: RunConfig, fixed: Fixed) -> list[tuple[str, str, str]]:
     """Keys whose composed value is not the adapter's: key, the adapter's value and the composed one, as typed."""
-    lora = config.lora
+    lora, model, (scaling, factor) = config.lora, config.model, fixed.positions
     # Low-rank matrices may come beside embeddings that trained alone.
     adds = fixed.method is AdapterMethod.none
     asked = frozenset(adapted_matrices(config.model, lora))
@@ -80,6 +83,8 @@ def list_differences(config: RunConfig, fixed: Fixed) -> list[tuple[str, str, st
                 fixed.embeddings.name,
                 config.stage.embeddings.name,
             ),
+            ("model.rope_scaling", model.rope_scaling is scaling, scaling.name, model.rope_scaling.name),
+            ("model.rope_factor", model.rope_factor == factor, f"{factor:g}", f"{model.rope_factor:g}"),
         )
         if not same
     ]
@@ -107,6 +112,7 @@ def read_fixed(folder: Path) -> Fixed:
             target_modules=frozenset(low_rank - _EMBEDDING_MODULES),
             embeddings=_embeddings_of(names),
             rows=frozenset(row for each in of_matrices for row in each),
+            positions=read_positions(read_card(folder), folder / CARD),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(

@@ -24,6 +24,7 @@ from cqlora.launch.cluster import find_rank_environment
 from cqlora.launch.continuation import Fixed, read_fixed
 from cqlora.plan.memory import choose_checkpointing
 from cqlora.plan.workload import Rows
+from cqlora.positions import scale_positions
 from cqlora.random_base import is_to_be_built
 from cqlora.system.documents import read_object, take
 from cqlora.system.durable import recover_folders
@@ -86,7 +87,7 @@ def look_around(config: RunConfig, run_folder: Path) -> Given:
     """
     base = None if is_to_be_built(config.model) else read_base(config.model.path)
     if base is not None:
-        require_known(Part.train, base.config, base.path, config.stage.sequence_length)
+        check_base(Part.train, config, base)
     return Given(
         machine=probe_for(config.hardware),
         base=base,
@@ -107,7 +108,7 @@ def look_ahead(config: RunConfig, added_rows: int = 0) -> Given:
     except ModelError:
         base = None
     if base is not None:
-        require_known(Part.plan, base.config, base.path, config.stage.sequence_length)
+        check_base(Part.plan, config, base)
     adapter = Path(config.stage.init_adapter)
     return Given(
         machine=probe_for(config.hardware),
@@ -115,6 +116,12 @@ def look_ahead(config: RunConfig, added_rows: int = 0) -> Given:
         rows=Rows(base.vocab_size, base.added_rows) if base else Rows(config.model.vocab_size + added_rows, added_rows),
         adapter=read_adapter(adapter) if config.stage.init_adapter and adapter.is_dir() else None,
     )
+
+
+def check_base(part: Part, config: RunConfig, base: Base) -> None:
+    """Raise ModelError for a base of a kind that a part does not know, or whose positions are scaled already."""
+    require_known(part, base.config, base.path, config.stage.sequence_length)
+    scale_positions(base.config, config.model.rope_scaling, config.model.rope_factor, base.path)
 
 
 def probe_for(hardware: HardwareConfig) -> Machine:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from cqlora.architectures import find_head_dim
@@ -16,6 +16,7 @@ from cqlora.errors import ModelError
 from cqlora.model.attention import name_attention
 from cqlora.model.fused.linear import keep_trainable_layout
 from cqlora.model.sharded_load import Fill, lay_out_base
+from cqlora.positions import read_rope, scale_positions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def load_base(
     try:
         loaded, report = loader.from_pretrained(
             base.path,
+            config=open_config(base, model),
             dtype=dtype,
             quantization_config=quantization_config(model, hardware, dtype),
             attn_implementation=name_attention(model.attention, device.type),
@@ -75,9 +77,19 @@ def open_model(
         return load_base(base, model, hardware, device, dtype), fill_nothing
     check_shape(base, model)
     attention = name_attention(model.attention, device.type)
-    laid_out, fill = lay_out_base(base, quantization_config(model, hardware, dtype), attention, device, dtype)
+    config = open_config(base, model)
+    laid_out, fill = lay_out_base(base, config, quantization_config(model, hardware, dtype), attention, device, dtype)
     logger.info("base %s: %s, block by block, in %s on %s", base.path, model.quantization.name, dtype, device)
     return freeze(laid_out), fill
+
+
+def open_config(base: Base, model: ModelConfig) -> PreTrainedConfig:
+    """transformers' configuration of a base, its positions scaled as the run says."""
+    scaled = scale_positions(base.config, model.rope_scaling, model.rope_factor, base.path)
+    own: PreTrainedConfig = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    if scaled is not base.config:
+        own.rope_parameters, own.max_position_embeddings = read_rope(scaled), scaled["max_position_embeddings"]
+    return own
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

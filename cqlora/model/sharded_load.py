@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Params4bit
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
 from cqlora.base import Base
@@ -29,14 +29,18 @@ _Place = tuple[str, nn.Module, str]
 
 
 def lay_out_base(
-    base: Base, quantization: BitsAndBytesConfig | None, attention: str, device: torch.device, dtype: torch.dtype
+    base: Base,
+    config: PreTrainedConfig,
+    quantization: BitsAndBytesConfig | None,
+    attention: str,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[PreTrainedModel, Fill]:
     """The causal language model of a base folder with empty blocks on `device`, and what fills a block.
 
     Raises:
         ModelError: the weights cannot be read, or lack a tensor that the model has.
     """
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if quantization is not None:

@@ -20,7 +20,13 @@ _OPTIONAL_SIZES = {
     "no_rope_layer_interval": 10_000,
 }  # fmt: skip
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
+    "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
+_ROPE_NEEDS = {
+    "linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")
+}  # fmt: skip
 _LARGEST = 1e12
 
 
@@ -124,9 +130,10 @@ def _check_rope(config: dict[str, Any], file: Path) -> None:
             take_number(values, key, file, 1e-6, _LARGEST, float, default=None)
         for key in ("type", "rope_type"):
             take(values, key, file, str, default=None)
+        take(values, "truncate", file, bool, default=None)
     for values in scalings:
         kind = values.get("rope_type", values.get("type"))
-        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())
+        needed = _ROPE_NEEDS.get(kind, ())
         for key in needed:
             take_number(values, key, file, 1e-6, _LARGEST, float)
         if kind == "llama3" and values["low_freq_factor"] == values["high_freq_factor"]:

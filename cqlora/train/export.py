@@ -20,6 +20,7 @@ from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, keeps_shape, peft_config, save_adapter
 from cqlora.model.load import COMPUTE_DTYPES, quantization_config
 from cqlora.model.pissa import convert_to_lora
+from cqlora.positions import describe_positions
 from cqlora.train.checkpoint import CheckpointStore, find_damage, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def describe_card(config: RunConfig) -> dict[str, Any]:
     adapter = {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
     prompt = getattr(config.stage, "system_prompt", "")
     said = {"system_prompt": prompt} if prompt else {}
+    said |= describe_positions(config.model.rope_scaling, config.model.rope_factor)
     return describe_lineage(config.stage.init_adapter) | {"adapter": adapter} | said
 
 

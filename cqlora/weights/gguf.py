@@ -161,9 +161,13 @@ class GgufModel:
     def _rope_parameters(self) -> dict[str, Any]:
         theta = float(self.field("llama.rope.freq_base", 10000.0))
         scaling = self.field("llama.rope.scaling.type", "none")
-        if scaling == "linear":
-            factor = float(self.field("llama.rope.scaling.factor", 1.0))
-            return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+        if scaling in ("linear", "yarn"):
+            parameters = {"rope_type": scaling, "rope_theta": theta}
+            parameters["factor"] = float(self.field("llama.rope.scaling.factor", 1.0))
+            if scaling == "yarn":
+                original = self.field("llama.rope.scaling.original_context_length")
+                parameters["original_max_position_embeddings"] = int(original or self.field("llama.context_length"))
+            return parameters
         if scaling != "none":
             raise ModelError(f"{self.file} scales its positions by {scaling}; convert the raw weights.")
         if self._rope_factors is None:

@@ -14,11 +14,12 @@ import torch
 from cqlora.architectures import Part, find_head_dim, find_unrotated_layers, require_known
 from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
+from cqlora.positions import read_rope
 from cqlora.system.model_config import DERIVED
 from cqlora.system.shards import TensorSource, TensorSpec
 from cqlora.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, llama3_rope_factors
 from cqlora.weights.gguf_vocabulary import add_vocabulary
-from cqlora.weights.rotary import halves_to_interleaved, read_rope
+from cqlora.weights.rotary import halves_to_interleaved
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
 """llama.cpp's name of the architecture that computes a model_type."""
@@ -26,6 +27,7 @@ _ROTATES_NEIGHBOURS = ("llama", "smollm3")
 """Architectures of llama.cpp that rotate neighbours of a head's dimensions; the others rotate halves."""
 _STEP_WITHOUT_ROTARY = 4
 """llama.cpp leaves every fourth layer of a smollm3 without rotary embedding; no field of the file says otherwise."""
+_YARN_KEYS = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
 _HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GGUF_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 _GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()} | _HEAD_NORMS
@@ -91,9 +93,12 @@ def add_shape(writer: Any, config: dict[str, Any], kind: GgufType) -> None:
     writer.add_rope_dimension_count(find_head_dim(config))
     rope = rope_parameters(config)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(int(original))
 
 
 def check_rotary_layers(config: dict[str, Any], folder: Path) -> None:
@@ -110,11 +115,21 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """The rotary embedding's kind, base and scaling.
 
     Raises:
-        ModelError: a scaling that a GGUF file cannot say.
+        ModelError: a scaling that llama.cpp's architecture does not compute.
     """
     rope = read_rope(config)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ModelError(f"format=gguf cannot hold rotary scaling {rope['rope_type']}; use format=safetensors.")
+    kind, architecture = rope["rope_type"], ARCHITECTURES[config["model_type"]]
+    # Only this architecture reads the tensor that holds llama3's scaling.
+    known = ("default", "linear", "yarn", "llama3") if architecture == "llama" else ("default", "linear", "yarn")
+    if kind not in known:
+        raise ModelError(
+            f"format=gguf cannot hold rotary scaling {kind} of a {config['model_type']} model; use format=safetensors."
+        )
+    if kind == "yarn" and (own := sorted(key for key in rope.keys() - _YARN_KEYS if rope[key] is not None)):
+        raise ModelError(
+            f"format=gguf holds yarn with the bounds of its paper, and this model has {own[0]}={rope[own[0]]}; "
+            "use format=safetensors."
+        )
     return rope
 
 

@@ -13,6 +13,7 @@ from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Q
 from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
 from cqlora.errors import ConfigError, ModelError
+from cqlora.positions import scale_as_trained
 from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
@@ -54,9 +55,14 @@ class Merge:
     notes: list[str] = field(default_factory=list)
     """What could not be checked, or is worth knowing, a sentence each."""
 
+    def trained_config(self) -> dict[str, Any]:
+        """`config.json` of the base as the adapters were trained on it, its positions scaled where they were."""
+        cards = [(adapter.card, adapter.described / CARD) for adapter in self.adapters]
+        return scale_as_trained(self.base.config, cards, self.base.path)
+
     def config(self) -> dict[str, Any]:
         """`config.json` of the merged model."""
-        return self.base.config | {"tie_word_embeddings": self.source.plan.tied}
+        return self.trained_config() | {"tie_word_embeddings": self.source.plan.tied}
 
     def template(self) -> str:
         """The chat template in place of the base's own; empty: the base's stays.
@@ -128,7 +134,10 @@ def plan_merge(
     for pair in pairs:
         plan.add_difference(pair)
     form = choose_format(adapters, onto, double_quantization, precision, averaged)
-    return Merge(base, adapters, MergedSource(reader, plan, form), onto, averaged, pairs, lineage.notes)
+    merge = Merge(base, adapters, MergedSource(reader, plan, form), onto, averaged, pairs, lineage.notes)
+    # Before anything is written: the adapters' cards may tell of positions that no model has.
+    merge.config()
+    return merge
 
 
 def check_what_goes_along(merge: Merge, remedy: str, accepted: Sequence[str] = ()) -> None:

@@ -10,12 +10,12 @@ import torch
 from cqlora.base import Base, fingerprint_weights, read_base, read_card, read_token_ids
 from cqlora.config.differences import DifferenceConfig
 from cqlora.errors import ModelError
+from cqlora.positions import read_rope
 from cqlora.system.documents import read_object, read_object_if_there, shorten
 from cqlora.system.model_config import DERIVED, INPUT, OUTPUT
 from cqlora.system.shards import ShardReader
 from cqlora.weights.gguf_vocabulary import read_template
 from cqlora.weights.merge_changes import Change, RowFeed, RowStream
-from cqlora.weights.rotary import read_rope
 
 _SAME = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

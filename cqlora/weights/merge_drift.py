@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from cqlora.config.choices import MergeOnto, Quantization
@@ -73,7 +80,11 @@ def load_trained(merge: Merge, trained_on: Quantization, form: Nf4Format) -> Any
         Quantization.nf4: nf4_config(form.double_quantization, form.dtype),
     }[trained_on]
     base = AutoModelForCausalLM.from_pretrained(
-        merge.base.path, dtype=form.dtype, quantization_config=quantization, local_files_only=True
+        merge.base.path,
+        config=open_config(merge.trained_config()),
+        dtype=form.dtype,
+        quantization_config=quantization,
+        local_files_only=True,
     )
     keep_trainable_layout(base)
     return PeftModel.from_pretrained(base, merge.adapters[0].folder)
@@ -81,10 +92,7 @@ def load_trained(merge: Merge, trained_on: Quantization, form: Nf4Format) -> Any
 
 def load_merged(source: MergedSource, config: dict[str, Any]) -> PreTrainedModel:
     """A merged model in float32, filled from its source without a file between."""
-    from transformers import AutoConfig
-
-    known = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(open_config(config), dtype=torch.float32)
     stored = [name for name in source.specs if not name.endswith(DERIVED)]
     state = {name: torch.cat(list(source.blocks(name))).float() for name in stored}
     if source.plan.tied:
@@ -93,6 +101,12 @@ def load_merged(source: MergedSource, config: dict[str, Any]) -> PreTrainedModel
     model.tie_weights()
     loaded: PreTrainedModel = model
     return loaded
+
+
+def open_config(config: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration of a config.json."""
+    known = {key: value for key, value in config.items() if key not in ("model_type", "dtype")}
+    return AutoConfig.for_model(config["model_type"], **known)
 
 
 @torch.inference_mode()

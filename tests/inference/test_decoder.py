@@ -18,6 +18,7 @@ from cqlora.weights.merge_plan import MergedSource, MergePlan
 FLOAT32 = Form(Layout.dense, torch.float32, torch.device("cpu"))
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 SHAPES = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -25,6 +26,12 @@ SHAPES = {
     "one pair of keys": {"num_key_value_heads": 1},
     "wide heads": {"head_dim": 48},
     "llama3 positions": {"rope_parameters": LLAMA3},
+    "yarn positions": {"rope_parameters": YARN},
+    "yarn positions with every option": {
+        "rope_parameters": YARN
+        | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 1.2, "truncate": False}
+    },
+    "yarn positions of a stated size": {"rope_parameters": YARN | {"attention_factor": 0.9}},
     "linear positions": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
 }
 

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cqlora.base import read_base
 from cqlora.errors import ModelError
@@ -42,7 +42,7 @@ def test_filled_block_by_block_it_is_the_stock_loaders_model(quantization, base)
     stock = AutoModelForCausalLM.from_pretrained(
         base.path, dtype=torch.float32, quantization_config=quantization, device_map={"": CPU}
     )
-    model, fill = lay_out_base(base, quantization, "sdpa", CPU, torch.float32)
+    model, fill = lay_out_base(base, AutoConfig.from_pretrained(base.path), quantization, "sdpa", CPU, torch.float32)
     for block in model.model.layers:
         fill(block)
     for each in (stock, model):
@@ -58,7 +58,9 @@ def test_filled_block_by_block_it_is_the_stock_loaders_model(quantization, base)
 
 
 def test_a_block_holds_nothing_before_it_is_filled(base):
-    model, fill = lay_out_base(base, nf4(torch.float32), "sdpa", CPU, torch.float32)
+    model, fill = lay_out_base(
+        base, AutoConfig.from_pretrained(base.path), nf4(torch.float32), "sdpa", CPU, torch.float32
+    )
     blocks = model.model.layers
     empty = held_bytes(blocks[0])
     assert empty <= 8 * len(list(blocks[0].parameters()))
@@ -74,4 +76,4 @@ def test_a_tensor_that_the_files_lack_is_named(base):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
-        lay_out_base(base, None, "sdpa", CPU, torch.float32)
+        lay_out_base(base, AutoConfig.from_pretrained(base.path), None, "sdpa", CPU, torch.float32)

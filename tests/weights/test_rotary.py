@@ -8,12 +8,12 @@ import pytest
 
 from cqlora.config.choices import GgufType
 from cqlora.errors import ModelError
+from cqlora.positions import read_rope
 from cqlora.system.shards import ShardReader
 from cqlora.vocab.config import VocabConfig
 from cqlora.weights.convert import convert
 from cqlora.weights.gguf import GgufModel
 from cqlora.weights.gguf_write import write_gguf
-from cqlora.weights.rotary import read_rope
 from tests.weights.meta_reference import Shape, random_state, write_checkpoint, write_pieces
 
 
@@ -56,8 +56,17 @@ def test_an_old_linear_scaling_goes_into_a_gguf_file_and_comes_back(base: Path, 
     assert model.field("general.name") == "a.v1"
 
 
-def test_a_scaling_that_gguf_cannot_say_is_refused_in_the_old_spelling_too(base: Path, tmp_path: Path) -> None:
+def test_yarn_in_the_old_spelling_goes_into_a_gguf_file_and_comes_back(base: Path, tmp_path: Path) -> None:
     config = json.loads((base / "config.json").read_text()) | {"rope_scaling": {"type": "yarn", "factor": 4.0}}
     config.pop("rope_parameters", None)
-    with pytest.raises(ModelError, match="yarn"):
+    write_gguf(tmp_path / "m.f16.gguf", ShardReader(base), config, base, GgufType.f16)
+    expected = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0}
+    expected["original_max_position_embeddings"] = config["max_position_embeddings"]
+    assert GgufModel(tmp_path / "m.f16.gguf").config()["rope_parameters"] == expected
+
+
+def test_a_scaling_that_gguf_cannot_say_is_refused_in_the_old_spelling_too(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    config.pop("rope_parameters", None)
+    with pytest.raises(ModelError, match="dynamic"):
         write_gguf(tmp_path / "m.f16.gguf", ShardReader(base), config, base, GgufType.f16)
