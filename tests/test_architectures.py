@@ -181,3 +181,30 @@ def test_a_run_and_its_plan_and_its_preparation_are_refused_before_anything_is_l
     for verb in ("plan", "prepare"):
         done = run_verb(workspace, verb, "stage=pretrain", "model=tiny", "hardware=cpu", f"model.path={base}", expect=1)
         assert "sliding window of 16 tokens" in done.stderr and "Traceback" not in done.stderr
+
+
+STRANGERS = {
+    "a Mistral with a window": ({"sliding_window": 16}, "attends within a sliding window of 16 tokens"),
+    "a Gemma 3": ({"model_type": "gemma3", "text_config": {}}, "gemma3 model, which is multi-modal"),
+    "a Qwen MoE": ({"model_type": "qwen3_moe", "num_experts": 8}, "a qwen3_moe model, which is a mixture of experts"),
+}
+RUN = ["stage=pretrain", "data=sample", "hardware=cpu", "tracking=none", "model=auto", "stage.sequence_length=64"]
+COMMANDS = {
+    "run": [*RUN, "model.path=base"],
+    "plan": [*RUN, "model.path=base"],
+    "merge": ["base=base", "adapter=[]", "format=gguf", "output_dir=gguf"],
+    "chat": ["base=base"],
+}
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+@pytest.mark.parametrize("changed, words", STRANGERS.values(), ids=STRANGERS)
+def test_each_command_refuses_what_is_not_in_the_table_in_one_sentence(verb, changed, words, tmp_path):
+    file = write_kind("mistral", tmp_path / "base") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    before = sorted(tmp_path.rglob("*"))
+    # The shape of model=auto is read while the configuration is composed, windows are looked at with the base.
+    composed = verb in ("run", "plan") and "window" not in words
+    done = run_verb(tmp_path, verb, *COMMANDS[verb], expect=2 if composed else 1)
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before

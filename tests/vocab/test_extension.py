@@ -1,6 +1,7 @@
 """Extended tokenizers of each kind: what is added, what stays, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_bpe_keeps_the_bases_merges_and_appends_its_own(ranks_base: Path, corpus
     assert after["model"]["merges"][: len(own)] == own
     assert {p: after["model"]["vocab"][p] for p in before["model"]["vocab"]} == before["model"]["vocab"]
     assert after["pre_tokenizer"] == before["pre_tokenizer"]
+
+
+def test_a_base_that_brings_text_to_nfc_is_extended_and_still_does(
+    ranks_base: Path, corpus: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(ranks_base, base)
+    document = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    (base / "tokenizer.json").write_text(json.dumps(document | {"normalizer": {"type": "NFC"}}), encoding="utf-8")
+    assert extend(base, tmp_path / "extended", corpus, "bpe").report.pieces_added > 50
+    assert ids(tmp_path / "extended", "e\u0301") == ids(base, "\u00e9") != ids(ranks_base, "e\u0301")
 
 
 def test_bpe_adds_exactly_the_size_asked_for(ranks_base: Path, corpus: Path, tmp_path: Path) -> None:

@@ -123,13 +123,11 @@ def test_every_text_comes_back_and_one_without_new_pieces_has_the_old_ids(
     changed = 0
     for text, old, new in zip(texts(), before, after, strict=True):
         if any(token >= first for token in new):
-            assert len(new) < len(old), text
+            assert len(new) < len(old) and (not text.isascii() or "<|im_end|>" in text), text
             changed += 1
         else:
             assert new == old, text
     assert changed > 20
-    ascii_alone = [(old, new) for text, old, new in zip(texts(), before, after, strict=True) if text.isascii()]
-    assert len(ascii_alone) > 5 and all(old == new for old, new in ascii_alone)
 
 
 def test_the_extended_model_scores_old_ids_as_the_base_did(real: tuple[Path, Any], extended: Path) -> None:
