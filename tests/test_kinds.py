@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cqlora.architectures import MODEL_TYPES, Part
 from cqlora.base import read_base
-from cqlora.config.choices import ModelFormat
+from cqlora.config.choices import ModelFormat, Precision
 from cqlora.engine import LlamaEngine
 from cqlora.launch.settle import look_ahead
 from cqlora.model.adapters import attach_adapter
@@ -64,7 +64,8 @@ def write_merged(base: Path, workspace: Path, folder: Path) -> None:
 
 
 def write_nf4(base: Path, workspace: Path, folder: Path) -> None:
-    merged = merge(base, [write_adapter(base, folder / "adapter")], folder / "nf4", format=ModelFormat.nf4)
+    adapter, nf4 = write_adapter(base, folder / "adapter"), ModelFormat.nf4
+    merged = merge(base, [adapter], folder / "nf4", format=nf4, precision=Precision.float32)
     model = AutoModelForCausalLM.from_pretrained(merged).train()
     assert torch.isfinite(logits(model)).all()
 

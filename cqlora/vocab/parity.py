@@ -23,7 +23,7 @@ PROBES = (
 
 
 def check_parity(files: TokenizerFiles, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
-    """Check that the tokenizer gives SentencePiece's ids, where it is one, and decodes to what it read; count the texts.
+    """Check that the tokenizer gives SentencePiece's ids, where it is one, and decodes to what it read; count texts.
 
     Raises:
         ModelError: the first text that is not encoded or decoded right.
