@@ -46,7 +46,7 @@ def read_shape(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: see `read_from_base`.
     """
-    # Nine keys are asked for, one after the other, and a folder says the same to each.
+    # Keys are asked for one after the other, and a folder says the same to each.
     return _read_shape(folder, _state_of(folder / "config.json"), _state_of(folder / "cqlora.json"))
 
 
