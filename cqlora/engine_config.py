@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from cqlora.architectures import Part, require_known
 from cqlora.base import fingerprint_tokenizer, fingerprint_weights, read_base
 from cqlora.config.checks import check_fields
 from cqlora.errors import ConfigError
@@ -51,6 +52,7 @@ class EngineConfig:
 
     def _check_folders(self) -> None:
         base = read_base(self.base)
+        require_known(Part.engine, base.config, base.path)
         if not self.adapter:
             return
         adapter = Path(self.adapter)

@@ -185,7 +185,7 @@ def test_a_run_and_its_plan_and_its_preparation_are_refused_before_anything_is_l
 
 STRANGERS = {
     "a Mistral with a window": ({"sliding_window": 16}, "attends within a sliding window of 16 tokens"),
-    "a Gemma 3": ({"model_type": "gemma3", "text_config": {}}, "gemma3 model, which is multi-modal"),
+    "a Gemma 3": ({"model_type": "gemma3", "text_config": {}}, "model, which is multi-modal"),
     "a Qwen MoE": ({"model_type": "qwen3_moe", "num_experts": 8}, "a qwen3_moe model, which is a mixture of experts"),
 }
 RUN = ["stage=pretrain", "data=sample", "hardware=cpu", "tracking=none", "model=auto", "stage.sequence_length=64"]

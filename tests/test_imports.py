@@ -18,7 +18,7 @@ ARROWS = {
     "convert": {"cli", "config", "vocab", "weights"},
     "data": {"base", "config", "errors", "system"},
     "engine": {"base", "data", "errors", "inference", "system"},
-    "engine_config": {"base", "config", "engine", "errors", "inference", "lineage"},
+    "engine_config": {"architectures", "base", "config", "engine", "errors", "inference", "lineage"},
     "evaluate": {"cli", "config", "errors", "evaluation", "system", "train"},
     "evaluation": {"base", "config", "data", "engine", "errors", "inference", "lineage", "positions", "system"},
     "extend": {"cli", "config", "errors", "vocab", "weights"},
