@@ -103,9 +103,7 @@ def test_a_merge_of_a_merge_keeps_what_both_were_trained_on_and_the_licence_of_t
     def told(what: str) -> str:
         return f"---\ntags: [cqlora]\nlanguage: [zh]\n---\n\n# x\n\n## Training\n\n- {what}\n\n## Use\n\nno\n"
 
-    base = (
-        "---\nlicense: llama2\nbase_model: elsewhere/base\ntags: [text]\n---\n\n# B\n\n## Training\n\n- others\n"
-    )
+    base = "---\nlicense: llama2\nbase_model: elsewhere/base\ntags: [text]\n---\n\n# B\n\n## Training\n\n- others\n"
     once = page_of_merge("once", Path(HUB), "transformers", base, [told("first")])
     twice = page_of_merge("twice", Path("models/once"), "", once, [told("second")])
     assert front_of(once)["base_model"] == "HuggingFaceTB/SmolLM2-135M" and "base_model" not in front_of(twice)

@@ -16,11 +16,12 @@ from cqlora.config.choices import MergeOnto, MergeRows, Precision
 from cqlora.errors import ConfigError, ModelError
 from cqlora.merge import MergeConfig, merge
 from cqlora.model.fused.linear import keep_trainable_layout
-from cqlora.system import shards
 from cqlora.weights import merge_rows
 from tests.cards import change_card
 from tests.conftest import run_verb
-from tests.weights.adapters import attach, load, logits, write_adapter, write_tiny_base
+from tests.weights.adapters import attach, load, logits, write_adapter
+
+pytestmark = pytest.mark.usefixtures("_small_blocks")
 
 ROWS = [300, 17, 305]
 BOTH = {"embed_tokens": ROWS, "lm_head": ROWS}
@@ -43,22 +44,6 @@ KINDS = {
 }  # fmt: skip
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 """What vLLM puts LoRA on in a LLaMA."""
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("untied") / "base")
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("tied") / "base", tied=True)
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    """A block of rows smaller than a matrix, as on a real one."""
-    monkeypatch.setattr(shards, "READ_BYTES", 5000)
 
 
 def part(base: Path, adapter: Path, output: Path, **options) -> Path:
