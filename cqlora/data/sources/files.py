@@ -29,8 +29,10 @@ _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[-+.\w]+', re.DOTALL)
 """What an element of a JSON array is made of: strings, brackets, and other values."""
 _ESCAPE = re.compile(r"\\[nrt\\]")
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
-_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(["'])(?:role|from|content|value)\1\s*:""")
-"""How a cell begins that holds messages, or one."""
+_OPENS_OBJECT = re.compile(r"\s*\[?\s*\{")
+_WHO, _WHAT = r"'(?:role|from)'\s*:", r"'(?:content|value)'\s*:"
+_PYTHONS_MESSAGES = re.compile(rf"\s*\[?\s*\{{\s*(?:{_WHO}.*{_WHAT}|{_WHAT}.*{_WHO})", re.DOTALL)
+"""How a cell begins that holds messages as Python shows them."""
 LONG_NUMBER = "number of thousands of digits"
 TOO_DEEP = "nested too deeply"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -343,17 +345,28 @@ def name_cells(names: list[str], cells: list[str] | UnreadableRowError) -> Any:
 
 
 def open_cell(cell: str) -> Any:
-    """A cell's text; the messages that it holds, where it is the JSON of messages.
+    """A cell's text; the messages that it holds, where it is the JSON of some, or of one. Other JSON stays text.
 
     Raises:
         UnreadableRowError: it holds messages in Python's notation, as pandas writes lists.
     """
-    if not _MESSAGES.match(cell):
+    if not _OPENS_OBJECT.match(cell):
         return cell
+    if _PYTHONS_MESSAGES.match(cell):
+        raise UnreadableRowError("cell of messages in Python's notation, not JSON")
     try:
-        return json.loads(cell)
+        found = json.loads(cell)
     except (ValueError, RecursionError):
-        raise UnreadableRowError("cell of messages that is no JSON") from None
+        return cell
+    messages = found if isinstance(found, list) else [found]
+    return found if messages and all(map(is_message, messages)) else cell
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value says who speaks, and what."""
+    return (
+        isinstance(value, dict) and bool({"role", "from"} & value.keys()) and bool({"content", "value"} & value.keys())
+    )
 
 
 def read_text(file: SourceFile, separator: str) -> Iterator[RawRow]:

@@ -300,12 +300,12 @@ def test_messages_in_a_cell_are_messages_where_they_are_json_and_rejected_in_pyt
             ("prompt", "chosen"),
             ("q", json.dumps(messages, ensure_ascii=False)),
             ("q", str(messages)),
-            ('{"answer": 1}', "[1, 2]"),
+            ('{"value": 1}', "[{'from': 'Bonn'}]"),
         ])  # fmt: skip
     bodies = [row.body for row in read_table(SourceFile(tmp_path / "a.csv", None), ",")]
     assert bodies[0] == {"prompt": "q", "chosen": messages}
-    assert str(bodies[1]) == "cell of messages that is no JSON"
-    assert bodies[2] == {"prompt": '{"answer": 1}', "chosen": "[1, 2]"}
+    assert str(bodies[1]) == "cell of messages in Python's notation, not JSON"
+    assert bodies[2] == {"prompt": '{"value": 1}', "chosen": "[{'from': 'Bonn'}]"}
 
 
 @pytest.mark.usefixtures("cell_limit_put_back")
