@@ -5,7 +5,7 @@ where both write the same conversations, so that a form that is not quite the te
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,58 +24,71 @@ Messages = Sequence[Mapping[str, str]]
 class PromptForm:
     """How a family of templates writes the turns of a conversation, `{}` for the words."""
 
-    system: str
     user: str
     assistant: str
     reply: str
     """What opens the reply that is asked for."""
     stop: tuple[str, ...]
-    user_after_system: str = ""
-    """Where a system message is written within the first question: that question."""
+    system: str = ""
+    """Empty where a system message is written within a question."""
+    question_with_system: str = ""
+    """That question, `{system}` for the message."""
+    within_last: bool = False
+    """It is the last question, and not the first."""
 
     def render(self, messages: Messages) -> str:
         """The conversation as text, as Go would give it, up to where the reply begins."""
-        texts = [self._form(messages, place).format(each["content"]) for place, each in enumerate(messages)]
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        holder = len(messages) - 1 if self.within_last else 1
+        texts = []
+        for place, message in enumerate(messages):
+            within = self.question_with_system and system and message["role"] == "user" and place == holder
+            form: str = self.question_with_system if within else getattr(self, message["role"])
+            texts.append(form.format(message["content"], system=system))
         return "".join(texts) + self.reply
 
-    def _form(self, messages: Messages, place: int) -> str:
-        role = messages[place]["role"]
-        within = role == "user" and place == 1 and messages[0]["role"] == "system"
-        form: str = self.user_after_system if within and self.user_after_system else getattr(self, role)
-        return form
-
     def in_go(self) -> str:
-        """The same in the language of Go's text/template, over Ollama's `.Messages`."""
-        branches = [('eq .Role "system"', self.system)]
-        if self.user_after_system:
-            branches.append(('and (eq .Role "user") (eq $i 1) $.System', self.user_after_system))
-        branches += [('eq .Role "user"', self.user), ('eq .Role "assistant"', self.assistant)]
+        """The same in the language of Go's text/template, over Ollama's `.Messages` and `.System`."""
+        place = "(eq (len (slice $.Messages $i)) 1)" if self.within_last else "(eq $i 1)"
+        branches = [
+            ('eq .Role "system"', self.system),
+            (f'and (eq .Role "user") {place} $.System', self.question_with_system),
+            ('eq .Role "user"', self.user),
+            ('eq .Role "assistant"', self.assistant),
+        ]
         written = "{{ else ".join(
-            f"if {condition} }}}}{form.replace('{}', '{{ .Content }}')}" for condition, form in branches
+            f"if {condition} }}}}{form.format('{{ .Content }}', system='{{ $.System }}')}"
+            for condition, form in branches
+            if form
         )
         return f"{{{{- range $i, $_ := .Messages }}}}{{{{ {written}{{{{ end }}}}{{{{ end }}}}{self.reply}"
 
 
 def _alike(turn: str, stop: tuple[str, ...]) -> PromptForm:
     """A form whose turns differ by the name of the role alone."""
-    roles = {role: turn.replace("ROLE", role) for role in ("system", "user", "assistant")}
-    return PromptForm(**roles, reply=roles["assistant"].partition("{}")[0], stop=stop)
+    system, user, assistant = (turn.replace("ROLE", role) for role in ("system", "user", "assistant"))
+    return PromptForm(user, assistant, assistant.partition("{}")[0], stop, system)
 
 
+_CHATML = _alike("<|im_start|>ROLE\n{}<|im_end|>\n", ("<|im_start|>", "<|im_end|>"))
+_MISTRAL = PromptForm(
+    user="[INST] {} [/INST]", assistant=" {}</s>", reply="", stop=("[INST]", "</s>"),
+    question_with_system="[INST] {system}\n\n{} [/INST]",
+)  # fmt: skip
 FORMS = {
-    "chatml": _alike("<|im_start|>ROLE\n{}<|im_end|>\n", ("<|im_start|>", "<|im_end|>")),
+    "chatml": _CHATML,
+    "chatml_without_thoughts": replace(_CHATML, reply=f"{_CHATML.reply}<think>\n\n</think>\n\n"),
     "llama3": _alike("<|start_header_id|>ROLE<|end_header_id|>\n\n{}<|eot_id|>", ("<|start_header_id|>", "<|eot_id|>")),
     "llama2": PromptForm(
-        system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n", user="[INST] {} [/INST]", assistant=" {} </s><s>", reply="",
-        stop=("[INST]", "</s>"), user_after_system="{} [/INST]",
+        user="[INST] {} [/INST]", assistant=" {} </s><s>", reply="", stop=("[INST]", "</s>"),
+        question_with_system="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{} [/INST]",
     ),
-    "mistral": PromptForm(
-        system="[INST] {}\n\n", user="[INST] {} [/INST]", assistant=" {}</s>", reply="", stop=("[INST]", "</s>"),
-        user_after_system="{} [/INST]",
+    "mistral": _MISTRAL,
+    "mistral_without_spaces": replace(
+        _MISTRAL, user="[INST] {}[/INST]", question_with_system="[INST] {system}\n\n{}[/INST]"
     ),
-    "mistral_v3": PromptForm(
-        system="[INST] {}\n\n", user="[INST] {}[/INST]", assistant=" {}</s>", reply="", stop=("[INST]", "</s>"),
-        user_after_system="{}[/INST]",
+    "mistral_v3": replace(
+        _MISTRAL, user="[INST] {}[/INST]", question_with_system="[INST] {system}\n\n{}[/INST]", within_last=True
     ),
 }  # fmt: skip
 """What Ollama can be told, by the name of the family."""
