@@ -18,6 +18,8 @@ from cqlora.system.tensor_files import read_tensors
 CARD = "cqlora.json"
 """Beside a base that cqlora wrote: which rows were added. Beside an adapter: what it was trained on."""
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+README = "README.md"
+"""The model card that people read, beside either."""
 _SEAL = "card_sha256"
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ADAPTER_DIGESTS = {"adapter_sha256": ADAPTER_WEIGHTS, "adapter_config_sha256": ADAPTER_CONFIG}
@@ -155,7 +157,12 @@ def seal_card(folder: Path, card: dict[str, Any]) -> None:
             card[key] = hash_whole(folder / name)
     if (folder / "tokenizer.json").is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
         card["companions"] = hash_companions(folder)
-    write_json(folder / CARD, card | {_SEAL: hash_document(card)})
+    write_json(folder / CARD, seal(card))
+
+
+def seal(card: dict[str, Any]) -> dict[str, Any]:
+    """A card with the digest of what it says."""
+    return card | {_SEAL: hash_document(card)}
 
 
 def verify_adapter(folder: Path) -> None:

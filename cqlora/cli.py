@@ -30,6 +30,7 @@ VERBS = {
     "chat": "talk to a base with its adapter, or to a merged model, in the terminal",
     "serve": "an OpenAI-compatible HTTP API and a chat page for a model of yours",
     "report": "one HTML page of a run, a sweep or several runs",
+    "push": "upload an adapter or a merged model to a hub, or say what would be",
 }
 
 _FLAGS_WITH_VALUE = {

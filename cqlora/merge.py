@@ -3,20 +3,23 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from cqlora.cli import run_program
 from cqlora.config.checks import check_fields, check_path, require_positive, require_range, require_used
-from cqlora.config.choices import Device, GgufType, MergeOnto, ModelFormat, Precision
+from cqlora.config.choices import Device, GgufType, MergeOnto, MergeRows, ModelFormat, Precision
 from cqlora.config.differences import parse_differences
 from cqlora.errors import ConfigError
 from cqlora.launch.settle import choose_precision
 from cqlora.system.companions import ACCEPT, check_accepted
 from cqlora.system.machine import probe_machine
 from cqlora.weights.sizes import parse_size
+
+if TYPE_CHECKING:
+    from cqlora.weights.merge import Merge
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,6 +50,9 @@ class MergeConfig:
     [generation_config.json]; they go along as they are now."""
     onto: MergeOnto = MergeOnto["16bit"]
     """What the adapter is added to: the base's own weights, or what their NF4 form stood for in training."""
+    rows: MergeRows = MergeRows.along
+    """`only` merges trained rows and what was trained whole, and leaves the low-rank matrices beside it as plain LoRA,
+    as vLLM serves it: output_dir/base and output_dir/adapter."""
     format: ModelFormat = ModelFormat.safetensors
     """Hugging Face safetensors in 16 bits, a GGUF file, or safetensors in NF4."""
     gguf_type: GgufType = GgufType.f16
@@ -77,6 +83,7 @@ class MergeConfig:
         if self.measure and (len(self.adapter) != 1 or self.adapter_weight != 1 or self.add):
             raise ConfigError("measure compares with one adapter's training; use adapter=FOLDER alone.")
         self._check_effects()
+        self._check_rows()
         if self.measure_tokens < 2:
             raise ConfigError(f"measure_tokens={self.measure_tokens} is too few; use at least 2.")
 
@@ -99,6 +106,20 @@ class MergeConfig:
                 raise ConfigError(f"{key}= names an empty folder; use {key}=[FIRST,SECOND].")
             for folder in folders:
                 check_path(key, folder)
+
+    def _check_rows(self) -> None:
+        """Raise ConfigError for what rows=only cannot leave beside the base as one plain adapter."""
+        if self.rows is not MergeRows.only:
+            return
+        if len(self.adapter) != 1:
+            raise ConfigError("rows=only parts one adapter, which adapter=FOLDER names; give one alone.")
+        if self.format is ModelFormat.gguf:
+            raise ConfigError(
+                "rows=only leaves an adapter in PEFT's form, which no GGUF file takes; leave out format=."
+            )
+        whole = {"adapter_weight": self.adapter_weight != 1, "add": bool(self.add), "measure": bool(self.measure)}
+        for key in (key for key, given in whole.items() if given):
+            raise ConfigError(f"{key}= is of adapters that are merged whole; leave it out, or rows=only.")
 
     def _check_effects(self) -> None:
         """Raise ConfigError for an option that this merge does not read."""
@@ -138,12 +159,38 @@ def merge(config: MergeConfig) -> None:
         if planned.adapters[0].of_checkpoint:
             raise ConfigError(f"measure reads plain PEFT, and adapter={config.adapter[0]} is a run's checkpoint.")
         trained_on = read_training(planned.adapters[0], config.double_quantization, config.precision)
+    if config.rows is MergeRows.only:
+        write_in_parts(planned, config)
+        return
     write_merge(planned, Path(config.output_dir), settle_form(config))
     print(f"{config.output_dir}: {planned.summary()}")
+    if config.format is ModelFormat.gguf:
+        print(tell_ollama(Path(config.output_dir)))
     if config.measure:
         from cqlora.weights.merge_drift import measure_drifts
 
         print(measure_drifts(planned, *trained_on, Path(config.measure), config.measure_tokens))
+
+
+def tell_ollama(folder: Path) -> str:
+    """How Ollama takes in the file, where it could be told how to prompt it."""
+    from cqlora.weights.modelfile import MODELFILE
+
+    if (folder / MODELFILE).is_file():
+        return f"ollama create {folder.name.lower()} -f {folder / MODELFILE}"
+    return (
+        f"note: no {MODELFILE} for Ollama, since the chat template is in no form that Ollama can be told; "
+        "llama.cpp reads the template from the file itself."
+    )
+
+
+def write_in_parts(planned: "Merge", config: MergeConfig) -> None:
+    """Write the base with the rows and the plain adapter beside it, and say how they are served."""
+    from cqlora.weights.merge_rows import part_lora, tell_parts, write_parts
+
+    lora, output_dir = part_lora(planned), Path(config.output_dir)
+    write_parts(planned, lora, output_dir, settle_form(config))
+    print(tell_parts(planned, lora, output_dir))
 
 
 def settle_form(config: MergeConfig) -> MergeConfig:

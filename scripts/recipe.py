@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cqlora.base import read_card
+from cqlora.base import README, read_card
 from cqlora.config.run_yaml import load_run_yaml
+from cqlora.model_card import merged_page
 from cqlora.system.metrics import read_metrics
 from cqlora.system.pages import write_between_markers
 
@@ -52,7 +53,8 @@ def main() -> None:
     merged = options.folder / "model"
     call("merge", f"base={options.base}", f"adapter={tuned}", f"output_dir={merged}")
     table = show_table(record)
-    (merged / "README.md").write_text(write_card(merged, tuned, table), encoding="utf-8")
+    runs = [load_run_yaml(options.folder / stage / "run.yaml") for stage in STAGES]
+    (merged / README).write_text(merged_page(read_card(merged)["base"], runs, table), encoding="utf-8")
     print(table)
     for page in ("README.md", "README.zh-CN.md") if options.write else ():
         write_between_markers(ROOT / page, "recipe", table)
@@ -119,26 +121,6 @@ def share_in_language(model: dict[str, Any], language: str) -> str:
     """Mean share of the characters of replies that are in the prompt's language; empty where none was asked for."""
     shares = [each["language_share"] for each in model.get("generations", []) if each["language"] == language]
     return f"{sum(shares) / len(shares):.0%}" if shares else ""
-
-
-def write_card(merged: Path, adapter: Path, table: str) -> str:
-    """The model card: what it was made of and how, what it scores, what it is not for."""
-    runs = {stage: load_run_yaml(adapter.parent.parent / stage / "run.yaml") for stage in STAGES}
-    told = [
-        f"- {stage}: data={run.data.name}, {run.stage.max_steps} steps of {run.stage.global_batch_size} × "
-        f"{run.stage.sequence_length} tokens, LoRA rank {run.lora.rank}, learning rate {run.stage.learning_rate:g}"
-        for stage, run in runs.items()
-    ]
-    return "\n".join(
-        [
-            "---", "language: [zh, en]", "library_name: transformers", "tags: [cqlora, qlora, chinese]", "---", "",
-            f"# {read_card(merged)['base']}, taught Chinese", "",
-            "Made by `make recipe` of cqlora: continued pretraining, then tuning of the same adapter, merged.", "",
-            *told, "", "Held-out text that no stage trained on, an in-context probe, and replies:", "", table, "",
-            "A small model after minutes of training: it shows what the recipe does and is not for use. Nothing was "
-            "done about harmful, biased or false replies.", "",
-        ]
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

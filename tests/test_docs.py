@@ -23,6 +23,7 @@ NOT_RUN = {
     "python scripts/": "tests/test_scripts.py runs the wrappers",
     "vllm serve": "another program, for GPUs",
     "llama-cli": "another program",
+    "ollama ": "another program",
     "curl ": "tests/serve/test_app.py sends such requests",
     "export ": "shell",
     "ssh ": "shell",

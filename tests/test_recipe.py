@@ -40,5 +40,6 @@ def test_both_stages_are_trained_evaluated_and_merged_with_a_card(tmp_path):
     folder = tmp_path / "outputs" / "recipe"
     assert len(json.loads((folder / "evaluation.json").read_text())["models"]) == 3
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlanguage: [zh, en]") and "- sft: data=sample" in card and "| then tuned |" in card
+    assert card.startswith("---\nlibrary_name: transformers\n") and "| then tuned |" in card
+    assert "- pretrain: base: tiny" in card and "- sft: base: tiny" in card
     assert "is there already; move it away" in run_python(tmp_path, *script, expect=1).stderr

@@ -113,6 +113,7 @@ _WHOLE_PROGRAMS = tuple(
         "Convert",
         "Extend",
         "Fetch",
+        "Push",
         "Generate",
         "Evaluate",
     )

@@ -57,6 +57,7 @@ class SourceKind(Enum):
     belle = "belle"
     alpaca = "alpaca"
     preference = "preference"
+    llama_factory = "llama_factory"
 
 
 class OasstPaths(Enum):
@@ -172,6 +173,13 @@ class TrackingMode(Enum):
 
 MergeOnto = Enum("MergeOnto", {"16bit": "16bit", "nf4": "nf4"})
 """Weights that an adapter is added to: the base's own, or what its NF4 form stands for."""
+
+
+class MergeRows(Enum):
+    """Whether trained rows go into the base with the rest of an adapter, or without its low-rank matrices."""
+
+    along = "along"
+    only = "only"
 
 
 class ModelFormat(Enum):

@@ -36,6 +36,7 @@ SCHEMAS = {
     "chat": ("cqlora.chat", "ChatConfig"),
     "serve": ("cqlora.serve.config", "ServeConfig"),
     "report": ("cqlora.report.config", "ReportConfig"),
+    "push": ("cqlora.push", "PushConfig"),
 }
 """Verb → where its schema is."""
 
@@ -186,6 +187,7 @@ def render_page(language: str, meanings: dict[str, str]) -> str:
         "chat",
         "serve",
         "report",
+        "push",
         "fetch",
     ):
         entries = list(list_entries(load_schema(verb)))

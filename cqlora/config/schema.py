@@ -183,9 +183,10 @@ class SourceConfig:
     path: str = ""
     """File or folder; empty looks under `data.root` by the source's name, then at `dataset`."""
     dataset: str = ""
-    """Hugging Face dataset, read by streaming."""
+    """Hugging Face dataset, read by streaming, or modelscope://ORGANISATION/NAME; of kind=llama_factory an entry of
+    the dataset_info.json at `path`."""
     subset: str = ""
-    """The dataset's configuration, such as 20231101.zh."""
+    """The dataset's configuration, such as 20231101.zh; of a ModelScope dataset a folder of its repository."""
     language: str = ""
     """`zh`, `en` or `mixed`; empty lets each document's script decide."""
     sample: int | None = None

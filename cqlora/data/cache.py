@@ -109,6 +109,7 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
             **{key: value for key, value in source.items() if key not in ("path", "stages", "dataset", "subset")},
             "files": [[file.path.name, file.split, files[file.path]] for file in location.files],
             "dataset": [location.dataset, location.subset],
+            **({"entry": asdict(location.entry)} if location.entry else {}),
         }
     choices = {
         "format": FORMAT_VERSION,

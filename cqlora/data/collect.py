@@ -18,7 +18,7 @@ from cqlora.data.language import detect_language
 from cqlora.data.records import SPLITS, Conversation, RawRow, Record, RowDropped, RowError, dump_record, text_of
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.fields import printable
-from cqlora.data.sources.files import LONG_NUMBER, TOO_DEEP, UnreadableRowError
+from cqlora.data.sources.files import decode_body
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
 
@@ -148,28 +148,6 @@ def describe_record(raw: Record, record: Record, source: SourceConfig, split: st
     family = content_key(raw.family) if isinstance(raw, Conversation) and raw.family else raw_key
     side = UNDECIDED if split is None else SPLITS.index(split)
     return raw_key, key, family, side, LANGUAGES.index(source.language or detect_language(text))
-
-
-def decode_body(body: Any) -> Any:
-    """The row as an object.
-
-    Raises:
-        RowError: it cannot be decoded.
-    """
-    if isinstance(body, UnreadableRowError):
-        raise body
-    if not isinstance(body, bytes):
-        return body
-    try:
-        return json.loads(body)
-    except UnicodeDecodeError:
-        raise RowError("not UTF-8") from None
-    except json.JSONDecodeError:
-        raise RowError("broken JSON") from None
-    except RecursionError:
-        raise RowError(TOO_DEEP) from None
-    except ValueError:
-        raise RowError(LONG_NUMBER) from None
 
 
 def batch_rows(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from cqlora.base import (
     ADAPTER_WEIGHTS,
+    README,
     Base,
     fingerprint_tokenizer,
     fingerprint_weights,
@@ -140,13 +141,15 @@ def save_adapter(
     state: dict[str, torch.Tensor],
     stage: str = "",
     card: dict[str, Any] | None = None,
+    page: str = "",
 ) -> None:
     """Write the adapter as plain PEFT, with the card that says what it was trained on, whole or not at all.
 
     `state` holds whole tensors under PEFT's names, of the trained rank or, as PiSSA's conversion leaves them, of
     twice that at the same scaling. A merge gives what came of `stage` sft the chat template that it was trained in.
     `card` is what the card says beside: the lineage as it was when the run started (`describe_lineage`), and the
-    `system_prompt` that conversations without a system message were trained with.
+    `system_prompt` that conversations without a system message were trained with. `page` is README.md, for people
+    alone: nothing is compared with it, and no fingerprint covers it.
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
@@ -158,6 +161,8 @@ def save_adapter(
         config.save_pretrained(staging)
         save_file(state, staging / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         write_card(staging, base, trained_on, card or describe_lineage(""))
+        if page:
+            (staging / README).write_text(page, encoding="utf-8")
     logger.info("adapter written to %s", folder)
 
 

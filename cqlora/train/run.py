@@ -19,11 +19,13 @@ from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.pissa import convert_to_lora, initialise_pissa
 from cqlora.model.placement import place, unwrap
+from cqlora.model_card import adapter_page
 from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
 from cqlora.random_base import open_base
 from cqlora.system.companions import ACCEPT_IN_RUN, hash_companions
+from cqlora.system.metrics import read_metrics
 from cqlora.system.progress import StageDisplay, show_part
 from cqlora.system.sealed import hash_file
 from cqlora.system.signals import finish_first, preempt_on_signals
@@ -190,5 +192,6 @@ def save_final(config: RunConfig, trainer: Trainer, base: Base, card: dict[str, 
     if config.lora.method is AdapterMethod.pissa:
         state = convert_to_lora(model, state, run_folder)
     if trainer.worker.is_main:
-        save_adapter(model, run_folder / "adapter", base, state, config.stage.name, card)
+        page = adapter_page(config, read_metrics(run_folder))
+        save_adapter(model, run_folder / "adapter", base, state, config.stage.name, card, page)
     trainer.worker.wait()

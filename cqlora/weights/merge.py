@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
-from cqlora.base import CARD, Base, check_companions, read_base, read_card, seal_card
+from cqlora.base import CARD, README, Base, check_companions, read_base, read_card, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config.differences import DifferenceConfig
 from cqlora.data.chat import chat_template
 from cqlora.errors import ConfigError, ModelError
+from cqlora.model_card import page_of_merge
 from cqlora.positions import scale_as_trained
 from cqlora.system.documents import carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
@@ -27,7 +28,7 @@ from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
 
-_REWRITTEN = {CARD, INDEX, "config.json"}
+_REWRITTEN = {CARD, INDEX, README, "config.json"}
 
 
 class OutputOptions(Protocol):
@@ -191,19 +192,40 @@ def write_merge(merge: Merge, output_dir: Path, options: OutputOptions) -> None:
         card = merge.card()
         if options.format is ModelFormat.gguf:
             from cqlora.weights.gguf_write import write_gguf
+            from cqlora.weights.modelfile import write_modelfile
 
             file = staging / f"{output_dir.name}.{options.gguf_type.value}.gguf"
             write_gguf(file, merge.source, merge.config(), merge.base.path, options.gguf_type, merge.template())
+            write_modelfile(staging, file.name, merge.base.path, merge.config(), merge.template())
+            write_page(merge, staging, output_dir.name)
+            seal_card(staging, card)
         else:
-            config, digests = write_folder(merge, staging, options)
-            carry_over(merge.base.path, staging, _REWRITTEN)
-            if merge.template():
-                write_template(staging, merge.template())
-            if spoken := merge.spoken():
-                write_ends(staging, config, spoken_ends(spoken[1]))
-            write_json(staging / "config.json", config)
-            card["weights_sha256"] = combine(config, read_tensors(staging).values(), digests)
-        seal_card(staging, card)
+            write_model(merge, staging, options, card, output_dir.name)
+
+
+def write_model(merge: Merge, folder: Path, options: OutputOptions, card: dict[str, Any], name: str) -> str:
+    """Fill an empty folder with the merged model in Hugging Face form, its card sealed last; return its fingerprint."""
+    config, digests = write_folder(merge, folder, options)
+    carry_over(merge.base.path, folder, _REWRITTEN)
+    if merge.template():
+        write_template(folder, merge.template())
+    if spoken := merge.spoken():
+        write_ends(folder, config, spoken_ends(spoken[1]))
+    write_json(folder / "config.json", config)
+    write_page(merge, folder, name, "transformers")
+    fingerprint = combine(config, read_tensors(folder).values(), digests)
+    seal_card(folder, card | {"weights_sha256": fingerprint})
+    return fingerprint
+
+
+def write_page(merge: Merge, folder: Path, name: str, library: str = "") -> None:
+    """Write the merged model's card for people, from what those of the base and the adapters say."""
+    base, *adapters = (
+        file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for file in (place / README for place in (merge.base.path, *(each.described for each in merge.adapters)))
+    )
+    page = page_of_merge(name, merge.base.path, library, base, adapters)
+    (folder / README).write_text(page, encoding="utf-8")
 
 
 def write_folder(merge: Merge, staging: Path, options: OutputOptions) -> tuple[dict[str, Any], dict[str, str]]:

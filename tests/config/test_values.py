@@ -51,6 +51,7 @@ WHOLE = {
     "serve": ["base=a"],
     "generate": ["base=a", "output=b.jsonl"],
     "report": ["folder=a"],
+    "push": ["folder=a", "repo=b/c"],
     "evaluate": ["base=a"],
 }
 

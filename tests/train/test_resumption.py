@@ -49,6 +49,8 @@ def uninterrupted(workspace: Path) -> Path:
 def assert_same_run(folder: Path, reference: Path) -> None:
     assert losses(folder) == losses(reference)
     assert adapter_sha256(folder) == adapter_sha256(reference)
+    cards = [(run / "adapter" / "README.md").read_text(encoding="utf-8") for run in (folder, reference)]
+    assert cards[0] == cards[1]
 
 
 def test_killed_at_random_moments_and_resumed_it_equals_an_uninterrupted_run(workspace, tmp_path, uninterrupted):

@@ -28,7 +28,7 @@ def test_transformers_reads_the_file_as_the_merged_model(tied, kind, tolerance, 
     merged = merge(base, [adapter], tmp_path / "merged")
     output = merge(base, [adapter], tmp_path / "gguf", format=ModelFormat.gguf, gguf_type=kind)
     name = f"gguf.{kind.value}.gguf"
-    assert {file.name for file in output.iterdir()} == {name, "cqlora.json"}
+    assert {file.name for file in output.iterdir()} == {name, "Modelfile", "README.md", "cqlora.json"}
     read = AutoModelForCausalLM.from_pretrained(output, gguf_file=name, dtype=torch.float32).eval()
     expected = logits(load(merged))
     assert (logits(read) - expected).abs().max() < tolerance * expected.std()

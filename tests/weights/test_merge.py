@@ -29,11 +29,12 @@ from cqlora.errors import ConfigError, ModelError
 from cqlora.merge import MergeConfig
 from cqlora.model.adapters import adapter_state, attach_adapter, save_adapter
 from cqlora.model.load import load_base
-from cqlora.system import shards
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.cards import change_card
 from tests.conftest import ROOT, run_python, run_verb
-from tests.weights.adapters import attach, load, logits, write_adapter, write_tiny_base
+from tests.weights.adapters import attach, load, logits, write_adapter
+
+pytestmark = pytest.mark.usefixtures("_small_blocks")
 
 SIXTEEN, NF4 = MergeOnto["16bit"], MergeOnto["nf4"]
 ROWS = [300, 17, 305]
@@ -71,22 +72,6 @@ STAY_TIED = {
     "both embeddings, kept tied", "saved embedding, kept tied",
 }  # fmt: skip
 """What leaves one matrix for input and output."""
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("untied") / "base")
-
-
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory) -> Path:
-    return write_tiny_base(tmp_path_factory.mktemp("tied") / "base", tied=True)
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    """A block of rows smaller than a matrix, as on a real one."""
-    monkeypatch.setattr(shards, "READ_BYTES", 5000)
 
 
 def options(base: Path, adapters: list[Path], output: Path, **changed) -> MergeConfig:

@@ -13,8 +13,18 @@ from cqlora.data.sources.belle import parse_belle
 from cqlora.data.sources.dialog import parse_dialog
 from cqlora.data.sources.dump import read_dump
 from cqlora.data.sources.hub import read_dataset
-from cqlora.data.sources.location import DELIMITERS, SAMPLE_DIR, Location, SourceFile, find_sources, format_of
+from cqlora.data.sources.llama_factory import parse_described
+from cqlora.data.sources.location import (
+    DELIMITERS,
+    MODELSCOPE,
+    SAMPLE_DIR,
+    Location,
+    SourceFile,
+    find_sources,
+    format_of,
+)
 from cqlora.data.sources.messages import parse_messages
+from cqlora.data.sources.modelscope import read_modelscope
 from cqlora.data.sources.oasst1 import group_messages, parse_oasst1
 from cqlora.data.sources.preference import parse_preference
 from cqlora.data.sources.recognition import name_kind
@@ -36,6 +46,7 @@ PARSERS: dict[SourceKind, Parser] = {
     SourceKind.belle: parse_belle,
     SourceKind.alpaca: parse_alpaca,
     SourceKind.preference: parse_preference,
+    SourceKind.llama_factory: parse_described,
 }
 
 
@@ -53,12 +64,16 @@ PARSERS[SourceKind.auto] = parse_recognised
 def read_rows(location: Location, source: SourceConfig) -> Iterator[RawRow]:
     """All rows of a source, file after file, not yet parsed."""
     rows = read_places(location, source)
+    if location.entry is not None:
+        return (row._replace(body={"entry": location.entry, "row": row.body}) for row in rows)
     return group_messages(rows) if source.kind is SourceKind.oasst1 else rows
 
 
 def read_places(location: Location, source: SourceConfig) -> Iterator[RawRow]:
     """The rows of the dataset, or of every file."""
-    if location.dataset:
+    if location.dataset.startswith(MODELSCOPE):
+        yield from read_modelscope(location, source, read_file)
+    elif location.dataset:
         yield from read_dataset(location)
     for file in location.files:
         yield from read_file(file, source)
@@ -77,4 +92,6 @@ def read_file(file: SourceFile, source: SourceConfig) -> Iterator[RawRow]:
             return read_dump(file)
         case table if table in DELIMITERS:
             return files.read_table(file, DELIMITERS[table])
-    return files.read_text(file, source.separator)
+    # LLaMA-Factory takes every line of a text file for a document.
+    lines = source.kind is SourceKind.llama_factory
+    return files.read_text(file, "\n" if lines else source.separator)

@@ -48,7 +48,7 @@ def parse_history(history: Any) -> list[Turn]:
         RowError: it is of another shape.
     """
     turns = []
-    for exchange in [] if history is None else history if isinstance(history, list) else [history]:
+    for exchange in [] if history in (None, "") else history if isinstance(history, list) else [history]:
         if not isinstance(exchange, list) or len(exchange) != 2 or not all(isinstance(text, str) for text in exchange):
             raise RowError("field history is not a list of questions with their answers")
         if not all(text.strip() for text in exchange):

@@ -5,6 +5,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -28,6 +29,10 @@ _MARKS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|[-+.\w]+', re.DOTALL)
 """What an element of a JSON array is made of: strings, brackets, and other values."""
 _ESCAPE = re.compile(r"\\[nrt\\]")
 _ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+_OPENS_OBJECT = re.compile(r"\s*\[?\s*\{")
+_WHO, _WHAT = r"'(?:role|from)'\s*:", r"'(?:content|value)'\s*:"
+_PYTHONS_MESSAGES = re.compile(rf"\s*\[?\s*\{{\s*(?:{_WHO}.*{_WHAT}|{_WHAT}.*{_WHO})", re.DOTALL)
+"""How a cell begins that holds messages as Python shows them."""
 LONG_NUMBER = "number of thousands of digits"
 TOO_DEEP = "nested too deeply"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -35,6 +40,28 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 class UnreadableRowError(RowError):
     """Stands in a row's place when the row could be found but not taken."""
+
+
+def decode_body(body: Any) -> Any:
+    """The row as an object.
+
+    Raises:
+        RowError: it cannot be decoded.
+    """
+    if isinstance(body, UnreadableRowError):
+        raise body
+    if not isinstance(body, bytes):
+        return body
+    try:
+        return json.loads(body)
+    except UnicodeDecodeError:
+        raise RowError("not UTF-8") from None
+    except json.JSONDecodeError:
+        raise RowError("broken JSON") from None
+    except RecursionError:
+        raise RowError(TOO_DEEP) from None
+    except ValueError:
+        raise RowError(LONG_NUMBER) from None
 
 
 def read_json_lines(file: SourceFile) -> Iterator[RawRow]:
@@ -201,37 +228,145 @@ def rows_of(batch: Any) -> list[Any]:
 def read_table(file: SourceFile, delimiter: str) -> Iterator[RawRow]:
     """The rows of a table as dictionaries of text, by the names in its first row; empty rows and cells are left out.
 
-    A row with another number of cells than the first gives an UnreadableRowError.
+    A first row without a `delimiter` may have another one, as spreadsheets write it in some countries. A row with
+    another number of cells than the first, or a cell beyond MAX_ROW_BYTES, gives an UnreadableRowError.
 
     Raises:
-        DataError: the first row does not name every column once, a cell is longer than MAX_ROW_BYTES, or a quote
-            is not closed or not at a cell's end.
+        DataError: the first row does not name every column once, or a quote is not closed or not at a cell's end.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     with open_stream(file.path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        # Strict: a quote that is not closed, or closed within a cell, would swallow rows or vanish.
-        table = csv.reader(text, delimiter=delimiter, strict=True)
+        first = text.readline()
+        table = TableLines(first, text, sniff_delimiter(first, delimiter))
         try:
-            names = [name.strip() for name in next(table, [])]
+            head = table.take_row() or []
+            names = [""] if isinstance(head, UnreadableRowError) else [name.strip() for name in head]
             if not all(names) or len(set(names)) < len(names):
                 raise DataError(f"{file.path} has a first row that does not name every column once; name them there.")
-            line = table.line_num + 1
-            for cells in table:
-                if any(cells):
-                    yield RawRow(file.path.name, line, name_cells(names, cells), file.split)
-                line = table.line_num + 1
+            while (cells := table.take_row()) is not None:
+                if isinstance(cells, UnreadableRowError) or any(cells):
+                    yield RawRow(file.path.name, table.begin, name_cells(names, cells), file.split)
         except csv.Error as error:
             raise DataError(
-                f"{file.path} is no table from line {table.line_num} on ({first_line(error)}); mend its quotes."
+                f"{file.path} is no table from line {table.line} on ({first_line(error)}); mend its quotes."
             ) from None
 
 
-def name_cells(names: list[str], cells: list[str]) -> Any:
+def sniff_delimiter(first: str, usual: str) -> str:
+    """What stands between the names in a table's first row: the usual, unless another does and the usual does not."""
+    return usual if usual in first else next((other for other in (";", "\t", ",") if other in first), usual)
+
+
+class TableLines:
+    """A table's lines, of which those of the row that is being taken are held."""
+
+    def __init__(self, first: str, rest: Iterator[str], delimiter: str) -> None:
+        self.lines = itertools.chain([first] if first else [], rest)
+        self.delimiter = delimiter
+        self.held: list[str] = []
+        self.line = self.begin = 0
+        """The last line that was read, and the first of the row."""
+        # Strict: a quote that is not closed, or closed within a cell, would swallow rows or vanish.
+        self.reader = csv.reader(self, delimiter=delimiter, strict=True)
+
+    def __iter__(self) -> "TableLines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.lines)
+        self.line += 1
+        self.held.append(line)
+        return line
+
+    def take_row(self) -> list[str] | UnreadableRowError | None:
+        """The next row's cells; None at the end; an error in place of a row with a cell that is too long."""
+        self.held, self.begin = [], self.line + 1
+        try:
+            return next(self.reader, None)
+        except csv.Error as error:
+            if "field larger" not in str(error):
+                raise
+            self.skip_row()
+            return UnreadableRowError(f"cell longer than {MAX_ROW_BYTES >> 20} MiB")
+
+    def skip_row(self) -> None:
+        """Read on to the end of the row that was given up.
+
+        Raises:
+            csv.Error: the table ends before the row does.
+        """
+        quoted = ends_quoted("".join(self.held), self.delimiter)
+        while quoted:
+            self.held = []
+            line = next(self, None)
+            if line is None:
+                raise csv.Error("unexpected end of data")
+            quoted = ends_quoted(line, self.delimiter, quoted)
+
+
+def ends_quoted(text: str, delimiter: str, quoted: bool = False) -> bool:
+    """Whether a part of a row, which begins within quotes or at a cell's start, ends within quotes.
+
+    Raises:
+        csv.Error: something else than another cell follows a quote: it was never meant to close the first one.
+    """
+    place = 0
+    while place < len(text):
+        if not quoted and text[place] == '"':
+            quoted, place = True, place + 1
+        elif quoted:
+            end = text.find('"', place)
+            if end < 0:
+                return True
+            behind = text[end + 1 : end + 2]
+            if behind not in ('"', delimiter, "\r", "\n", ""):
+                raise csv.Error(f"{behind!r} behind a quote")
+            doubled = behind == '"'
+            quoted, place = doubled, end + 2 if doubled else end + 1
+        if not quoted:
+            start = text.find(delimiter, place)
+            if start < 0:
+                return False
+            place = start + 1
+    return quoted
+
+
+def name_cells(names: list[str], cells: list[str] | UnreadableRowError) -> Any:
     """A row's cells that hold something, by their columns' names; an UnreadableRowError where there are others."""
+    if isinstance(cells, UnreadableRowError):
+        return cells
     if len(cells) != len(names):
         return UnreadableRowError(f"{len(cells)} cells where the first row has {len(names)}")
-    return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
+    try:
+        return {name: open_cell(cell) for name, cell in zip(names, cells, strict=True) if cell}
+    except UnreadableRowError as error:
+        return error
+
+
+def open_cell(cell: str) -> Any:
+    """A cell's text; the messages that it holds, where it is the JSON of some, or of one. Other JSON stays text.
+
+    Raises:
+        UnreadableRowError: it holds messages in Python's notation, as pandas writes lists.
+    """
+    if not _OPENS_OBJECT.match(cell):
+        return cell
+    if _PYTHONS_MESSAGES.match(cell):
+        raise UnreadableRowError("cell of messages in Python's notation, not JSON")
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    messages = found if isinstance(found, list) else [found]
+    return found if messages and all(map(is_message, messages)) else cell
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value says who speaks, and what."""
+    return (
+        isinstance(value, dict) and bool({"role", "from"} & value.keys()) and bool({"content", "value"} & value.keys())
+    )
 
 
 def read_text(file: SourceFile, separator: str) -> Iterator[RawRow]:

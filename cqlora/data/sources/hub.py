@@ -10,7 +10,7 @@ from urllib.request import Request, urlopen
 
 from cqlora.data.records import RawRow
 from cqlora.data.sources.files import first_line
-from cqlora.data.sources.location import Location
+from cqlora.data.sources.location import MODELSCOPE, Location
 from cqlora.errors import DataError
 
 HUB_SECONDS = 6.0
@@ -49,13 +49,14 @@ def require_hub(location: Location) -> None:
     Raises:
         DataError: nothing answers within HUB_SECONDS.
     """
-    offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+    of_huggingface = not location.dataset.startswith(MODELSCOPE)
+    offline = of_huggingface and (os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"))
     if not location.dataset or Path(location.dataset).exists() or offline:
         return
     found = [f"no answer in {HUB_SECONDS:g} s"]
 
     def ask() -> None:
-        found[0] = why_unreachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        found[0] = why_unreachable(hub_of(location))
 
     # Resolving a name has no time limit of its own, so another thread waits for it.
     asking = threading.Thread(target=ask, daemon=True)
@@ -63,6 +64,13 @@ def require_hub(location: Location) -> None:
     asking.join(HUB_SECONDS)
     if found[0]:
         raise nowhere(location, found[0])
+
+
+def hub_of(location: Location) -> str:
+    """Address of the hub that the dataset lies on; the environment may name a mirror or another."""
+    if location.dataset.startswith(MODELSCOPE):
+        return os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def why_unreachable(endpoint: str) -> str:
@@ -80,9 +88,9 @@ def why_unreachable(endpoint: str) -> str:
 
 def nowhere(location: Location, why: str) -> DataError:
     """The error that names the three places."""
-    name = location.name
+    name, variable = location.name, "MODELSCOPE" if location.dataset.startswith(MODELSCOPE) else "HF"
     return DataError(
         f"source {name} is nowhere to be found: data.sources.{name}.path is empty, no file or folder of its name lies "
         f"under data.root, and data.sources.{name}.dataset={location.dataset} cannot be streamed ({why}); set "
-        f"data.sources.{name}.path=FILE or data.root=FOLDER, or a mirror by HF_ENDPOINT in the environment."
+        f"data.sources.{name}.path=FILE or data.root=FOLDER, or a mirror by {variable}_ENDPOINT in the environment."
     )

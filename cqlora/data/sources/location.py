@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cqlora.config.choices import SourceKind
 from cqlora.config.schema import DataConfig, SourceConfig
+from cqlora.data.sources.dataset_info import INFO, Entry, read_entry
 from cqlora.errors import DataError
 
 SAMPLE_DIR = Path(__file__).parent.parent / "sample"
@@ -19,6 +20,8 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (*ROW_FORMATS, *DELIMITERS, ".txt", ".md", ".xml")
 SUFFIXES = tuple(kind + compression for kind in FORMATS for compression in COMPRESSIONS)
 
+MODELSCOPE = "modelscope://"
+"""Before the name of a dataset that lies on ModelScope."""
 _WORKBOOKS = (".xls", ".xlsx")
 _COMPANIONS = ("readme", "license", "dataset_info", "dataset_infos")
 """How names of files begin that lie beside a dataset's rows and hold none."""
@@ -45,13 +48,15 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Files on disk, or a Hugging Face dataset where there are none."""
+    """Files on disk, or a dataset of Hugging Face or ModelScope where there are none."""
 
     files: list[SourceFile] = field(default_factory=list)
     dataset: str = ""
     subset: str = ""
     name: str = field(default="NAME", compare=False)
     """The source's."""
+    entry: Entry | None = None
+    """What dataset_info.json says of the rows."""
 
 
 def find_sources(data: DataConfig, stage: str) -> dict[str, Location]:
@@ -71,6 +76,8 @@ def locate_source(name: str, source: SourceConfig, root: str) -> Location:
     Raises:
         DataError: the source is in none of the three places, or a named place is empty.
     """
+    if source.kind is SourceKind.llama_factory:
+        return locate_entry(name, source)
     if source.path:
         what = f"data.sources.{name}.path"
         return Location(files=list_files(Path(source.path).expanduser(), what, source.kind), name=name)
@@ -85,6 +92,29 @@ def locate_source(name: str, source: SourceConfig, root: str) -> Location:
         f"source {name} is not found: data.sources.{name}.path is empty, nothing lies at {place}, and "
         f"data.sources.{name}.dataset is empty; set one of the three, e.g. data.root=FOLDER."
     )
+
+
+def locate_entry(name: str, source: SourceConfig) -> Location:
+    """What an entry of a dataset_info.json names: files beside it, or a hub's dataset.
+
+    Raises:
+        DataError: no such file or entry, or one that cannot be read here.
+    """
+    info = Path(source.path).expanduser()
+    info = info / INFO if info.is_dir() else info
+    if not (source.path and source.dataset and info.is_file()):
+        raise DataError(
+            f"kind=llama_factory reads an entry of a {INFO}, and data.sources.{name} has path={source.path!r}, "
+            f"dataset={source.dataset!r}; give data.sources.{name}.path=FOLDER/{INFO} and "
+            f"data.sources.{name}.dataset=ENTRY."
+        )
+    entry, said = read_entry(info, source.dataset, source)
+    subset = str(said.get("subset") or "")
+    for key, prefix in (("hf_hub_url", ""), ("ms_hub_url", MODELSCOPE)):
+        if said.get(key):
+            return Location(dataset=f"{prefix}{said[key]}", subset=subset, name=name, entry=entry)
+    place, what = info.parent / str(said["file_name"]), f"entry {source.dataset} of {info}: file_name"
+    return Location(files=list_files(place, what, source.kind), name=name, entry=entry)
 
 
 def find_by_name(folder: Path, name: str) -> Path | None:
@@ -109,6 +139,8 @@ def formats_of(kind: SourceKind) -> tuple[str, ...]:
         return FORMATS
     if kind in (SourceKind.text, SourceKind.auto):
         return tuple(each for each in FORMATS if each != ".xml")
+    if kind is SourceKind.llama_factory:
+        return (*ROW_FORMATS, *DELIMITERS, ".txt")
     return (*ROW_FORMATS, *DELIMITERS) if kind in _FLAT else ROW_FORMATS
 
 
@@ -125,7 +157,7 @@ def suffixes_of(kind: SourceKind) -> tuple[str, ...]:
 
 def is_read(file: Path, kind: SourceKind) -> bool:
     """Whether the kind reads a file of a folder; auto passes over what only describes the others."""
-    companion = kind is SourceKind.auto and file.name.lower().startswith(_COMPANIONS)
+    companion = kind in (SourceKind.auto, SourceKind.llama_factory) and file.name.lower().startswith(_COMPANIONS)
     return file.name.lower().endswith(suffixes_of(kind)) and not companion
 
 
@@ -166,15 +198,19 @@ def list_files(path: Path, what: str, kind: SourceKind) -> list[SourceFile]:
             f"{what}={path} holds no file with {formats}, compressed or not, which is what kind={kind.value} reads; "
             "give another folder or a file."
         )
+    return [SourceFile(file, split) for file, split in assign_splits(files)]
+
+
+def assign_splits(files: list[Path]) -> list[tuple[Path, str | None]]:
+    """Files with the splits that their names declare; those without one are left out where others train and hold out.
+
+    None: a hash of the document decides, where no file is for training or none is held out.
+    """
     splits = [split_of(file) for file in files]
     if "train" not in splits:
-        return [SourceFile(file, None) for file in files]
+        return [(file, None) for file in files]
     held_out = any(split in ("val", "test") for split in splits)
-    return [
-        SourceFile(file, split if held_out else None)
-        for file, split in zip(files, splits, strict=True)
-        if split is not None
-    ]
+    return [(file, split if held_out else None) for file, split in zip(files, splits, strict=True) if split is not None]
 
 
 def split_of(file: Path) -> str | None:

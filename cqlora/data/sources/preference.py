@@ -11,7 +11,7 @@ from typing import Any
 from cqlora.config.schema import SourceConfig
 from cqlora.data.records import Record, RowError, Turn
 from cqlora.data.sources.alpaca import QUESTION_FIELDS, earlier_turns, join_input
-from cqlora.data.sources.fields import count_unused, kind_of, optional_text, text_field
+from cqlora.data.sources.fields import UNUSED, count_unused, kind_of, optional_text, text_field
 from cqlora.data.sources.sharegpt import read_turns
 from cqlora.data.sources.turns import close_conversation, drop_leading_answers, put_system
 
@@ -29,20 +29,25 @@ def parse_preference(row: Any, source: SourceConfig, counts: Counter[str]) -> It
         raise RowError(f"row is {kind_of(row)}, not an object")
     if not row.get("rejected"):
         raise RowError("missing field rejected")
-    turns = pair_turns(read_prompt(row, counts), read_reply(row.get("chosen"), counts))
+    turns = pair_turns(read_prompt(row, counts), read_reply(row.get("chosen"), counts), counts)
     counts[CHOSEN_ALONE] += 1
     count_unused(row, ("chosen", "rejected", *_PROMPT_FIELDS, *QUESTION_FIELDS), counts)
     yield close_conversation(drop_leading_answers(turns, counts), counts)
 
 
-def pair_turns(prompt: list[Turn], chosen: list[Turn]) -> list[Turn]:
+def pair_turns(prompt: list[Turn], chosen: list[Turn], counts: Counter[str]) -> list[Turn]:
     """The whole conversation: the prompt and the reply, or chosen messages that begin with the prompt.
+
+    A system message of the prompt stands; another one of the chosen messages is counted as not used.
 
     Raises:
         RowError: the prompt is no question, or the chosen messages are neither.
     """
     asked = [turn for turn in prompt if turn.role != "system"]
     said = [turn for turn in chosen if turn.role != "system"]
+    of_reply = [turn for turn in chosen if turn.role == "system"]
+    if asked != prompt and of_reply and of_reply != prompt[: len(prompt) - len(asked)]:
+        counts[f"{UNUSED}chosen system"] += 1
     if asked and asked[-1].role != "user":
         raise RowError("the prompt does not end with a question")
     if not asked and len(said) == 1:
@@ -50,7 +55,6 @@ def pair_turns(prompt: list[Turn], chosen: list[Turn]) -> list[Turn]:
     if not asked:
         return [*prompt, *chosen] if said == chosen else chosen
     if len(said) == 1 and said[0].role == "assistant":
-        of_reply = [turn for turn in chosen if turn.role == "system"]
         return [*(of_reply if asked == prompt else []), *prompt, *said]
     if said[: len(asked)] != asked:
         raise RowError("field chosen neither is a reply nor begins with the prompt")

@@ -292,8 +292,9 @@ def test_alpaca_keeps_every_word_and_its_order():
     records, counts = parse(SourceKind.alpaca, row)
     assert records == [talk((S, "s"), (U, "早"), (A, "早上好"), (U, "翻译\nHuman: hello"), (A, "你好"))]
     assert counts == {"field not used: id": 1}
-    empty = {"instruction": "q", "input": "", "output": "a", "system": None, "history": []}
-    assert parse(SourceKind.alpaca, empty)[0] == [talk((U, "q"), (A, "a"))]
+    for nothing in ([], "", None):
+        empty = {"instruction": "q", "input": "", "output": "a", "system": None, "history": nothing}
+        assert parse(SourceKind.alpaca, empty)[0] == [talk((U, "q"), (A, "a"))]
 
 
 def said(who: str, value: str) -> dict[str, str]:
@@ -322,6 +323,16 @@ def test_of_a_preference_pair_the_chosen_reply_trains_and_the_count_says_so(row:
     records, counts = parse(SourceKind.preference, row | {"rejected": "bad"})
     assert records == [talk(*turns)]
     assert counts == {"pairs of which the chosen reply alone trains": 1}
+
+
+@pytest.mark.parametrize("system", ["s", "other"])
+@pytest.mark.parametrize("repeats", [False, True], ids=["reply alone", "with the prompt"])
+def test_the_prompts_system_message_stands_and_another_of_the_reply_is_counted(system: str, repeats: bool):
+    chosen = [said(S, system), *([said(U, "q")] if repeats else []), said(A, "good")]
+    records, counts = parse(SourceKind.preference, {"prompt": [said(S, "s"), said(U, "q")], "chosen": chosen,
+                                                    "rejected": "bad"})  # fmt: skip
+    assert records == [talk((S, "s"), (U, "q"), (A, "good"))]
+    assert counts["field not used: chosen system"] == (system == "other")
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,55 @@ def cell_limit_put_back():
 
 
 @pytest.mark.usefixtures("cell_limit_put_back")
+@pytest.mark.parametrize(
+    "cell", ["x" * 200, f'"{"x" * 200}"', '"' + "line, with ""quotes"" of more\n" * 10 + '"', '"' + "ab\n" * 99 + '"'],
+    ids=["plain", "quoted", "of several lines", "of many lines"],
+)  # fmt: skip
+def test_a_cell_that_is_too_long_is_rejected_with_its_row_alone(cell: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    lines = cell.count("\n")
+    (tmp_path / "a.csv").write_text(f'a,b\n1,2\n3,{cell}\n"5\n",6\n{cell},8\n9,10\n')
+    rows = list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
+    assert [row.line for row in rows] == [2, 3, 4 + lines, 6 + lines, 7 + 2 * lines]
+    assert [row.body if isinstance(row.body, dict) else str(row.body) for row in rows] == [
+        {"a": "1", "b": "2"}, "cell longer than 0 MiB", {"a": "5\n", "b": "6"}, "cell longer than 0 MiB",
+        {"a": "9", "b": "10"},
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("cell_limit_put_back")
+def test_a_quote_that_another_one_far_below_seems_to_close_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    (tmp_path / "a.csv").write_text('a,b\n1,"2\n' + "3,4\n" * 100 + '5,"six"\n')
+    with pytest.raises(DataError, match=r"no table from line 103 on \('s' behind a quote\); mend its quotes"):
+        list(read_table(SourceFile(tmp_path / "a.csv", None), ","))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", ","])
+def test_another_delimiter_than_the_suffix_promises_is_seen_in_the_first_row(tmp_path: Path, delimiter: str):
+    (tmp_path / "a.csv").write_text(f"instruction{delimiter}output\nq, or; both{delimiter}a\n".replace(
+        f"q, or; both{delimiter}", f'"q, or; both"{delimiter}'))  # fmt: skip
+    (row,) = read_table(SourceFile(tmp_path / "a.csv", None), ",")
+    assert row.body == {"instruction": "q, or; both", "output": "a"}
+
+
+def test_messages_in_a_cell_are_messages_where_they_are_json_and_rejected_in_pythons_notation(tmp_path: Path):
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([
+            ("prompt", "chosen"),
+            ("q", json.dumps(messages, ensure_ascii=False)),
+            ("q", str(messages)),
+            ('{"value": 1}', "[{'from': 'Bonn'}]"),
+        ])  # fmt: skip
+    bodies = [row.body for row in read_table(SourceFile(tmp_path / "a.csv", None), ",")]
+    assert bodies[0] == {"prompt": "q", "chosen": messages}
+    assert str(bodies[1]) == "cell of messages in Python's notation, not JSON"
+    assert bodies[2] == {"prompt": '{"value": 1}', "chosen": "[{'from': 'Bonn'}]"}
+
+
+@pytest.mark.usefixtures("cell_limit_put_back")
 def test_a_quote_that_never_ends_is_named_and_swallows_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
     (tmp_path / "a.csv").write_text('a,b\n1,"2\n' + "3,4\n" * 100)
