@@ -19,14 +19,15 @@ def fuse_blocks(model: nn.Module, kernels: Kernels = Kernels.plain) -> bool:
     Fused layers compute in the type of their input. PEFT's own take their input to the adapter's float32
     unless autocast keeps them from it, so a model that has any left wants autocast in 16 bits.
     """
-    fused = fuse_lora_linears(model)
     elementwise: Any = plain
     if kernels is Kernels.triton:
         # Not above: it needs Triton, which machines without a GPU need not have.
         from cqlora.model.fused import kernels as elementwise
-
+    fused = fuse_lora_linears(model, elementwise)
+    fuse_mlps(model, elementwise)
+    everything = fused == sum(isinstance(module, LoraLayer) for module in model.modules())
+    # Under autocast torch's norm would give float32.
+    if kernels is Kernels.triton and everything:
         fuse_norms(model)
         fuse_attentions(model, elementwise)
-    fuse_mlps(model, elementwise)
-    adapted = sum(isinstance(module, LoraLayer) for module in model.modules())
-    return fused == adapted
+    return everything

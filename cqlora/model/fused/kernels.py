@@ -5,6 +5,7 @@ they run on tensors without numbers and are counted as what they are.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +14,17 @@ from torch import Tensor
 
 _NUMBERS_PER_PROGRAM = 1024
 _LIBRARY = torch.library.Library("cqlora", "DEF")
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """As `plain.dequantize`, scales that are quantised themselves (double quantisation) read on the way."""
+    nested = state.state2 if state.nested else None
+    scales = (nested.absmax, nested.code, state.offset) if nested else (None, None, None)
+    sizes = (state.blocksize, nested.blocksize if nested else 1)
+    matrix: Tensor = torch.ops.cqlora.dequantize(
+        packed.view(torch.uint8), state.absmax, state.code, *scales, *sizes, state.shape, state.dtype
+    )
+    return matrix
 
 
 def multiply_gate(gate: Tensor, up: Tensor) -> Tensor:
@@ -30,6 +42,26 @@ def differentiate_gate(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
     """As `plain.rotate`."""
     torch.ops.cqlora.rotate(query, key, cos, sin, back)
+
+
+@triton.jit
+def _dequantize(
+    packed, absmax, table, absmax_scale, absmax_table, offset, matrix, count,
+    GROUP: tl.constexpr, ABSMAX_GROUP: tl.constexpr, NESTED: tl.constexpr, SIZE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = at < count
+    byte = tl.load(packed + at, mask=there, other=0).to(tl.int32)
+    group = at // GROUP
+    if NESTED:
+        level = tl.load(absmax + group, mask=there, other=0).to(tl.int32)
+        scale = tl.load(absmax_table + level) * tl.load(absmax_scale + group // ABSMAX_GROUP, mask=there, other=0.0)
+        scale += tl.load(offset)
+    else:
+        scale = tl.load(absmax + group, mask=there, other=0.0)
+    # The first number of a byte is in its upper half.
+    pair = tl.join(tl.load(table + (byte >> 4)) * scale, tl.load(table + (byte & 15)) * scale)
+    tl.store(matrix + 2 * at[:, None] + tl.arange(0, 2)[None, :], pair, mask=there[:, None])
 
 
 @triton.jit
@@ -83,6 +115,19 @@ def _rotate(
     _turn_heads(key, c, s, row, key_heads, HALF, HEADS, PAIRS)
 
 
+def _launch_dequantize(
+    packed: Tensor, absmax: Tensor, table: Tensor, absmax_scale: Tensor | None, absmax_table: Tensor | None,
+    offset: Tensor | None, group: int, absmax_group: int, shape: list[int], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    matrix = torch.empty(shape, dtype=dtype, device=packed.device)
+    with _on_device_of(packed):
+        _dequantize[_programs(packed)](
+            packed, absmax, table, absmax_scale, absmax_table, offset, matrix, packed.numel(),
+            group // 2, absmax_group, absmax_scale is not None, _NUMBERS_PER_PROGRAM,
+        )  # fmt: skip
+    return matrix
+
+
 def _launch_multiply_gate(gate: Tensor, up: Tensor) -> Tensor:
     product = torch.empty_like(gate)
     with _on_device_of(gate):
@@ -119,14 +164,23 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def _register() -> None:
     """Make each launcher a torch operator, with what it gives for tensors without numbers."""
     pair = "(Tensor, Tensor)"
+    _LIBRARY.define(
+        "dequantize(Tensor packed, Tensor absmax, Tensor table, Tensor? absmax_scale, Tensor? absmax_table, "
+        "Tensor? offset, int group, int absmax_group, int[] shape, ScalarType dtype) -> Tensor"
+    )
     _LIBRARY.define("multiply_gate(Tensor gate, Tensor up) -> Tensor")
     _LIBRARY.define(f"differentiate_gate(Tensor(a!) grad, Tensor gate, Tensor up) -> {pair}")
     _LIBRARY.define("rotate(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool back) -> ()")
     for device in ("CPU", "CUDA"):
+        _LIBRARY.impl("dequantize", _launch_dequantize, device)
         _LIBRARY.impl("multiply_gate", _launch_multiply_gate, device)
         _LIBRARY.impl("differentiate_gate", _launch_differentiate_gate, device)
         _LIBRARY.impl("rotate", _launch_rotate, device)
     register_fake = torch.library.register_fake
+    register_fake(
+        "cqlora::dequantize",
+        lambda packed, *rest: torch.empty(rest[-2], dtype=rest[-1], device=packed.device), lib=_LIBRARY,
+    )  # fmt: skip
     register_fake("cqlora::multiply_gate", lambda gate, up: torch.empty_like(gate), lib=_LIBRARY)
     register_fake(
         "cqlora::differentiate_gate", lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(gate)),

@@ -14,16 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from cqlora.model.fused import plain
 
-def fuse_lora_linears(model: nn.Module) -> int:
+
+def fuse_lora_linears(model: nn.Module, elementwise: Any = plain) -> int:
     """Give every plain LoRA layer of `model` the fused forward; return how many there are.
+
+    `elementwise` is the module whose `dequantize` is used: `plain`, or `kernels`.
 
     Modules, parameters and their names stay PEFT's own. A layer keeps the stock forward where it is more than
     y = x W^T + s (x A^T) B^T: with dropout, DoRA or another variant, a bias on the adapter, an 8-bit base, or
@@ -35,6 +38,7 @@ def fuse_lora_linears(model: nn.Module) -> int:
         kind = _FUSED.get(type(module))
         if kind is not None and _is_plain(module):
             module.__class__ = kind
+            module.elementwise = elementwise
             fused += 1
     return fused
 
@@ -65,6 +69,7 @@ def _is_plain(layer: Any) -> bool:
 class _FusedForward:
     """What the fused classes share; the stock forward is next in line."""
 
+    elementwise: Any
     cast_adapter: tuple[Tensor, Tensor] | None = None
     """A and B in the type that is computed in, while `adapters_cast_once` lasts."""
 
@@ -150,6 +155,8 @@ class AdaptedMatrix:
     b: Tensor
     """(out, r)."""
     scale: float
+    elementwise: Any
+    """The module whose `dequantize` reads a W of 4 bits."""
     cast: tuple[Tensor, Tensor] | None = None
     """`a` and `b` in the type that is computed in, where they have been cast already."""
 
@@ -157,7 +164,8 @@ class AdaptedMatrix:
     def of_layer(cls, layer: Any) -> "AdaptedMatrix":
         """The arithmetic of a fused layer's only adapter."""
         (name,) = layer.lora_A
-        return cls(layer.get_base_layer(), *_adapter_of(layer), layer.scaling[name], layer.cast_adapter)
+        base, scale = layer.get_base_layer(), layer.scaling[name]
+        return cls(base, *_adapter_of(layer), scale, layer.elementwise, layer.cast_adapter)
 
     def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """`a` and `b` in `dtype`."""
@@ -171,7 +179,7 @@ class AdaptedMatrix:
         if isinstance(self.base, Linear4bit):
             # FSDP gathers the weight into a plain tensor; the module keeps what is needed to read it.
             state = getattr(weight, "quant_state", None) or self.base.quant_state
-            weight = dequantize_4bit(weight, state)
+            weight = self.elementwise.dequantize(weight, state)
         return weight.to(dtype)
 
     def multiply(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,17 @@
-"""The element-by-element parts of a block in torch's own operators: what runs anywhere, and what kernels equal."""
+"""The element-by-element parts of a block in operators of torch and bitsandbytes, which run anywhere."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """A matrix out of its 4-bit numbers and what bitsandbytes keeps to read them, a `QuantState`."""
+    matrix: Tensor = dequantize_4bit(packed, state)
+    return matrix
 
 
 def multiply_gate(gate: Tensor, up: Tensor) -> Tensor:

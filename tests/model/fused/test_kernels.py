@@ -5,6 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import quantize_4bit
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -26,6 +27,18 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def angles(rows: int, width: int) -> tuple[Tensor, Tensor]:
     turns = random(rows, width // 2, seed=7).repeat(1, 2)
     return turns.cos(), turns.sin()
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("shape", [(4, 64), (48, 704)], ids=["part", "several programs"])
+def test_matrices_of_4_bits_are_bitsandbytes_own(
+    kernels: ModuleType, shape: tuple[int, int], double: bool, storage: torch.dtype
+) -> None:
+    options = {"compress_statistics": double, "quant_type": "nf4", "quant_storage": storage}
+    packed, state = quantize_4bit(random(*shape), **options)
+    assert state.nested == double
+    torch.testing.assert_close(kernels.dequantize(packed, state), plain.dequantize(packed, state), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (3, 1024), (5, 411)], ids=["part", "whole", "whole and part"])
