@@ -18,6 +18,7 @@ from cqlora.config.schema import RunConfig
 from cqlora.model.adapters import attach_adapter
 from cqlora.model.batch import build_batch
 from cqlora.model.fused import fuse_blocks
+from cqlora.model.fused.linear import adapters_cast_once
 from cqlora.model.load import COMPUTE_DTYPES, checkpoint_activations, open_model
 from cqlora.model.objective import Objective
 from cqlora.model.placement import place
@@ -75,7 +76,7 @@ def build_module(config: RunConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
     frozen, fill = open_model(base, config.model, config.hardware, DEVICE, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, "")
     checkpoint_activations(model, config.hardware.activation_checkpointing)
-    fused = fuse_blocks(model)
+    fused = fuse_blocks(model, config.hardware.kernels)
     module = place(Objective(model, dtype, autocast=not fused), config.hardware, DEVICE, fill)
     return module.train(), build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
@@ -83,8 +84,9 @@ def build_module(config: RunConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
 def take_step(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int = 2) -> None:
     """One optimizer step; from the second micro batch on gradients wait beside everything else."""
     packs = [full_pack(config.stage.sequence_length)] * config.hardware.micro_batch_size
-    for _ in range(micro_batches):
-        take_micro_batch(module, packs, config.hardware.world_size)
+    with adapters_cast_once(module, COMPUTE_DTYPES[config.hardware.precision]):
+        for _ in range(micro_batches):
+            take_micro_batch(module, packs, config.hardware.world_size)
     nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], config.stage.max_grad_norm)
     optimizer.step()
     module.zero_grad(set_to_none=True)
