@@ -183,6 +183,7 @@ class Stream:
     def record_event(self, event: Any = None) -> "Stream":
         return self
 
+    def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
 
@@ -208,6 +209,7 @@ def pretend(card: Card, meter: Meter) -> FakeGpu:
     pretend_storages(meter)
     pretend_attention(card)
     pretend_modules()
+    pretend_kernels()
     return FakeGpu(meter)
 
 
@@ -320,3 +322,22 @@ def pretend_modules() -> None:
         return module
 
     nn.Module._apply = apply_in_place  # type: ignore[method-assign]
+
+
+def pretend_kernels() -> None:
+    """Let operators that have a kernel of their own on each device be one operator, which they are on a GPU.
+
+    A build without CUDA has no other kernel for a GPU than the formula of several operators.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("aten::") and has(name, "CPU") and has(name, "CompositeImplicitAutograd"):
+            OPERATORS.impl(name.removeprefix("aten::"), refuse_numbers, "CUDA")
+
+
+def refuse_numbers(*arguments: Any, **options: Any) -> Any:
+    """A kernel on a GPU that is not there."""
+    raise AssertionError("there is no GPU: the fake kernels come first")
+
+
+OPERATORS = torch.library.Library("aten", "IMPL")
