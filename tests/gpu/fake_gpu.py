@@ -208,6 +208,7 @@ def pretend(card: Card, meter: Meter) -> FakeGpu:
     pretend_generators()
     pretend_storages(meter)
     pretend_attention(card)
+    pretend_norm()
     pretend_modules()
     pretend_kernels()
     return FakeGpu(meter)
@@ -283,6 +284,45 @@ def pretend_storages(meter: Meter) -> None:
 
     torch.UntypedStorage.resize_ = resize_and_count  # type: ignore[method-assign]
     torch.save = save_from_host
+
+
+_LIBRARY = torch.library.Library("fake_gpu", "DEF")
+_LIBRARY.define("rms_norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
+_LIBRARY.define("rms_norm_backward(Tensor grad, Tensor x, Tensor roots, Tensor weight) -> Tensor")
+torch.library.register_fake(
+    "fake_gpu::rms_norm",
+    lambda x, weight: (torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)),
+    lib=_LIBRARY,
+)
+torch.library.register_fake(
+    "fake_gpu::rms_norm_backward", lambda grad, x, roots, weight: torch.empty_like(x), lib=_LIBRARY
+)
+
+
+class RmsNorm(torch.autograd.Function):
+    """torch's kernels for RMSNorm with a frozen weight: its input is kept, and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        output, roots = torch.ops.fake_gpu.rms_norm(x, weight)
+        ctx.save_for_backward(x, roots, weight)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, roots, weight = ctx.saved_tensors
+        return torch.ops.fake_gpu.rms_norm_backward(grad, x, roots, weight), None
+
+
+def pretend_norm() -> None:
+    """RMSNorm by the kernels that torch has on a GPU; a build without CUDA takes it apart."""
+    on_host = F.rms_norm
+
+    def normalise(x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
+        on_gpu = isinstance(x, FakeTensor) and weight is not None and not weight.requires_grad
+        return RmsNorm.apply(x, weight) if on_gpu else on_host(x, shape, weight, eps)
+
+    F.rms_norm = normalise  # type: ignore[assignment]
 
 
 def pretend_attention(card: Card) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def fake_gpus(card: Card, meter: Meter, workers: int = 1) -> Iterator[FakeGpu]:
 
 def compose_hollow(folder: Path, *overrides: str) -> RunConfig:
     """A run's settled configuration, its base without weights in `folder`."""
-    config = compose_run("stage=pretrain", "data=sample", f"model.path={folder}", *overrides)
+    plain = () if find_spec("triton") else ("hardware.kernels=plain",)
+    config = compose_run("stage=pretrain", "data=sample", f"model.path={folder}", *plain, *overrides)
     write_hollow_base(config.model, folder)
     return config
 

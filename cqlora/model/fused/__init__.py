@@ -1,5 +1,6 @@
 """Layers whose forward and backward passes are written together, for the blocks that are plain enough."""
 
+import logging
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -11,6 +12,8 @@ from cqlora.model.fused.attention import fuse_attentions
 from cqlora.model.fused.linear import fuse_lora_linears
 from cqlora.model.fused.mlp import fuse_mlps
 from cqlora.model.fused.norm import fuse_norms
+
+logger = logging.getLogger(__name__)
 
 
 def fuse_blocks(model: nn.Module, kernels: Kernels = Kernels.plain) -> bool:
@@ -25,6 +28,7 @@ def fuse_blocks(model: nn.Module, kernels: Kernels = Kernels.plain) -> bool:
         from cqlora.model.fused import kernels as elementwise
     fused = fuse_lora_linears(model, elementwise)
     fuse_mlps(model, elementwise)
+    logger.info("blocks: %d adapted layers fused, kernels %s", fused, kernels.name)
     everything = fused == sum(isinstance(module, LoraLayer) for module in model.modules())
     # Under autocast torch's norm would give float32.
     if kernels is Kernels.triton and everything:

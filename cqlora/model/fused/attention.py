@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
+from cqlora.model.fused import plain
 from cqlora.model.fused.linear import (
     AdaptedMatrix,
     FusedLinear,
@@ -48,6 +49,8 @@ def _is_fusible(module: Any) -> bool:
 
 class _FusedAttention:
     """What the fused classes share; the stock forward is next in line."""
+
+    elementwise: Any = plain
 
     def forward(
         self: Any,

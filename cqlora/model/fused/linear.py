@@ -69,7 +69,7 @@ def _is_plain(layer: Any) -> bool:
 class _FusedForward:
     """What the fused classes share; the stock forward is next in line."""
 
-    elementwise: Any
+    elementwise: Any = plain
     cast_adapter: tuple[Tensor, Tensor] | None = None
     """A and B in the type that is computed in, while `adapters_cast_once` lasts."""
 

@@ -47,7 +47,7 @@ def _has_fused_layers(mlp: LlamaMLP) -> bool:
 class FusedMLP(LlamaMLP):
     """down(silu(gate(x)) * up(x)), keeping x, gate(x), up(x) and the three projections to `rank` columns."""
 
-    elementwise: Any
+    elementwise: Any = plain
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.gate_proj, self.up_proj, self.down_proj)
