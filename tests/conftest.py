@@ -49,7 +49,7 @@ PROCESSOR_TESTS = (
 )
 """Tests whose code chooses by the processor: `make test-processors` runs them as on others."""
 
-SLOW_FIXTURES = {"workspace", "uninterrupted", "work", "served_page"}
+SLOW_FIXTURES = {"workspace", "uninterrupted", "work", "served_page", "fake_gpu"}
 SLOW_MODULES = (
     "test_processes",
     "test_packaging",

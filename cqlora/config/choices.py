@@ -19,6 +19,7 @@ class Attention(Enum):
 
     auto = "auto"
     documents = "documents"
+    varlen = "varlen"
     flash = "flash"
     sdpa = "sdpa"
     eager = "eager"
@@ -129,6 +130,14 @@ class Precision(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Kernels(Enum):
+    """What computes a block's element-by-element parts: torch's operators (plain), or one kernel each (triton)."""
+
+    auto = "auto"
+    plain = "plain"
+    triton = "triton"
 
 
 class Checkpointing(Enum):

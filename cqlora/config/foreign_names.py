@@ -101,6 +101,8 @@ FOREIGN_KEYS = {
     "nnodes": "hardware.nodes",
     "num_machines": "hardware.nodes",
     "gradient_checkpointing": "hardware.activation_checkpointing",
+    "enable_liger_kernel": "hardware.kernels",
+    "use_liger_kernel": "hardware.kernels",
     "deepspeed": "hardware.strategy=fsdp",
     "fsdp": "hardware.strategy=fsdp",
     "report_to": "tracking=wandb, tensorboard, trackio, mlflow or none",

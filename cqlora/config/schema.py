@@ -21,6 +21,7 @@ from cqlora.config.choices import (
     Deduplication,
     Device,
     Embeddings,
+    Kernels,
     OasstPaths,
     Optimizer,
     Precision,
@@ -44,7 +45,7 @@ CONFIG_DIR = _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else Path(__file_
 SETTLED = {
     "model": ("attention",),
     "stage": ("embeddings", "optimizer"),
-    "hardware": ("device", "precision", "gradient_scaler", "activation_checkpointing"),
+    "hardware": ("device", "precision", "gradient_scaler", "activation_checkpointing", "kernels"),
 }
 """By group: what `cqlora.launch.settle` puts in the place of `auto` before a run starts; workers compute by it."""
 SETTLED_KEYS = frozenset(f"{group}.{name}" for group, names in SETTLED.items() for name in names)
@@ -452,6 +453,9 @@ class HardwareConfig:
     """Dynamic loss scaling, which float16 needs, and has where precision=auto comes to it."""
     activation_checkpointing: Checkpointing = Checkpointing.auto
     """Recompute activations in the backward pass (full) or keep them (none); auto keeps what fits."""
+    kernels: Kernels = Kernels.auto
+    """What computes a block's norms, rotations and gates: torch's operators one by one (plain), or a kernel each by
+    Triton (triton), which needs a GPU; auto is triton where it runs."""
     cpu_offload: bool = False
     """fsdp only: keep the sharded weights in host memory between uses."""
     micro_batch_size: int = 1

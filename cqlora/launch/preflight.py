@@ -7,6 +7,7 @@ from cqlora.config.choices import (
     Attention,
     Device,
     Embeddings,
+    Kernels,
     Optimizer,
     Precision,
     Quantization,
@@ -15,7 +16,7 @@ from cqlora.config.choices import (
 from cqlora.config.schema import RunConfig
 from cqlora.errors import CheckpointError, ConfigError, DoesNotFit
 from cqlora.launch.continuation import check_continuation
-from cqlora.launch.settle import Given, count_gpus, lacks_ampere, misses_gpus
+from cqlora.launch.settle import Given, count_gpus, lacks_ampere, lacks_for_kernels, misses_gpus
 from cqlora.plan.estimate import GIB
 from cqlora.plan.fit import Fit
 from cqlora.plan.memory import plan_memory
@@ -39,6 +40,7 @@ def check_run(config: RunConfig, given: Given) -> None:
     check_earlier(config, given)
     check_gpus(config, given)
     check_device_support(config)
+    check_kernels(config, given)
     if given.adapter is not None:
         check_continuation(config, given.adapter, given.base)
     check_embeddings(config, given)
@@ -60,12 +62,16 @@ def check_earlier(config: RunConfig, given: Given) -> None:
     if hardware.device is not Device.cuda:
         return
     old = lacks_ampere(hardware, machine)
+    packages = {Attention.flash: machine.flash_attention, Attention.varlen: machine.varlen_attention}
+    attends = packages.get(config.model.attention, True) and not old
+    compiles = lacks_for_kernels(hardware, machine) is None
     for key, value, lacking in (
         ("hardware.device", hardware.device, "no GPU" if not machine.gpus else ""),
         ("hardware.precision", hardware.precision, "a GPU that only emulates it" if old else ""),
-        ("model.attention", config.model.attention, "" if machine.flash_attention and not old else "nothing to run it"),
+        ("model.attention", config.model.attention, "" if attends else "nothing to run it"),
+        ("hardware.kernels", hardware.kernels, "" if compiles else "nothing to run them"),
     ):
-        needs = value in (Device.cuda, Precision.bfloat16, Attention.flash)
+        needs = value in (Device.cuda, Precision.bfloat16, Kernels.triton, *packages)
         if needs and lacking and given.earlier.get(key) == value.name:
             raise CheckpointError(
                 f"the run to go on with was started with {key}={value.name} and this machine has {lacking}; go on with "
@@ -106,9 +112,10 @@ def check_free_memory(config: RunConfig, given: Given) -> None:
 
 def check_device_support(config: RunConfig) -> None:
     """Refuse on a processor what bitsandbytes has for GPUs only, and a kernel in a type that it does not have."""
-    if config.model.attention is Attention.flash and config.hardware.precision is Precision.float32:
+    attention = config.model.attention
+    if attention in (Attention.flash, Attention.varlen) and config.hardware.precision is Precision.float32:
         raise ConfigError(
-            "model.attention=flash has kernels for 16 bits only and hardware.precision=float32; use "
+            f"model.attention={attention.name} has kernels for 16 bits only and hardware.precision=float32; use "
             "model.attention=documents, or hardware.precision=bfloat16."
         )
     if config.hardware.device is not Device.cpu:
@@ -120,6 +127,16 @@ def check_device_support(config: RunConfig) -> None:
         )
     if config.lora.method is AdapterMethod.dora and config.model.quantization is Quantization.int8:
         raise ConfigError("lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4.")
+
+
+def check_kernels(config: RunConfig, given: Given) -> None:
+    """Raise ConfigError where hardware.kernels=triton was typed and nothing here compiles them."""
+    if config.hardware.kernels is not Kernels.triton:
+        return
+    on_gpu = config.hardware.device is Device.cuda
+    lacking = lacks_for_kernels(config.hardware, given.machine) if on_gpu else "a GPU, not hardware.device=cpu"
+    if lacking is not None:
+        raise ConfigError(f"hardware.kernels=triton needs {lacking}; use hardware.kernels=plain.")
 
 
 def check_embeddings(config: RunConfig, given: Given) -> None:

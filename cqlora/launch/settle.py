@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from cqlora.architectures import Part, require_known
 from cqlora.base import Base, read_base
-from cqlora.config.choices import Attention, Device, Embeddings, Optimizer, Precision, Strategy
+from cqlora.config.choices import Attention, Device, Embeddings, Kernels, Optimizer, Precision, Strategy
 from cqlora.config.schema import SETTLED_KEYS, HardwareConfig, RunConfig
 from cqlora.errors import CheckpointError, ModelError
 from cqlora.launch.cluster import find_rank_environment
@@ -152,6 +152,8 @@ def read_earlier(resume: str, run_folder: Path) -> dict[str, str]:
         except ModelError:
             # Damaged, which is reported where checkpoints are verified.
             continue
+        # Runs of before there were kernels went without.
+        identity.setdefault("hardware.kernels", Kernels.plain.name)
         return {key: identity[key] for key in SETTLED_KEYS if isinstance(identity.get(key), str)}
     return {}
 
@@ -164,7 +166,7 @@ def describe_machine(hardware: HardwareConfig, here: Machine) -> Machine:
     if hardware.device is not Device.cuda or misses_gpus(hardware, here) is None:
         return here
     gpu = Gpu(memory_gib=hardware.gpu_memory_gib, capability=BFLOAT16_CAPABILITY)
-    return Machine(gpus=(gpu,) * count_gpus(hardware), flash_attention=False)
+    return Machine(gpus=(gpu,) * count_gpus(hardware), flash_attention=False, varlen_attention=True, triton=True)
 
 
 def misses_gpus(hardware: HardwareConfig, machine: Machine) -> str | None:
@@ -218,21 +220,36 @@ def _settle_hardware(hardware: HardwareConfig, machine: Machine, earlier: Mappin
         device=device,
         precision=precision,
         gradient_scaler=hardware.gradient_scaler or precision is Precision.float16,
+        kernels=_take("hardware.kernels", hardware.kernels, earlier, lambda: _kernels(hardware, device, machine)),
         gpu_memory_gib=hardware.gpu_memory_gib or of_gpus,
         host_memory_gib=hardware.host_memory_gib or machine.memory_gib,
     )
 
 
 def _attention(hardware: HardwareConfig, machine: Machine) -> Attention:
-    """Flash attention's kernel for packed documents where it runs, and attention by document everywhere else.
+    """Flash attention over packed documents where it runs, flash-attn's or torch's own, else attention by document.
 
     It has no kernel for float32; `hardware` is settled but for which activations are kept.
     """
     if hardware.precision is Precision.float32:
         return Attention.documents
-    if hardware.device is not Device.cuda or not machine.flash_attention or lacks_ampere(hardware, machine):
+    if hardware.device is not Device.cuda or lacks_ampere(hardware, machine):
         return Attention.documents
-    return Attention.flash
+    if machine.flash_attention:
+        return Attention.flash
+    return Attention.varlen if machine.varlen_attention else Attention.documents
+
+
+def lacks_for_kernels(hardware: HardwareConfig, machine: Machine) -> str | None:
+    """What Triton's kernels lack on a machine; None where they run."""
+    if not machine.triton:
+        return "the package triton"
+    return "a GPU of compute capability 8.0 or later" if lacks_ampere(hardware, machine) else None
+
+
+def _kernels(hardware: HardwareConfig, device: Device, machine: Machine) -> Kernels:
+    """A kernel for each part of a block where Triton compiles it."""
+    return Kernels.triton if device is Device.cuda and lacks_for_kernels(hardware, machine) is None else Kernels.plain
 
 
 def lacks_ampere(hardware: HardwareConfig, machine: Machine) -> bool:

@@ -1,7 +1,7 @@
 """Attention that keeps the documents of a pack apart, and the choice of what computes it.
 
-A pack is a row of documents laid end to end, `position_ids` from 0 in each. The back end of this module runs
-every document on its own, so its work grows with the squares of the documents' lengths instead of the pack's
+A pack is a row of documents laid end to end, `position_ids` from 0 in each. The back ends of this module run
+every document on its own, so their work grows with the squares of the documents' lengths instead of the pack's
 and no mask is ever built. Where the boundaries lie is worked out once per batch, on the host, and handed to
 every layer through the model's keyword arguments, under transformers' own names where it has any.
 """
@@ -20,9 +20,13 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
+from cqlora.system.machine import has_varlen_attention
 
 DOCUMENTS = "cqlora_documents"
 """Name under which transformers knows `attend_by_document`, as `attn_implementation`."""
+
+VARLEN = "cqlora_varlen"
+"""Likewise of `attend_in_one_call`."""
 
 _STOCK = {Attention.sdpa: "sdpa", Attention.eager: "eager"}
 
@@ -40,6 +44,11 @@ def name_attention(choice: Attention, device_type: str) -> str:
         if reason is not None:
             raise ModelError(f"model.attention=flash needs {reason}; use model.attention=documents.")
         return "flash_attention_2"
+    if choice is Attention.varlen:
+        reason = _why_no_varlen(device_type)
+        if reason is not None:
+            raise ModelError(f"model.attention=varlen needs {reason}; use model.attention=documents.")
+        return VARLEN
     if choice is Attention.flex:
         if device_type == "cpu":
             raise ModelError("model.attention=flex has no backward pass on device cpu; use model.attention=documents.")
@@ -84,11 +93,12 @@ def document_kwargs(
 def mask_kwargs(decoder: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """The mask of packed rows as a keyword argument of `decoder`, a transformers model, where it has to be handed in.
 
-    `attend_by_document` reads none. Left to itself transformers looks whether position_ids restart, for which the host
-    waits until a GPU has computed all that was asked of it before; a mask of four dimensions it passes on as it is.
+    The attention of this module reads none. Left to itself transformers looks whether position_ids restart, for which
+    the host waits until a GPU has computed all that was asked of it before; a mask of four dimensions it passes on as
+    it is.
     """
     config: Any = decoder.config
-    if config._attn_implementation != DOCUMENTS:
+    if config._attn_implementation not in (DOCUMENTS, VARLEN):
         return {}
     return {"attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)}
 
@@ -144,6 +154,56 @@ def attend_by_document(
         for (_, count), queries, keys, values in zip(runs, *parts, strict=True)
     ]
     packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return packed.view(batch, length, heads, width), None
+
+
+def attend_in_one_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `attend_by_document`, documents of all lengths in one kernel of torch's, for 16 bits on a GPU.
+
+    Rows that hold one document each, as in generation, are left to `attend_by_document`.
+
+    Args:
+        cu_seq_lens_q: where documents begin, and the end, from `document_kwargs`.
+        max_length_q: tokens of the longest document.
+
+    Raises:
+        ModelError: as `attend_by_document`; or attention drops out, which the kernel does not.
+    """
+    if document_lengths is None or cu_seq_lens_q is None or max_length_q is None:
+        return attend_by_document(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn
+    batch, heads, length, width = query.shape
+    _check_lengths(document_lengths, batch, length, sliding_window)
+    if dropout:
+        raise ModelError(
+            f"model.attention=varlen drops nothing and the base's attention_dropout is {dropout}; use "
+            "model.attention=documents."
+        )
+    packed = attend(
+        *(_lay_end_to_end(states) for states in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=heads != key.shape[1],
+    )
     return packed.view(batch, length, heads, width), None
 
 
@@ -230,5 +290,18 @@ def _why_no_flash(device_type: str) -> str | None:
     return None
 
 
+def _why_no_varlen(device_type: str) -> str | None:
+    """What torch's own kernel for documents of differing lengths lacks here; None where it runs."""
+    if device_type != "cuda":
+        return f"a GPU, not device {device_type}"
+    if not has_varlen_attention():
+        return f"torch 2.13 or later, not {torch.__version__}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "a GPU of compute capability 8.0 or later"
+    return None
+
+
 ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, attend_by_document)
 ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, _document_mask)
+ALL_ATTENTION_FUNCTIONS.register(VARLEN, attend_in_one_call)
+ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, _document_mask)

@@ -258,10 +258,12 @@ def _kept_activations(work: Workload) -> float:
 
 
 def _adapter_casts(work: Workload) -> float:
-    """The adapter in the compute type: all of it while every block's graph lives, else one block's."""
+    """The adapter in the compute type: all of it while every block's graph or a step lives, else one block's."""
+    cast = adapter_parameters(work.model, work.lora) * work.program.compute_bytes
+    if work.program.holds_casts:
+        return cast * _own_share(work)
     if not work.program.casts_adapter:
         return 0.0
-    cast = adapter_parameters(work.model, work.lora) * work.program.compute_bytes
     blocks = _own_blocks(work) if work.checkpointing is Checkpointing.none else 1
     return cast * blocks / work.model.num_hidden_layers
 

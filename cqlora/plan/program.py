@@ -38,7 +38,7 @@ class Program:
     """Times that the attention's output is kept."""
     keeps_quantized_inputs: bool = False
     """Quantised layers keep their input though they are frozen (bitsandbytes before 0.42)."""
-    chunk_tokens: int = 256
+    chunk_tokens: int = 512
     """Positions whose logits exist at once; 0 is all."""
     logits_peak_bytes: int = 6
     """Per position and token of the vocabulary at the loss: float32 logits, and their slopes in 16 bits."""
@@ -52,6 +52,8 @@ class Program:
     """Times that gradients are held: 2 where DDP's buckets are copies."""
     casts_adapter: bool = False
     """Autocast makes a copy of each adapter matrix in the compute type, which the graph holds."""
+    holds_casts: bool = False
+    """A copy of the whole adapter in the compute type lasts while a step's micro batches run."""
     casts_head: bool = False
     """The output projection trains whole in float32 and is copied to the compute type at the loss."""
     optimizer_temporaries: int = 0

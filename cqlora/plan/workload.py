@@ -8,6 +8,7 @@ from cqlora.config.choices import (
     Checkpointing,
     Device,
     Embeddings,
+    Kernels,
     Optimizer,
     Precision,
     Quantization,
@@ -120,8 +121,12 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         adapter_copies_input=autocast and (not on_gpu or lora.method is AdapterMethod.dora),
         # Where documents differ in length, their outputs are kept apart and joined.
         attention_copies=2 if model.attention is Attention.documents else 1,
+        # torch's own norm, which goes with the kernels, keeps its input as it is.
+        saved_norm_bytes=size if fused and hardware.kernels is Kernels.triton else 4,
+        chunk_tokens=512 if on_gpu else 256,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,
+        holds_casts=fused and size < 4 and hardware.strategy is not Strategy.fsdp,
         casts_head=size < 4 and stage.embeddings is Embeddings.full,
         gradient_copies=2 if hardware.strategy is Strategy.ddp and hardware.world_size > 1 else 1,
         reserves=on_gpu,

@@ -14,6 +14,8 @@ from cqlora.system.processor import suits_bfloat16
 
 _OLDEST_FLASH = (2, 3, 3)
 """transformers takes no older flash-attn."""
+_OLDEST_VARLEN = (2, 13)
+"""Older torches have no `torch.nn.attention.varlen`, or one without causal windows and grouped queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +43,10 @@ class Machine:
     """The processor multiplies bfloat16."""
     flash_attention: bool = False
     """The package flash-attn is installed."""
+    varlen_attention: bool = False
+    """torch has flash attention over documents of differing lengths."""
+    triton: bool = False
+    """The package triton is installed, as it is with torch's builds for CUDA."""
 
 
 def probe_machine(look_for_gpus: bool = True) -> Machine:
@@ -49,7 +55,9 @@ def probe_machine(look_for_gpus: bool = True) -> Machine:
         gpus=list_gpus() if look_for_gpus else (),
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         bfloat16_units=suits_bfloat16(),
-        flash_attention=_has_flash_attention(),
+        flash_attention=_is_installed("flash-attn", _OLDEST_FLASH),
+        varlen_attention=has_varlen_attention(),
+        triton=_is_installed("triton"),
     )
 
 
@@ -117,12 +125,18 @@ def _pair(cell: str) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _has_flash_attention() -> bool:
+def has_varlen_attention() -> bool:
+    """Whether torch has flash attention over documents of differing lengths, for such GPUs as run it."""
+    return _is_installed("torch", _OLDEST_VARLEN)
+
+
+def _is_installed(package: str, oldest: tuple[int, ...] = ()) -> bool:
+    """Whether a package is here, in a version from `oldest` on."""
     try:
-        numbers = re.findall(r"\d+", version("flash-attn"))
+        numbers = re.findall(r"\d+", version(package))
     except PackageNotFoundError:
         return False
-    return tuple(int(number) for number in numbers[:3]) >= _OLDEST_FLASH
+    return tuple(int(number) for number in numbers[:3]) >= oldest
 
 
 @cache

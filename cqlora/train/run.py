@@ -89,7 +89,7 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
             with show_part("decomposing the base's matrices for PiSSA", worker.is_main):
                 worker.first(lambda: initialise_pissa(model, base, run_folder, iterations, config.seed))
         checkpoint_activations(model, config.hardware.activation_checkpointing)
-        fused = fuse_blocks(model)
+        fused = fuse_blocks(model, config.hardware.kernels)
         with show_part("placing the model", worker.is_main):
             module = place(Objective(model, dtype, autocast=not fused), config.hardware, worker.device, fill)
         optimizer = build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)

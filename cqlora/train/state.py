@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from cqlora.config.choices import Schedule, Strategy
+from cqlora.config.choices import Kernels, Schedule, Strategy
 from cqlora.config.run_yaml import describe_config, flatten
 from cqlora.config.schema import SETTLED_KEYS, ModelConfig, RunConfig
 from cqlora.errors import CheckpointError, TrainingError
@@ -99,6 +99,7 @@ def require_same_run(identity: dict[str, Any], folder: Path, model: ModelConfig)
     refuse_changed(Path(model.path), companions, f"when {folder} was written", ACCEPT_IN_RUN, model.accept_changed)
     # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
+    stored.setdefault("hardware.kernels", Kernels.plain.name)
     different = [key for key in sorted(identity.keys() | stored.keys()) if identity.get(key) != stored.get(key)]
     if "stage.name" in different:
         was, asked = stored.get("stage.name"), identity.get("stage.name")

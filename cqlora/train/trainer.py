@@ -22,6 +22,7 @@ from cqlora.data.order import StepOrder, share_among_ranks
 from cqlora.errors import Preempted, TrainingError
 from cqlora.model.batch import build_batch, count_labels
 from cqlora.model.evaluation import Evaluation, sum_losses
+from cqlora.model.fused.linear import adapters_cast_once
 from cqlora.model.noise import EmbeddingNoise
 from cqlora.model.placement import accumulate_without_sync, unwrap
 from cqlora.model.throughput import count_flops_per_token, measure_matmul_flops
@@ -157,15 +158,16 @@ class Trainer:
         divisor = max(1, count_labels(list(packs.values())))
         shares = share_among_ranks(ids, self.worker.rank, self.worker.world_size, self.config.hardware.micro_batch_size)
         losses, sources = [], []
-        for number, share in enumerate(shares):
-            batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
-            last = number == len(shares) - 1
-            with nullcontext() if last else accumulate_without_sync(self.module):
-                loss, token_losses = self.module(batch, divisor, self._noise(number))
-                # Replication and sharding average over workers; the divisor is global already.
-                self.scaler.scale(loss * self.worker.world_size).backward()
-            losses.append(token_losses)
-            sources.append(batch.label_sources)
+        with adapters_cast_once(self.module, unwrap(self.module).dtype):
+            for number, share in enumerate(shares):
+                batch = build_batch([packs[i] for i in share] or [without_labels(packs[ids[0]])], self.worker.device)
+                last = number == len(shares) - 1
+                with nullcontext() if last else accumulate_without_sync(self.module):
+                    loss, token_losses = self.module(batch, divisor, self._noise(number))
+                    # Replication and sharding average over workers; the divisor is global already.
+                    self.scaler.scale(loss * self.worker.world_size).backward()
+                losses.append(token_losses)
+                sources.append(batch.label_sources)
         sums = self.worker.sum(self._sum_by_source(torch.cat(losses), torch.cat(sources), stop_asked))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self._trainable, self.config.stage.max_grad_norm)

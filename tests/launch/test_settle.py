@@ -11,11 +11,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from cqlora.config.choices import Attention, Checkpointing, Device, Embeddings, Optimizer, Precision
+from cqlora.config.choices import Attention, Checkpointing, Device, Embeddings, Kernels, Optimizer, Precision
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import CONFIG_DIR, SETTLED, SETTLED_KEYS, RunConfig, register_schemas
-from cqlora.errors import CheckpointError
-from cqlora.launch.preflight import check_run
+from cqlora.errors import CheckpointError, ConfigError
+from cqlora.launch.preflight import check_kernels, check_run
 from cqlora.launch.settle import Given, describe_machine, look_ahead, look_around, read_earlier, settle
 from cqlora.plan.workload import Rows
 from cqlora.system.machine import Gpu, Machine
@@ -25,7 +25,11 @@ MACHINES = {
     "plain processor": Machine(memory_gib=16.0),
     "processor with bfloat16 units": Machine(memory_gib=64.0, bfloat16_units=True),
     "one 24 GB Ampere": Machine(gpus=(Gpu(memory_gib=23.7, capability=(8, 6)),), memory_gib=64.0),
+    "one 24 GB Ampere, new torch": Machine(
+        gpus=(Gpu(memory_gib=23.7, capability=(8, 6)),), memory_gib=64.0, varlen_attention=True, triton=True
+    ),
     "one T4": Machine(gpus=(Gpu(memory_gib=15.0, capability=(7, 5)),), memory_gib=32.0),
+    "one T4 with Triton": Machine(gpus=(Gpu(memory_gib=15.0, capability=(7, 5)),), memory_gib=32.0, triton=True),
     "one P100": Machine(gpus=(Gpu(memory_gib=16.0, capability=(6, 0)),), memory_gib=32.0),
     "four A100": Machine(gpus=(Gpu(memory_gib=79.2, capability=(8, 0)),) * 4, memory_gib=512.0, flash_attention=True),
 }
@@ -93,6 +97,7 @@ def test_nothing_is_left_to_auto_and_the_argument_stays_as_it_was(machine, prese
         ("plain processor", Device.cpu, Precision.float32, Attention.documents),
         ("processor with bfloat16 units", Device.cpu, Precision.bfloat16, Attention.documents),
         ("one 24 GB Ampere", Device.cuda, Precision.bfloat16, Attention.documents),
+        ("one 24 GB Ampere, new torch", Device.cuda, Precision.bfloat16, Attention.varlen),
         ("one T4", Device.cuda, Precision.float16, Attention.documents),
         ("one P100", Device.cuda, Precision.float32, Attention.documents),
         ("four A100", Device.cuda, Precision.bfloat16, Attention.flash),
@@ -105,6 +110,40 @@ def test_each_machine_computes_in_what_it_has_units_for(machine, device, precisi
     assert settled.model.attention is attention
     assert settled.stage.optimizer is Optimizer.adamw
     assert settled.hardware.gradient_scaler == (precision is Precision.float16)
+
+
+@pytest.mark.parametrize(
+    "machine, kernels, refusal",
+    [
+        ("plain processor", Kernels.plain, "a GPU, not hardware.device=cpu"),
+        ("one 24 GB Ampere", Kernels.plain, "the package triton"),
+        ("one 24 GB Ampere, new torch", Kernels.triton, ""),
+        ("one T4 with Triton", Kernels.plain, "a GPU of compute capability 8.0 or later"),
+    ],
+)
+def test_kernels_are_chosen_where_they_compile_and_refused_elsewhere(machine, kernels, refusal):
+    assert settle_on(machine, "hardware=auto").hardware.kernels is kernels
+    typed = settle_on(machine, "hardware=auto", "hardware.kernels=triton")
+    met = given(typed, machine)
+    if refusal:
+        with pytest.raises(ConfigError, match=f"needs {refusal}; use hardware.kernels=plain"):
+            check_kernels(typed, met)
+    else:
+        check_kernels(typed, met)
+    check_kernels(settle_on(machine, "hardware=auto", "hardware.kernels=plain"), met)
+
+
+def settle_on(machine, *overrides):
+    config = composed("stage=pretrain", "data=sample", *overrides)
+    return settle(config, given(config, machine))
+
+
+def test_a_run_that_began_without_kernels_goes_on_without():
+    config = composed("stage=pretrain", "data=sample", "hardware=auto")
+    machine = "one 24 GB Ampere, new torch"
+    earlier = earlier_of(settle(config, given(config, "one 24 GB Ampere")))
+    assert earlier["hardware.kernels"] == "plain"
+    assert settle(config, given(config, machine, earlier=earlier)).hardware.kernels is Kernels.plain
 
 
 def test_float16_is_not_chosen_where_losses_cannot_be_scaled():
@@ -169,6 +208,7 @@ def test_a_run_that_goes_on_keeps_what_it_was_started_with():
         ("one 24 GB Ampere", "plain processor", "hardware.device=cuda and this machine has no GPU"),
         ("one 24 GB Ampere", "one T4", "hardware.precision=bfloat16 and this machine has a GPU that only emulates it"),
         ("four A100", "one 24 GB Ampere", "model.attention=flash and this machine has nothing to run it"),
+        ("one 24 GB Ampere, new torch", "one 24 GB Ampere", "attention=varlen and this machine has nothing to run it"),
     ],
 )
 def test_a_run_that_cannot_go_on_here_as_it_was_started_is_refused(before, now, message):

@@ -2,17 +2,19 @@
 
 import importlib.util
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
-from cqlora.model.attention import DOCUMENTS, document_kwargs, name_attention
+from cqlora.model.attention import DOCUMENTS, VARLEN, attend_in_one_call, document_kwargs, name_attention
 
 VOCABULARY = 64
 BACKENDS = ["documents", "sdpa", "eager"]
@@ -100,6 +102,58 @@ def test_packed_documents_equal_separate_runs_with_activation_checkpointing(back
     model = build_model(backend)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_packed_equals_separate(model, pack)
+
+
+def attend_plainly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch.nn.attention.varlen.varlen_attn by its documentation, a document at a time, without its kernel."""
+    assert cu_seq_q.dtype is cu_seq_k.dtype is torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == int(cu_seq_q.diff().max()) and window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    outputs = []
+    for begin, end in pairwise(cu_seq_q.tolist()):
+        states = (each[None, begin:end].transpose(1, 2) for each in (query, key, value))
+        attended = F.scaled_dot_product_attention(*states, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("pack", PACKS)
+def test_all_documents_in_one_call_equal_separate_runs(heads: str, pack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def attend(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(len(arguments[3]) - 1)
+        return attend_plainly(*arguments, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    model = build_model("documents", heads)
+    model.set_attn_implementation(VARLEN)
+    assert_packed_equals_separate(model, pack)
+    # Once a layer, whatever the documents' lengths; runs of one document go the other way.
+    assert calls == [len([length for row in PACKS[pack] for length in row])] * 2
+
+
+def test_one_call_refuses_a_window_that_documents_exceed_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend_plainly)
+    states = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    packed = document_kwargs([12, 4], "cpu")
+    with pytest.raises(ModelError, match=r"12 tokens is longer than the layer's window of 8; .*sequence_length=8"):
+        attend_in_one_call(torch.nn.Module(), *states, None, sliding_window=8, **packed)
+    with pytest.raises(ModelError, match=r"attention_dropout is 0.1; use model\.attention=documents"):
+        attend_in_one_call(torch.nn.Module(), *states, None, dropout=0.1, **packed)
 
 
 @pytest.mark.skipif(
@@ -214,7 +268,7 @@ def test_every_choice_names_a_back_end_or_says_what_to_use_instead() -> None:
     assert name_attention(Attention.sdpa, "cpu") == "sdpa"
     assert name_attention(Attention.eager, "cuda") == "eager"
     assert name_attention(Attention.flex, "cuda") == "flex_attention"
-    for choice in (Attention.flash, Attention.flex):
+    for choice in (Attention.flash, Attention.flex, Attention.varlen):
         with pytest.raises(ModelError, match=r"use model\.attention=documents"):
             name_attention(choice, "cpu")
 
@@ -223,3 +277,19 @@ def test_every_choice_names_a_back_end_or_says_what_to_use_instead() -> None:
 def test_flash_without_its_package_is_refused_with_what_to_install() -> None:
     with pytest.raises(ModelError, match="pip install flash-attn"):
         name_attention(Attention.flash, "cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, torch_version, needs",
+    [((9, 0), "2.13.0", ""), ((7, 5), "2.13.0", "a GPU of compute capability 8.0"), ((9, 0), "2.9.1", "torch 2.13")],
+)
+def test_one_call_needs_a_torch_and_a_gpu_that_have_it(
+    capability: tuple[int, int], torch_version: str, needs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("cqlora.system.machine.version", lambda package: torch_version)
+    if needs:
+        with pytest.raises(ModelError, match=needs):
+            name_attention(Attention.varlen, "cuda")
+    else:
+        assert name_attention(Attention.varlen, "cuda") == VARLEN

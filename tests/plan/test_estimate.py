@@ -8,8 +8,11 @@ import torch
 
 from cqlora.config.choices import Checkpointing, Quantization, Strategy
 from cqlora.config.schema import LoraConfig
+from cqlora.model.loss import CHUNK_TOKENS
+from cqlora.plan.activations import kept_per_token
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.program import Program
+from cqlora.plan.shapes import adapter_parameters
 from cqlora.plan.workload import Rows, Workload, describe_run
 from tests.plan.runs import compose_run, small_model
 
@@ -59,7 +62,41 @@ def test_logits_are_never_more_than_a_chunk() -> None:
     whole = estimate(llama_65b(model=wide, program=Program(chunk_tokens=0)))
     assert whole.moment == "loss"
     assert whole.logits == 4096 * 10**6 * 6
-    assert estimate(llama_65b(model=wide)).logits <= 256 * 10**6 * 6
+    assert estimate(llama_65b(model=wide)).logits <= 512 * 10**6 * 6
+
+
+@pytest.mark.parametrize("hardware", ["1xa100", "cpu"])
+def test_a_chunk_is_the_loss_s_own(hardware: str) -> None:
+    config = compose_run("stage=pretrain", f"hardware={hardware}")
+    assert describe_run(config).program.chunk_tokens == CHUNK_TOKENS[config.hardware.device.name]
+
+
+def test_a_fused_norm_keeps_its_input_as_it_is_and_one_call_the_output_once() -> None:
+    seven_b = ("stage=pretrain", "model=llama_7b", "hardware=1xa100", "hardware.activation_checkpointing=none")
+    own, plain = (
+        describe_run(compose_run(*seven_b, *more))
+        for more in ([], ["hardware.kernels=plain", "model.attention=documents"])
+    )
+    kept = [kept_per_token(work.model, work.lora, work.program) for work in (own, plain)]
+    two_norms_and_the_output = 2 * 4096 * (2 + 1)
+    assert kept[1] - kept[0] == two_norms_and_the_output
+
+
+@pytest.mark.parametrize(
+    "hardware, copies",
+    [
+        ("1xa100", 1),
+        ("8xa100 hardware.strategy=fsdp", 0),
+        ("1xa100 hardware.precision=float32", 0),
+        ("2xcpu hardware.precision=float32", 0),
+    ],
+)
+def test_a_whole_adapter_in_16_bits_lasts_a_step_unless_it_is_sharded(hardware: str, copies: int) -> None:
+    more = ["model.quantization=nf4", "lora.rank=64", "model=llama_7b", "hardware.activation_checkpointing=full"]
+    work = describe_run(compose_run("stage=pretrain", *f"hardware={hardware}".split(), *more))
+    lasting = 2 * adapter_parameters(work.model, work.lora)
+    without = estimate(replace(work, program=replace(work.program, holds_casts=False))).buffers
+    assert estimate(work).buffers == pytest.approx(without + copies * lasting)
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,29 @@ PEFT adds the low-rank product to the base's output as a chain of its own: a def
 product, its scaling and the sum are four tensors of the output's size, made and freed again in every layer.
 Here the low-rank product is added to the output in place, and what is kept for the backward pass is the input
 and its projection to `rank` columns. y = x W^T + s (x A^T) B^T (LoRA, 2106.09685, section 4.1; with W
-dequantised where it is used, QLoRA, 2305.14314, equation 5).
+dequantised where it is used, QLoRA, 2305.14314, equation 5). Matrices that share their input are multiplied
+together: it is kept once, and its gradient is added up in one tensor.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+from cqlora.model.fused import plain
 
 
-def fuse_lora_linears(model: nn.Module) -> int:
+def fuse_lora_linears(model: nn.Module, elementwise: Any = plain) -> int:
     """Give every plain LoRA layer of `model` the fused forward; return how many there are.
+
+    `elementwise` is the module whose `dequantize` is used: `plain`, or `kernels`.
 
     Modules, parameters and their names stay PEFT's own. A layer keeps the stock forward where it is more than
     y = x W^T + s (x A^T) B^T: with dropout, DoRA or another variant, a bias on the adapter, an 8-bit base, or
@@ -31,6 +38,7 @@ def fuse_lora_linears(model: nn.Module) -> int:
         kind = _FUSED.get(type(module))
         if kind is not None and _is_plain(module):
             module.__class__ = kind
+            module.elementwise = elementwise
             fused += 1
     return fused
 
@@ -61,11 +69,15 @@ def _is_plain(layer: Any) -> bool:
 class _FusedForward:
     """What the fused classes share; the stock forward is next in line."""
 
+    elementwise: Any = plain
+    cast_adapter: tuple[Tensor, Tensor] | None = None
+    """A and B in the type that is computed in, while `adapters_cast_once` lasts."""
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or not has_one_unmerged_adapter(self):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        layer = AdaptedMatrix.of_layer(self)
-        return _LoraLinear.apply(cast_input(x), layer.a, layer.b, layer)  # type: ignore[no-any-return, no-untyped-call]
+        (output,) = multiply_adapted(cast_input(x), [AdaptedMatrix.of_layer(self)])
+        return output.view(*x.shape[:-1], -1)
 
 
 class FusedLinear(_FusedForward, lora.Linear):  # type: ignore[misc]
@@ -96,6 +108,43 @@ def cast_input(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def multiply_adapted(x: Tensor, matrices: "Sequence[AdaptedMatrix]") -> tuple[Tensor, ...]:
+    """`x` (..., in) times each of the adapted matrices (out, in) that share it, as (N, out) each."""
+    adapters = [weight for matrix in matrices for weight in (matrix.a, matrix.b)]
+    return _AdaptedProducts.apply(x.reshape(-1, x.shape[-1]), matrices, *adapters)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@contextmanager
+def adapters_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the fused layers of `model` multiply by copies of their adapters in `dtype`, made on entry.
+
+    For passes between which no adapter changes: the micro batches of a step. What is sharded is left alone, since a
+    layer's adapter is whole in its own forward and backward pass only.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, FusedLinear | FusedLinear4bit)]
+    layers = [layer for layer in layers if has_one_unmerged_adapter(layer)]
+    weights = [weight for layer in layers for weight in _adapter_of(layer)]
+    if not weights or any(isinstance(weight, DTensor) or weight.dtype is dtype for weight in weights):
+        yield
+        return
+    casts = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for weight in weights]
+    with torch.no_grad():
+        torch._foreach_copy_(casts, weights)
+    for number, layer in enumerate(layers):
+        layer.cast_adapter = (casts[2 * number], casts[2 * number + 1])
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_adapter = None
+
+
+def _adapter_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """A and B of a fused layer's only adapter."""
+    (name,) = layer.lora_A
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
 @dataclass(frozen=True, slots=True)
 class AdaptedMatrix:
     """A frozen matrix W (out, in) and a low-rank one on top, as plain arithmetic outside autograd."""
@@ -106,12 +155,23 @@ class AdaptedMatrix:
     b: Tensor
     """(out, r)."""
     scale: float
+    elementwise: Any
+    """The module whose `dequantize` reads a W of 4 bits."""
+    cast: tuple[Tensor, Tensor] | None = None
+    """`a` and `b` in the type that is computed in, where they have been cast already."""
 
     @classmethod
     def of_layer(cls, layer: Any) -> "AdaptedMatrix":
         """The arithmetic of a fused layer's only adapter."""
         (name,) = layer.lora_A
-        return cls(layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+        base, scale = layer.get_base_layer(), layer.scaling[name]
+        return cls(base, *_adapter_of(layer), scale, layer.elementwise, layer.cast_adapter)
+
+    def adapter(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`a` and `b` in `dtype`."""
+        if self.cast is not None and self.cast[0].dtype is dtype:
+            return self.cast
+        return self.a.to(dtype), self.b.to(dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W in `dtype`."""
@@ -119,46 +179,62 @@ class AdaptedMatrix:
         if isinstance(self.base, Linear4bit):
             # FSDP gathers the weight into a plain tensor; the module keeps what is needed to read it.
             state = getattr(weight, "quant_state", None) or self.base.quant_state
-            weight = dequantize_4bit(weight, state)
+            weight = self.elementwise.dequantize(weight, state)
         return weight.to(dtype)
 
     def multiply(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output (N, out) for `x` (N, in), and x A^T (N, r)."""
-        inner = x @ self.a.to(x.dtype).T
+        """Output (N, out) for `x` (N, in), and s x A^T (N, r)."""
+        a, b = self.adapter(x.dtype)
+        inner = multiply_scaled(x, a.T, self.scale)
         output = x @ self.dense(x.dtype).T
         if self.base.bias is not None:
             output += self.base.bias
-        return output.addmm_(inner, self.b.to(x.dtype).T, alpha=self.scale), inner
+        return output.addmm_(inner, b.T), inner
 
     def adapter_gradients(self, grad: Tensor, x: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `a`, `b` and `inner` from the output's (N, out)."""
-        grad_inner = (grad @ self.b.to(grad.dtype)).mul_(self.scale)
-        grad_b = (grad.T @ inner).mul_(self.scale)
-        return (grad_inner.T @ x).to(self.a.dtype), grad_b.to(self.b.dtype), grad_inner
+        """Gradients of `a`, `b` and x A^T from the output's (N, out)."""
+        grad_inner = multiply_scaled(grad, self.adapter(grad.dtype)[1], self.scale)
+        return (
+            multiply_into(self.a.dtype, grad_inner.T, x),
+            multiply_into(self.b.dtype, grad.T, inner),
+            grad_inner,
+        )
 
     def add_input_gradient(self, grad: Tensor, grad_inner: Tensor, total: Tensor | None = None) -> Tensor:
         """`total` (N, in) and on top, in place, the gradient of the input from the output's (N, out)."""
         weight = self.dense(grad.dtype)
         total = grad @ weight if total is None else total.addmm_(grad, weight)
-        return total.addmm_(grad_inner, self.a.to(grad.dtype))
+        return total.addmm_(grad_inner, self.adapter(grad.dtype)[0])
 
 
-class _LoraLinear(torch.autograd.Function):
+def multiply_scaled(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale` * `left` @ `right`, scaled within the product."""
+    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+
+
+def multiply_into(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    """`left` @ `right` in `dtype`; where that is float32, a GPU writes out the sums of 16-bit factors as they are."""
+    if left.is_cuda and dtype is torch.float32 and left.dtype is not dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+class _AdaptedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, layer: AdaptedMatrix) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        output, inner = layer.multiply(flat)
-        ctx.layer = layer
-        ctx.save_for_backward(flat, inner)
-        return output.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, matrices: Sequence[AdaptedMatrix], *adapters: Tensor) -> tuple[Tensor, ...]:
+        outputs, inners = zip(*(matrix.multiply(x) for matrix in matrices), strict=True)
+        ctx.matrices = matrices
+        ctx.save_for_backward(x, *inners)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_a, grad_b, grad_inner = ctx.layer.adapter_gradients(flat, x, inner)
-        if not ctx.needs_input_grad[0]:
-            return None, grad_a, grad_b, None
-        grad_x = ctx.layer.add_input_gradient(flat, grad_inner)
-        return grad_x.view(*grad.shape[:-1], -1), grad_a, grad_b, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *inners = ctx.saved_tensors
+        grad_x, of_adapters = None, []
+        for matrix, inner, grad in zip(ctx.matrices, inners, grads, strict=True):
+            grad_a, grad_b, grad_inner = matrix.adapter_gradients(grad, x, inner)
+            of_adapters += [grad_a, grad_b]
+            if ctx.needs_input_grad[0]:
+                grad_x = matrix.add_input_gradient(grad, grad_inner, grad_x)
+        return grad_x, None, *of_adapters

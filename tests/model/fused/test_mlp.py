@@ -110,8 +110,7 @@ def test_two_tensors_of_the_intermediate_size_are_kept() -> None:
         block(torch.randn(1, TOKENS, HIDDEN, requires_grad=True))
     assert kept.count((TOKENS, INTERMEDIATE)) == 2
     beyond = {shape for shape in kept if shape != (TOKENS, INTERMEDIATE)}
-    low_rank_matrix_of_down = (4, HIDDEN)
-    assert beyond == {(TOKENS, HIDDEN), (TOKENS, 4), low_rank_matrix_of_down}
+    assert beyond == {(TOKENS, HIDDEN), (TOKENS, 4)}
 
 
 class Products(TorchDispatchMode):
@@ -120,7 +119,7 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.count += tuple(args[-1].shape) == (INTERMEDIATE, HIDDEN) and args[-2].shape[0] == TOKENS
         return func(*args, **(kwargs or {}))
 
@@ -136,8 +135,8 @@ def test_activation_checkpointing_does_not_recompute_the_last_product() -> None:
     with Products() as backward:
         logits.sum().backward()
     assert forward.count == 2
-    # One product of this shape a layer is the gradient of the up layer's input.
-    assert backward.count == 2
+    # Two products of this shape a block are the gradients of the gate's and the up layer's input.
+    assert backward.count == 4
 
 
 def test_a_block_with_a_layer_that_is_not_fused_keeps_the_stock_forward() -> None:
