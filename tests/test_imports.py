@@ -31,6 +31,7 @@ ARROWS = {
         "config",
         "data",
         "errors",
+        "evaluation",
         "plan",
         "random_base",
         "report",
