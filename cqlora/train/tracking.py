@@ -199,7 +199,7 @@ def to_markdown(columns: list[str], data: list[list[Any]]) -> str:
     """A table whose cells are text, whatever they hold."""
 
     def line(cells: list[Any]) -> str:
-        told = [escape(str(cell)).replace("|", "&#124;").replace("\n", "<br>") for cell in cells]
+        told = ["<br>".join(escape(str(cell)).splitlines()).replace("|", "&#124;") for cell in cells]
         return f"| {' | '.join(told)} |"
 
     return "\n".join([line(columns), "|---" * len(columns) + "|", *map(line, data)])

@@ -10,7 +10,7 @@ from cqlora.report.page import PAGE_FOLDER, conclude, describe, render, write_re
 from cqlora.report.watch import build_app
 from tests.browser import in_browser, open_browser
 from tests.conftest import HANG_SECONDS, run_python, run_verb
-from tests.report.folders import write_run, write_sweep
+from tests.report.folders import replies, write_run, write_sweep
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'and' 中文 </script>"
 
@@ -106,6 +106,22 @@ def test_a_runs_page_shows_its_numbers_and_the_browser_has_nothing_to_complain_o
     assert [one["name"] for one in drawn] == ["training loss", "wiki_zh/zh", "wiki_en/en"]
     assert len(drawn[0]["data"]) == 60 and drawn[0]["data"][-1][0] == 60
     assert driver.get_log("browser") == []
+
+
+@in_browser
+def test_replies_in_training_stand_side_by_side(driver, tmp_path):
+    folder = write_run(tmp_path / "run", steps=4)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as record:
+        record.write("".join(json.dumps(row) + "\n" for step in (0, 4) for row in replies(step)))
+    write_report([folder], folder / "report.html")
+    open_page(driver, folder / "report.html")
+    shown = driver.execute_script(
+        "return [...document.querySelectorAll('details')].map((one) => [one.querySelector('summary').textContent,"
+        "...[...one.querySelectorAll('.replies > div')].map((reply) => reply.textContent)])"
+    )
+    assert [row[0] for row in shown] == ["春天来了，", "Spring is here,"]
+    assert shown[0][1].startswith("step 0\n<i>花开 0</i>\ncut · in the language asked 0.5")
+    assert shown[0][2].startswith("step 4\n<i>花开 4</i>\nended") and driver.get_log("browser") == []
 
 
 @in_browser

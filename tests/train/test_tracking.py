@@ -154,7 +154,8 @@ def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     small_run(workspace, tmp_path / "run", "tracking=tensorboard", *REPLIES)
-    (file,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    # Hyperparameters are in a file of their own, a folder below.
+    file = min((tmp_path / "run").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
     events = EventAccumulator(str(file)).Reload()
     logged = {each.step: each.value for each in events.Scalars("train/loss")}
     assert logged == pytest.approx(logged_losses(tmp_path / "run"), rel=1e-6)
@@ -162,7 +163,7 @@ def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
     rows = logged_replies(tmp_path / "run")
     assert [len(table.splitlines()) for table in told] == [2 + 2, 2 + 4]
     assert told[-1].splitlines()[2:] == [
-        f"| {' | '.join(escape(str(cell)).replace('|', '&#124;').replace(chr(10), '<br>') for cell in row.values())} |"
+        f"| {' | '.join('<br>'.join(escape(str(c)).splitlines()).replace('|', '&#124;') for c in row.values())} |"
         for row in rows
     ]
 
