@@ -65,7 +65,7 @@ def test_what_is_not_measured_is_refused_with_what_is(files, tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=told):
             check_evaluated(settings(metric, evaluate=words))
-    with pytest.raises(ConfigError, match="did you mean evaluation/generations/en/ended"):
+    with pytest.raises(ConfigError, match="did you mean evaluation/generations/zh/ended"):
         check_evaluated(settings("evaluation/generations/fr/ended"))
     with pytest.raises(
         ConfigError, match=r"begin with one of evaluation/text/, .*evaluation/choice/ and sweep\.evaluate"
