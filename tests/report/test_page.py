@@ -127,7 +127,10 @@ def test_replies_in_training_stand_side_by_side(driver, tmp_path):
 @in_browser
 def test_axes_and_measures_follow_their_controls(driver, run_page):
     open_page(driver, run_page)
+    falls = [one["data"] for one in option_of(driver, "Held-out text")["series"]]
+    assert falls == [[[0, 0], [60, pytest.approx(-12.5)]]] * 3
     choose(driver, "Axis", "tokens")
+    choose(driver, "Measure", "bits_per_character")
     assert option_of(driver, "Losses")["series"][0]["data"][-1][0] == 60 * 1024
     assert option_of(driver, "Held-out text")["series"][0]["data"] == [[0, 4], [60 * 1024, 3.5]]
     choose(driver, "Axis", "elapsed")

@@ -1,5 +1,5 @@
 // The page of one run.
-const runState = { axis: "step", smoothing: 0.6, measure: "bits_per_character", changed: true, filter: "" };
+const runState = { axis: "step", smoothing: 0.6, measure: "relative", changed: true, filter: "" };
 
 function showRun(page) {
   const run = page.run;
@@ -56,7 +56,7 @@ function axisChoice(redraw) {
 
 function lossCharts(run) {
   const [train, held] = [make("div", { class: "chart" }), make("div", { class: "chart" })];
-  const measures = ["bits_per_character", "bits_per_byte", "loss", "perplexity"];
+  const measures = ["relative", "bits_per_character", "bits_per_byte", "loss", "perplexity"];
   const redraw = () => { drawTraining(run, train); drawHeldOut(run, held); };
   later(redraw);
   const controls = [
@@ -85,9 +85,15 @@ function drawTraining(run, box) {
 
 function drawHeldOut(run, box) {
   const series = run.evaluations.map((one, place) => ({
-    name: `${one.source} (${one.language})`, x: one[AXES[runState.axis][1]], y: one[runState.measure].map((value) => value ?? NaN), dots: true, colour: PALETTE[(place + 1) % PALETTE.length],
+    name: `${one.source} (${one.language})`, x: one[AXES[runState.axis][1]], y: heldOut(one), dots: true, colour: PALETTE[(place + 1) % PALETTE.length],
   }));
   drawLines(box, series, { x: say(runState.axis), y: say(runState.measure), label: say("heldOut") });
+}
+
+// A source's numbers; in per cent of its first loss, sources of any language share an axis.
+function heldOut(one) {
+  if (runState.measure !== "relative") return one[runState.measure].map((value) => value ?? NaN);
+  return one.loss.map((value) => (value === null || !one.loss[0] ? NaN : 100 * (value / one.loss[0] - 1)));
 }
 
 // Where a step lies on the chosen axis.
