@@ -200,6 +200,19 @@ def test_a_sweeps_table_sorts_by_keyboard_and_what_is_missing_comes_last(driver,
 
 
 @in_browser
+def test_runs_are_told_by_what_differs_and_every_name_is_whole(driver, tmp_path):
+    folder = write_sweep(tmp_path / "sweep", runs=4, steps=4)
+    trials = folder / "trials.jsonl"
+    trials.write_text(trials.read_text().replace('"overrides": {', '"overrides": {"stage.max_steps": 4, '))
+    write_report([folder], folder / "report.html")
+    open_page(driver, folder / "report.html")
+    assert option_of(driver, "Curves")["series"][0]["name"] == "0 rank=4"
+    axes = [axis["name"].replace("\n", "") for axis in option_of(driver, "Parallel coordinates")["parallelAxis"]]
+    heads = driver.execute_script("return [...document.querySelectorAll('th button')].map((one) => one.textContent)")
+    assert axes[0] == "lora.rank" and "eval/zh/bits_per_character/gain" in axes and set(axes[1:]) < set(heads)
+
+
+@in_browser
 def test_filters_leave_the_same_runs_in_table_curves_and_scatter(driver, sweep_page):
     open_page(driver, sweep_page)
     driver.execute_script(
