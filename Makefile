@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo recipe coverage test test-fast test-processors test-slurm test-llama-cpp check site clean
+.PHONY: demo recipe coverage test test-fast test-processors test-slurm test-llama-cpp test-tracking check site clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
@@ -35,6 +35,14 @@ test-processors: $(INSTALLED)
 # Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
 test-slurm: $(INSTALLED)
 	CQLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+# Installs trackio and MLflow into an environment of its own: trackio would put another event loop under what serve is
+# tested with, an older pillow, and both together two dozen packages for two tests.
+test-tracking: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/tracking
+	$(VENV)/tracking/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)/tracking/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trackio,mlflow]'
+	$(VENV)/tracking/bin/python -m pytest tests/train/test_tracking.py
 
 # Needs a C++ compiler: llama.cpp is compiled, which takes minutes.
 test-llama-cpp: $(INSTALLED)

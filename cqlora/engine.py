@@ -19,7 +19,6 @@ from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
-from cqlora.system.documents import read_object_if_there
 
 Messages = Sequence[Mapping[str, object]]
 
@@ -73,7 +72,7 @@ class LlamaEngine:
         """Positions that prompt and reply share."""
         self._tokenizer = PlainTokenizer(request.folder)
         self._token_bytes = TokenBytes(request.folder)
-        self._end_ids = find_end_ids(request.folder, self._tokenizer)
+        self._end_ids = self._tokenizer.end_ids
         self.system_prompt = read_system_prompt(request.model_dir)
         """What a conversation without a system's message begins with, as it did in training; empty for nothing."""
 
@@ -194,16 +193,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(f"device={name} is not on this machine; use device=auto.")
     return device
-
-
-def find_end_ids(folder: Path, tokenizer: PlainTokenizer) -> frozenset[int]:
-    """Tokens that end a reply: the template's, the document's, and those that the base's own files name."""
-    special = tokenizer.special
-    found = {special.document_end, special.turn_end}
-    for name in ("config.json", "generation_config.json"):
-        named = read_object_if_there(folder / name).get("eos_token_id")
-        found |= set(named) if isinstance(named, list) else {named}
-    return frozenset(token for token in found if token is not None)
 
 
 def _drain(batch: ContinuousBatch, reply: Reply) -> Iterator[str]:

@@ -108,6 +108,9 @@ def forget_modules(command: list[str]) -> None:
         is_program = name in command[2:3] and not hasattr(module, "__path__")
         if is_program or (_is_command and name.partition(".")[0] in ("cqlora", "hydra_plugins")):
             del sys.modules[name]
+    if _is_command and "hydra.core.global_hydra" in sys.modules:
+        # Hydra knows the program that starts this one.
+        sys.modules["hydra.core.global_hydra"].GlobalHydra.instance().clear()
     _is_command = True
 
 

@@ -31,6 +31,7 @@ ARROWS = {
         "config",
         "data",
         "errors",
+        "evaluation",
         "plan",
         "positions",
         "random_base",

@@ -42,6 +42,9 @@ CONFIG_DIR = _INSTALLED_CONFIGS if _INSTALLED_CONFIGS.is_dir() else Path(__file_
 """`configs/` at the root of a checkout or an editable install, `cqlora/configs/` inside a wheel."""
 
 
+MOST_PROMPTS = 10
+"""Bundled prompts of the language that has the fewest."""
+
 SETTLED = {
     "model": ("attention",),
     "stage": ("embeddings", "optimizer"),
@@ -363,6 +366,11 @@ class StageConfig:
     0 takes all."""
     eval_probe: bool = False
     """At each evaluation also measure how much examples in context help, by translations to and from Chinese."""
+    eval_generations: int = 0
+    """At each evaluation also let the model reply to so many bundled prompts of each language, always by the likeliest
+    token; 0 lets it reply to none. A reply of N tokens costs N passes over prompt and reply."""
+    eval_generation_tokens: int = 32
+    """Longest of these replies, in tokens."""
     max_forgetting: float | None = 0.05
     """Rise of English held-out loss, or of the probe's, over that of the run's start, as a share of it, from which an
     evaluation is marked in the record and told; null tells nothing."""
@@ -399,6 +407,9 @@ class StageConfig:
         ):
             if getattr(self, key) is not None:
                 require_range(f"stage.{key}", getattr(self, key), 0, math.inf)
+        require_range("stage.eval_generations", self.eval_generations, 0, MOST_PROMPTS)
+        require_range("stage.eval_generation_tokens", self.eval_generation_tokens, 1, self.sequence_length)
+        require_used(self, "eval_generation_tokens", self.eval_generations > 0, "stage.eval_generations above 0")
         require_used(self, "eval_tokens", self.eval_characters is None, "stage.eval_characters=null")
         for key in ("adam_beta1", "adam_beta2", "min_learning_rate_ratio"):
             require_range(f"stage.{key}", getattr(self, key), 0.0, 1.0)

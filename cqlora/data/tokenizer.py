@@ -97,6 +97,15 @@ class PlainTokenizer:
             return self.fast_text
         return FastTokenizer(self._segment_document, self.segment, self.dtype)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a reply: the template's, the document's, and those that the base's own files name."""
+        found = {self.special.document_end, self.special.turn_end}
+        for name in ("config.json", "generation_config.json"):
+            named = read_object_if_there(self._folder / name).get("eos_token_id")
+            found |= set(named) if isinstance(named, list) else {named}
+        return frozenset(token for token in found if token is not None)
+
     def encode_texts(self, texts: list[str]) -> TextTokens:
         """The tokens of whole texts."""
         if self._fast:

@@ -1,7 +1,7 @@
 """Greedy replies to bundled prompts: in which language, how repetitive, how long, ended or cut."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cqlora.data.language import count_letters
 from cqlora.errors import ModelError
 from cqlora.inference.requests import Sampling
+from cqlora.inference.text import ReplyText, TokenBytes
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
@@ -49,15 +50,37 @@ def generate(engine: "LlamaEngine", as_chat: bool, max_new_tokens: int) -> Itera
     for first in range(0, len(prompts), SLOTS):
         together = prompts[first : first + SLOTS]
         for prompt, (text, reply) in zip(together, reply_to(engine, together, as_chat, max_new_tokens), strict=True):
-            yield {
-                "prompt": prompt.question if as_chat else prompt.opening,
-                "language": prompt.language,
-                "reply": text,
-                "language_share": language_share(text, prompt.language),
-                "repetition": repetition(text, prompt.language),
-                "tokens": reply.completion_tokens,
-                "ended": reply.finish_reason == "stop",
-            }
+            yield describe_reply(prompt, as_chat, text, reply.completion_tokens, reply.finish_reason == "stop")
+
+
+def describe_reply(prompt: Prompt, as_chat: bool, text: str, tokens: int, ended: bool) -> dict[str, Any]:
+    """A reply with what is measured of it."""
+    return {
+        "prompt": prompt.question if as_chat else prompt.opening,
+        "language": prompt.language,
+        "reply": text,
+        "language_share": language_share(text, prompt.language),
+        "repetition": repetition(text, prompt.language),
+        "tokens": tokens,
+        "ended": ended,
+    }
+
+
+def find_spelling(folder: Path) -> Callable[[Iterable[int]], str]:
+    """What makes text of a reply's tokens as the engine does, by the tokenizer in `folder`.
+
+    Control tokens, and at the end half a character, are left out.
+
+    Raises:
+        ModelError: the tokenizer is of a kind that the engine does not decode.
+    """
+    token_bytes = TokenBytes(folder)
+
+    def spell(ids: Iterable[int]) -> str:
+        text = ReplyText(token_bytes, stop=())
+        return "".join([*map(text.add, ids), text.finish()])
+
+    return spell
 
 
 def reply_to(

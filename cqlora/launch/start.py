@@ -8,6 +8,7 @@ from cqlora.config.run_yaml import stage_config
 from cqlora.config.schema import RunConfig
 from cqlora.errors import ConfigError
 from cqlora.launch.cluster import find_rank_environment, take_rank_environment
+from cqlora.launch.objectives import check_evaluated, measure_objectives
 from cqlora.launch.preflight import check_run
 from cqlora.launch.processes import run_workers
 from cqlora.launch.run_folder import hold_run_folder
@@ -34,6 +35,7 @@ def launch(config: RunConfig, run_folder: Path, own_process: bool, run_folder_gi
             "workers that torchrun or srun started train one run and --multirun has several; start every job with a "
             "torchrun or srun of its own."
         )
+    check_evaluated(config.sweep)
     given = look_around(config, run_folder)
     config = settle(config, given)
     check_run(config, given)
@@ -52,6 +54,7 @@ def launch(config: RunConfig, run_folder: Path, own_process: bool, run_folder_gi
             run_workers(stage_config(config, run_folder), config.hardware)
         else:
             run_folder = train_here(config, run_folder)
+        measure_objectives(config, run_folder)
     if not config.stage.find_learning_rate:
         conclude(run_folder)
     return run_folder

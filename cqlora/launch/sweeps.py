@@ -19,6 +19,7 @@ from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig
 from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Pruned
+from cqlora.launch.objectives import check_evaluated
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
 from cqlora.launch.settle import look_ahead, settle
@@ -143,6 +144,7 @@ def sweep_grid(sweep: Sweep, arguments: list[str]) -> None:
         ConfigError: a job cannot be composed, or the folder holds another sweep.
     """
     sweep.settings.require_search(False)
+    check_evaluated(sweep.settings)
     points = list(enumerate(combine(parse(sweep, arguments))))
     check_same_sweep(sweep.folder, points)
     composed = {number: compose_job(sweep, number, point) for number, point in points}
@@ -220,6 +222,7 @@ def sweep_search(sweep: Sweep, arguments: list[str]) -> None:
             f"sweep.at_once={settings.at_once} has no effect where jobs run one after another; start the same command "
             "several times with one hydra.sweep.dir=FOLDER instead."
         )
+    check_evaluated(settings)
     fixed, space = read_space(parse(sweep, arguments))
     search = Search(sweep.folder, settings, space)
     misfits = plan_space(sweep, fixed, space)

@@ -129,6 +129,19 @@ def label_cross_entropy(
     return (total / divisor if len(positions) else total), losses
 
 
+def likeliest_tokens(hidden: Tensor, positions: Tensor, head: OutputHead) -> Tensor:
+    """(L,) int64: the token with the largest logit where each label stands; arguments as label_cross_entropy's.
+
+    All L rows of logits exist at once.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    dtype, logits = _open_logits(len(positions), head, flat.device)
+    with torch.autocast(flat.device.type, enabled=False):
+        states = flat.index_select(0, positions - 1).to(dtype)
+        logits.project(states, _split_blocks(head, _Gradients(), dtype), _HeadAdapter(head, states))
+    return logits.exact.argmax(1)
+
+
 @dataclass(slots=True)
 class _Gradients:
     """Float32 sums over the chunks, None where no gradient is wanted, in the order of autograd's inputs."""
@@ -196,20 +209,15 @@ def _sweep(
     gradients: _Gradients,
 ) -> Tensor:
     """Token losses (L,) of `targets` given the hidden states at `sources`; adds to `gradients` on the way."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else head.dtype or head.weight.dtype
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    shape = (min(chunk_tokens, len(targets)), len(head.weight))
-    exact = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    rounded = None if dtype is torch.float32 else torch.empty_like(exact, dtype=dtype)
-    with torch.autocast(device, enabled=False):
+    dtype, buffer = _open_logits(min(chunk_tokens, len(targets)), head, hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
         blocks = _split_blocks(head, gradients, dtype)
         for begin in range(0, len(targets), chunk_tokens):
             chunk = slice(begin, begin + chunk_tokens)
             states = hidden.index_select(0, sources[chunk]).to(dtype)
             adapter = _HeadAdapter(head, states)
-            logits = _Logits(exact[: len(states)], None if rounded is None else rounded[: len(states)])
+            logits = buffer.first(len(states))
             logits.project(states, blocks, adapter)
             losses[chunk] = logits.subtract_labels(targets[chunk])
             if gradients.wanted:
@@ -217,6 +225,14 @@ def _sweep(
                 if gradients.hidden is not None:
                     gradients.hidden.index_copy_(0, sources[chunk], grad_states)
     return losses
+
+
+def _open_logits(rows: int, head: OutputHead, device: torch.device) -> tuple[torch.dtype, "_Logits"]:
+    """What matrix products compute in here, and a buffer for the logits of `rows` positions."""
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else head.dtype or head.weight.dtype
+    exact = torch.empty((rows, len(head.weight)), dtype=torch.float32, device=device)
+    return dtype, _Logits(exact, None if dtype is torch.float32 else torch.empty_like(exact, dtype=dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +316,10 @@ class _Logits:
     exact: Tensor
     rounded: Tensor | None
     """None where matrix products are float32."""
+
+    def first(self, rows: int) -> "_Logits":
+        """The first rows of it."""
+        return _Logits(self.exact[:rows], None if self.rounded is None else self.rounded[:rows])
 
     def project(self, states: Tensor, blocks: list[_Block], adapter: _HeadAdapter) -> None:
         """Fill in the logits of `states` (c, D)."""

@@ -8,7 +8,7 @@ from torch import nn
 from cqlora.model.attention import mask_kwargs
 from cqlora.model.batch import Batch
 from cqlora.model.load import find_decoder, find_embedding, find_head
-from cqlora.model.loss import OutputHead, label_cross_entropy
+from cqlora.model.loss import OutputHead, label_cross_entropy, likeliest_tokens
 from cqlora.model.noise import EmbeddingNoise
 
 
@@ -34,6 +34,17 @@ class Objective(nn.Module):
         Returns:
             The sum of the token losses over `divisor`, and the token losses (L,) in float32, detached.
         """
+        return label_cross_entropy(*self._run(batch, noise), divisor)
+
+    def likeliest(self, batch: Batch) -> torch.Tensor:
+        """(L,) int64: the token that the model takes for likeliest at each label."""
+        hidden, positions, _, head = self._run(batch)
+        return likeliest_tokens(hidden, positions, head)
+
+    def _run(
+        self, batch: Batch, noise: EmbeddingNoise | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, OutputHead]:
+        """Hidden states after the last block, and label positions, targets and the head on the same device."""
         decoder = find_decoder(self.model)
         with torch.autocast(batch.input_ids.device.type, self.dtype, enabled=self.autocast):
             inputs = {"input_ids": batch.input_ids}
@@ -48,5 +59,4 @@ class Objective(nn.Module):
         head = replace(OutputHead.from_module(find_head(self.model)), dtype=self.dtype)
         # Under `layers` the head may be on another GPU than the last block, and both on another than the batch.
         device = head.weight.device
-        positions, targets = batch.label_positions.to(device), batch.targets.to(device)
-        return label_cross_entropy(hidden.to(device), positions, targets, head, divisor)
+        return hidden.to(device), batch.label_positions.to(device), batch.targets.to(device), head

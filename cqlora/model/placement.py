@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +48,7 @@ def shard(objective: Objective, hardware: HardwareConfig, device: torch.device, 
     sharded = {id(parameter) for block in blocks for parameter in block.parameters()}
     whole += sum(p.numel() * p.element_size() for p in objective.parameters() if id(p) not in sharded)
     fully_shard(objective, mesh=mesh, offload_policy=offload)
+    register_fsdp_forward_method(objective, "likeliest")
     check_share(count_bytes(objective) / whole, hardware.world_size)
     return objective
 

@@ -8,6 +8,8 @@ from cqlora.report.columns import as_number, pack_column, thin
 from cqlora.system.metrics import MEASURES, complete_evaluations, mean_loss
 
 Row = dict[str, Any]
+MOST_REPLIES = 4
+"""To one prompt, side by side."""
 
 
 def describe_curves(rows: list[Row], most_points: int) -> dict[str, Any]:
@@ -94,6 +96,18 @@ def join_languages(rows: list[Row]) -> dict[str, float]:
     joined = {f"{language}/{name}": bits[language] / count for (language, name), count in units.items() if count}
     loss = mean_loss(rows)
     return joined | ({} if loss is None else {"loss": loss})
+
+
+def describe_replies(rows: list[Row]) -> list[dict[str, Any]]:
+    """What the run replied to its prompts, as models of an evaluation: at its start, its end and evenly between."""
+    by_step: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "reply":
+            by_step.setdefault(row["step"], []).append(row)
+    steps = sorted(by_step)
+    last = len(steps) - 1
+    places = sorted({round(last * place / (MOST_REPLIES - 1)) for place in range(MOST_REPLIES)}) if steps else []
+    return [{"step": steps[place], "generations": by_step[steps[place]]} for place in places]
 
 
 def describe_events(rows: list[Row]) -> list[dict[str, Any]]:

@@ -16,7 +16,13 @@ from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.plan.workload import Rows
 from cqlora.report.changes import GROUPS, describe_settings
-from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values
+from cqlora.report.record import (
+    describe_curves,
+    describe_evaluations,
+    describe_events,
+    describe_replies,
+    describe_values,
+)
 from cqlora.system.documents import read_object
 from cqlora.system.durable import is_locked
 from cqlora.system.metrics import METRICS_FILE, read_metrics
@@ -52,6 +58,7 @@ def describe_run(folder: Path, most_points: int = MOST_POINTS) -> dict[str, Any]
         "curves": describe_curves(rows, most_points),
         "evaluations": describe_evaluations(rows),
         "values": describe_values(rows),
+        "replies": describe_replies(rows),
         "events": describe_events(rows),
         "modified": last_change(folder),
     }

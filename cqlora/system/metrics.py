@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cqlora.system.durable import replace_file, sync
@@ -16,6 +17,8 @@ MEAN_LOSS = "eval/loss"
 """The held-out loss over all sources, to compare runs by."""
 MEASURES = ("loss", "perplexity", "bits_per_character", "bits_per_byte")
 """What an evaluation line holds of a source and language."""
+REPLY_MEASURES = ("language_share", "repetition")
+"""What a line of a reply holds that is compared: shares of its letters and of its 4-grams."""
 _MOST = 1 << 62
 """Of any count; a longer number is damage."""
 
@@ -39,6 +42,11 @@ def is_row(row: dict[str, Any]) -> bool:
         return False
     if kind == "event":
         return isinstance(row.get("event"), str)
+    if kind == "evaluation":
+        return all(is_number(value) for key, value in row.items() if key != "kind")
+    if kind == "reply":
+        told = all(isinstance(row.get(key), str) for key in ("prompt", "language", "reply"))
+        return told and all(is_number(row.get(key)) for key in REPLY_MEASURES)
     named = kind == "train" or all(isinstance(row.get(key), str) for key in ("source", "language"))
     counted = kind != "eval" or (type(row.get("tokens")) is int and row["tokens"] >= 0)
     return isinstance(kind, str) and named and counted and is_number(row.get("loss"))
@@ -97,9 +105,9 @@ def mean_loss(evaluations: list[dict[str, Any]]) -> float | None:
 
 def name_values(row: dict[str, Any]) -> dict[str, float]:
     """A line's finite numbers under the names that runs are compared by: `train/loss`, `eval/wiki_zh/zh/loss`."""
-    if row["kind"] == "event":
+    if row["kind"] in ("event", "reply"):
         return {}
-    prefix = "train" if row["kind"] == "train" else f"eval/{row['source']}/{row['language']}"
+    prefix = row["kind"] if row["kind"] in ("train", "evaluation") else f"eval/{row['source']}/{row['language']}"
     return {
         f"{prefix}/{key}": value
         for key, value in row.items()
@@ -109,14 +117,37 @@ def name_values(row: dict[str, Any]) -> dict[str, float]:
 
 def evaluated_values(run_folder: Path) -> dict[int, dict[str, float]]:
     """What each complete evaluation of a run measured, by step, under the names that runs are compared by."""
-    return {step: _values_of(rows) for step, rows in complete_evaluations(read_metrics(run_folder)).items()}
+    rows = read_metrics(run_folder)
+    values = {step: _values_of(found) for step, found in complete_evaluations(rows).items()}
+    for step, found in _group_whole(rows, ("reply",)).items():
+        values.setdefault(step, {}).update(name_replies(found))
+    for row in rows:
+        if row["kind"] == "evaluation":
+            values.setdefault(row["step"], {}).update(name_values(row))
+    return values
 
 
 def complete_evaluations(rows: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     """The lines of each evaluation by step, the probe's too; it is complete with as many as the first, at step 0."""
+    return _group_whole(rows, ("eval", "probe"))
+
+
+def name_replies(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The means over an evaluation's replies in each language, under the names that runs are compared by."""
+    return {
+        f"eval/generations/{language}/{measure}": fmean(
+            float(row[measure]) for row in rows if row["language"] == language
+        )
+        for language in dict.fromkeys(row["language"] for row in rows)
+        for measure in REPLY_MEASURES
+    }
+
+
+def _group_whole(rows: list[dict[str, Any]], kinds: tuple[str, ...]) -> dict[int, list[dict[str, Any]]]:
+    """The lines of some kinds by step; a step that has less of them than the first is not whole, and left out."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["kind"] in ("eval", "probe"):
+        if row["kind"] in kinds:
             by_step.setdefault(row["step"], []).append(row)
     lines = len(by_step.get(0, []))
     return {step: found for step, found in by_step.items() if len(found) >= lines}

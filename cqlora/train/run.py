@@ -33,6 +33,7 @@ from cqlora.train.checkpoint import step_of
 from cqlora.train.distributed import Worker, seed_everything, start_worker
 from cqlora.train.export import describe_card
 from cqlora.train.forgetting import encode_probe
+from cqlora.train.generations import encode_questions
 from cqlora.train.learning_rate import find_learning_rate
 from cqlora.train.memory import described_when_full
 from cqlora.train.optimizer import build_optimizer
@@ -95,7 +96,8 @@ def train_as(worker: Worker, config: RunConfig, run_folder: Path) -> None:
         optimizer = build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
         probe = encode_probe(base, config.seed) if config.stage.eval_probe else []
-        trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder, probe)
+        questions = encode_questions(base, config.stage)
+        trainer = Trainer(config, worker, module, optimizer, cache, metrics, run_folder, probe, questions)
         seed_everything(config.seed, worker.rank)
         trainer.resume(identity, start)
         if config.stage.find_learning_rate:

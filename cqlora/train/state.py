@@ -51,6 +51,8 @@ _FREE_TO_CHANGE = {
     "stage.eval_tokens",
     "stage.eval_characters",
     "stage.eval_probe",
+    "stage.eval_generations",
+    "stage.eval_generation_tokens",
     "stage.max_forgetting",
     "stage.checkpoint_every_steps",
     "stage.keep_last",

@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,7 +20,15 @@ from cqlora.config.run_yaml import describe_config, flatten, list_changes
 from cqlora.config.schema import RunConfig
 from cqlora.config.tracking import TrackingConfig
 from cqlora.system.durable import replace_file
-from cqlora.system.metrics import MEAN_LOSS, append_metrics, mean_loss, name_values, read_metrics, rewind_metrics
+from cqlora.system.metrics import (
+    MEAN_LOSS,
+    append_metrics,
+    mean_loss,
+    name_replies,
+    name_values,
+    read_metrics,
+    rewind_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +65,18 @@ class MetricsLog:
         for tracker in self._trackers:
             if loss is not None and math.isfinite(loss):
                 tracker.log({MEAN_LOSS: loss, TOKENS: self._tokens}, step=evaluations[0]["step"])
+
+    def log_replies(self, step: int, replies: list[dict[str, Any]]) -> None:
+        """Add a line for each reply, and give the trackers all replies of the run so far as a table."""
+        if self._run_folder is None:
+            return
+        for reply in replies:
+            self.log({"kind": "reply", "step": step, **reply})
+        said = [row for row in read_metrics(self._run_folder) if row["kind"] == "reply"]
+        means = name_replies([row for row in said if row["step"] == step])
+        for tracker in self._trackers:
+            tracker.log({**means, TOKENS: self._tokens}, step=step)
+            log_table(tracker, "eval/replies", [{key: row[key] for key in row if key != "kind"} for row in said], step)
 
     def event(self, step: int, event: str, **details: Any) -> None:
         """Say that something happened, in metrics.jsonl and in the log."""
@@ -155,6 +176,33 @@ def start_wandb(config: RunConfig, run_folder: Path) -> GeneralTracker:
     for line in describe_wandb(tracker.tracker, run_folder):
         logger.info(line)
     return tracker
+
+
+def log_table(tracker: GeneralTracker, name: str, rows: list[dict[str, Any]], step: int) -> None:
+    """Give a tracker rows of the same keys as a table of its own kind, or as text where it has none."""
+    columns, data = list(rows[0]), [list(row.values()) for row in rows]
+    if isinstance(tracker, WandBTracker):
+        tracker.log_table(name, columns=columns, data=data, step=step)
+    elif isinstance(tracker, TrackioTracker):
+        import trackio
+
+        tracker.log({name: trackio.Table(columns=columns, data=data)}, step=step)
+    elif isinstance(tracker, MLflowTracker):
+        import mlflow
+
+        mlflow.log_dict({"columns": columns, "data": data}, f"{name}.json")
+    elif isinstance(tracker, TensorBoardTracker):
+        tracker.writer.add_text(name, to_markdown(columns, data), step)
+
+
+def to_markdown(columns: list[str], data: list[list[Any]]) -> str:
+    """A table whose cells are text, whatever they hold."""
+
+    def line(cells: list[Any]) -> str:
+        told = ["<br>".join(escape(str(cell)).splitlines()).replace("|", "&#124;") for cell in cells]
+        return f"| {' | '.join(told)} |"
+
+    return "\n".join([line(columns), "|---" * len(columns) + "|", *map(line, data)])
 
 
 def to_flat_words(config: RunConfig) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from cqlora.system.signals import finish_first
 from cqlora.train.checkpoint import CheckpointStore, step_of
 from cqlora.train.distributed import Worker
 from cqlora.train.forgetting import ProbePattern, find_forgotten, read_start
+from cqlora.train.generations import Questions
 from cqlora.train.optimizer import set_learning_rate
 from cqlora.train.resumption import Start
 from cqlora.train.state import Counters, restore_state, save_state
@@ -71,6 +72,7 @@ class Trainer:
         metrics: MetricsLog,
         run_folder: Path,
         probe: Sequence[ProbePattern] = (),
+        questions: Questions | None = None,
     ) -> None:
         self.config = config
         self.worker = worker
@@ -80,6 +82,7 @@ class Trainer:
         self.metrics = metrics
         self.run_folder = run_folder
         self.probe = probe
+        self.questions = questions
         self.store = CheckpointStore(run_folder / "checkpoints", config.stage.keep_last)
         self.split = cache.splits["train"]
         self.order = StepOrder(len(self.split), config.stage.global_batch_size, config.seed)
@@ -193,7 +196,7 @@ class Trainer:
         return EmbeddingNoise(alpha, (self.config.seed, self.counters.step, *place)) if alpha else None
 
     def evaluate(self, display: StepDisplay) -> None:
-        """Evaluate every source's held-out text and log it."""
+        """Evaluate every source's held-out text, and whatever else is asked for, and log it."""
         rows = []
         for source, result in self.evaluate_sources("val", display):
             row = {
@@ -215,6 +218,8 @@ class Trainer:
             self.metrics.log(row)
             rows.append(row)
         self.tell_forgetting(rows)
+        if self.questions is not None:
+            self.metrics.log_replies(self.counters.step, self.questions.ask(unwrap(self.module), self.worker))
 
     def score_probe(self) -> Iterator[dict[str, Any]]:
         """A line for each pattern of the in-context probe; every worker computes all of it."""

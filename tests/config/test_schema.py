@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.run_yaml import load_run_yaml, write_run_yaml
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig, register_schemas
-from cqlora.config.sweeps import PROBED, require_metric
+from cqlora.config.sweeps import PROBED, REPLIED
 from cqlora.errors import ConfigError
 
 GROUPS = ("model", "data", "stage", "hardware", "tracking")
@@ -162,7 +162,14 @@ def test_an_objective_of_the_probe_needs_the_probe():
 
     languages = sorted({pattern.language for pattern in list_patterns() if pattern.name == WATCHED})
     assert {metric.rpartition("/")[0] for metric in PROBED} == {f"eval/probe/{WATCHED}/{each}" for each in languages}
-    for metric in PROBED:
-        require_metric(metric, {}, probed=True)
-        with pytest.raises(ConfigError, match=r"is measured with stage\.eval_probe=true; add it"):
-            require_metric(metric, {}, probed=False)
+    words = ["stage=sft", f"sweep.objectives=[{','.join(PROBED)}]"]
+    assert list(typed(*words, "stage.eval_probe=true").sweep.goals) == list(PROBED)
+    with pytest.raises(ConfigError, match=r"is measured with stage\.eval_probe=true; add it"):
+        typed(*words)
+
+
+def test_an_objective_of_replies_needs_replies():
+    words = ["stage=sft", f"sweep.objectives=[{','.join(REPLIED)}]"]
+    assert list(typed(*words, "stage.eval_generations=1").sweep.goals) == list(REPLIED)
+    with pytest.raises(ConfigError, match=r"is measured with stage\.eval_generations=2; add it"):
+        typed(*words)

@@ -57,6 +57,17 @@ def evaluations(step: int, bits: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def replies(step: int) -> list[dict[str, Any]]:
+    """What a model said to a Chinese prompt and to an English one."""
+    return [
+        {
+            "kind": "reply", "step": step, "prompt": prompt, "language": language, "reply": f"<i>{said} {step}</i>",
+            "language_share": 0.5, "repetition": 0.0, "tokens": 4, "ended": step > 0,
+        }
+        for prompt, language, said in (("春天来了，", "zh", "花开"), ("Spring is here,", "en", "and flowers"))
+    ]  # fmt: skip
+
+
 def write_sweep(folder: Path, runs: int = 12, steps: int = 60) -> Path:
     """A sweep over rank and learning rate, of which number 3 has failed and the last has not begun."""
     trials = []

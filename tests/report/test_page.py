@@ -10,7 +10,7 @@ from cqlora.report.page import PAGE_FOLDER, conclude, describe, render, write_re
 from cqlora.report.watch import build_app
 from tests.browser import in_browser, open_browser
 from tests.conftest import HANG_SECONDS, run_python, run_verb
-from tests.report.folders import write_run, write_sweep
+from tests.report.folders import replies, write_run, write_sweep
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'and' 中文 </script>"
 
@@ -109,9 +109,28 @@ def test_a_runs_page_shows_its_numbers_and_the_browser_has_nothing_to_complain_o
 
 
 @in_browser
+def test_replies_in_training_stand_side_by_side(driver, tmp_path):
+    folder = write_run(tmp_path / "run", steps=4)
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as record:
+        record.write("".join(json.dumps(row) + "\n" for step in (0, 4) for row in replies(step)))
+    write_report([folder], folder / "report.html")
+    open_page(driver, folder / "report.html")
+    shown = driver.execute_script(
+        "return [...document.querySelectorAll('details')].map((one) => [one.querySelector('summary').textContent,"
+        "...[...one.querySelectorAll('.replies > div')].map((reply) => reply.textContent)])"
+    )
+    assert [row[0] for row in shown] == ["春天来了，", "Spring is here,"]
+    assert shown[0][1].startswith("step 0\n<i>花开 0</i>\ncut · in the language asked 0.5")
+    assert shown[0][2].startswith("step 4\n<i>花开 4</i>\nended") and driver.get_log("browser") == []
+
+
+@in_browser
 def test_axes_and_measures_follow_their_controls(driver, run_page):
     open_page(driver, run_page)
+    falls = [one["data"] for one in option_of(driver, "Held-out text")["series"]]
+    assert falls == [[[0, 0], [60, pytest.approx(-12.5)]]] * 3
     choose(driver, "Axis", "tokens")
+    choose(driver, "Measure", "bits_per_character")
     assert option_of(driver, "Losses")["series"][0]["data"][-1][0] == 60 * 1024
     assert option_of(driver, "Held-out text")["series"][0]["data"] == [[0, 4], [60 * 1024, 3.5]]
     choose(driver, "Axis", "elapsed")
@@ -178,6 +197,19 @@ def test_a_sweeps_table_sorts_by_keyboard_and_what_is_missing_comes_last(driver,
         "[...document.querySelectorAll('th button')].find((b) => b.textContent === 'train/loss').click()"
     )
     assert rows_of(driver)[-1][1] == "running"
+
+
+@in_browser
+def test_runs_are_told_by_what_differs_and_every_name_is_whole(driver, tmp_path):
+    folder = write_sweep(tmp_path / "sweep", runs=4, steps=4)
+    trials = folder / "trials.jsonl"
+    trials.write_text(trials.read_text().replace('"overrides": {', '"overrides": {"stage.max_steps": 4, '))
+    write_report([folder], folder / "report.html")
+    open_page(driver, folder / "report.html")
+    assert option_of(driver, "Curves")["series"][0]["name"] == "0 rank=4 learning_rate=0.0001"
+    axes = [axis["name"].replace("\n", "") for axis in option_of(driver, "Parallel coordinates")["parallelAxis"]]
+    heads = driver.execute_script("return [...document.querySelectorAll('th button')].map((one) => one.textContent)")
+    assert axes[0] == "lora.rank" and "eval/zh/bits_per_character/gain" in axes and set(axes[1:]) < set(heads)
 
 
 @in_browser

@@ -5,9 +5,16 @@ import math
 import pytest
 
 from cqlora.report.columns import unpack_column
-from cqlora.report.record import describe_curves, describe_evaluations, describe_events, describe_values, join_languages
+from cqlora.report.record import (
+    describe_curves,
+    describe_evaluations,
+    describe_events,
+    describe_replies,
+    describe_values,
+    join_languages,
+)
 from cqlora.system.metrics import read_metrics
-from tests.report.folders import evaluations, write_run
+from tests.report.folders import evaluations, replies, write_run
 
 
 @pytest.fixture
@@ -75,3 +82,13 @@ def test_events_keep_their_details_and_checkpoints_are_left_out():
         {"kind": "event", "step": 5, "event": "resumed", "checkpoint": "step-00000005"},
     ]
     assert describe_events(rows) == [{"step": 5, "event": "resumed", "details": {"checkpoint": "step-00000005"}}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shown"), [([], []), ([0], [0]), ([0, 5], [0, 5]), (range(0, 100, 10), [0, 30, 60, 90])]
+)
+def test_replies_are_shown_of_the_start_the_end_and_evenly_between(steps, shown):
+    rows = [row for step in steps for row in replies(step)]
+    found = describe_replies([*evaluations(0, 4.0), *rows])
+    assert [each["step"] for each in found] == shown
+    assert all(each["generations"] == replies(each["step"]) for each in found)

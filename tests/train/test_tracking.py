@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sqlite3
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ SECRETS = {
     "MY_PASSWORD": "planted-password-in-the-environment",
 }
 
+REPLIES = ("stage.eval_generations=1", "stage.eval_generation_tokens=4")
 TRACKED = ("tracking=wandb", "tracking.tags=[mine]", "tracking.group=g", "stage.schedule=constant")
 
 
@@ -116,11 +118,16 @@ def test_an_offline_run_that_is_resumed_adds_a_segment_of_the_same_run_and_overw
 
 
 def test_wandb_has_flat_keys_what_was_changed_the_plan_and_the_adapter(workspace, tmp_path):
-    small_run(workspace, tmp_path / "run", "tracking=wandb", "tracking.log_adapter=true", WANDB_MODE="offline")
+    wandb = ("tracking=wandb", "tracking.log_adapter=true", *REPLIES)
+    small_run(workspace, tmp_path / "run", *wandb, WANDB_MODE="offline")
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     stored = file.read_bytes()
-    for word in (b"lora.rank", b"changed", b"plan/peak_memory_gib", b"adapter_model.safetensors"):
+    for word in (b"lora.rank", b"changed", b"plan/peak_memory_gib", b"adapter_model.safetensors", b"eval/replies"):
         assert word in stored
+    tables = (tmp_path / "run").glob("wandb/offline-run-*/files/media/table/eval/replies_*.table.json")
+    found = sorted((json.loads(table.read_text(encoding="utf-8")) for table in tables), key=lambda t: len(t["data"]))
+    assert [len(table["data"]) for table in found] == [2, 4], "all of the run's replies so far, at each evaluation"
+    assert as_rows(found[-1]) == logged_replies(tmp_path / "run")
 
 
 def test_curves_are_over_tokens_and_the_objectives_have_their_goals(workspace):
@@ -144,8 +151,30 @@ def test_what_differs_from_the_defaults_is_named(workspace):
 
 
 def test_tensorboard_writes_events_into_the_run_folder(workspace, tmp_path):
-    small_run(workspace, tmp_path / "run", "tracking=tensorboard")
-    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    small_run(workspace, tmp_path / "run", "tracking=tensorboard", *REPLIES)
+    # Hyperparameters are in a file of their own, a folder below.
+    file = min((tmp_path / "run").rglob("events.out.tfevents.*"), key=lambda file: len(file.parts))
+    events = EventAccumulator(str(file)).Reload()
+    logged = {each.step: each.value for each in events.Scalars("train/loss")}
+    assert logged == pytest.approx(logged_losses(tmp_path / "run"), rel=1e-6)
+    told = [each.tensor_proto.string_val[0].decode() for each in events.Tensors("eval/replies/text_summary")]
+    rows = logged_replies(tmp_path / "run")
+    assert [len(table.splitlines()) for table in told] == [2 + 2, 2 + 4]
+    assert told[-1].splitlines()[2:] == [
+        f"| {' | '.join('<br>'.join(escape(str(c)).splitlines()).replace('|', '&#124;') for c in row.values())} |"
+        for row in rows
+    ]
+
+
+def as_rows(table: dict) -> list[dict]:
+    """A table of columns and data as one object a row."""
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+def logged_replies(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "kind"} for row in read_metrics(run) if row["kind"] == "reply"]
 
 
 def logged_losses(run: Path) -> dict[int, float]:
@@ -154,27 +183,33 @@ def logged_losses(run: Path) -> dict[int, float]:
 
 def test_trackio_has_the_runs_losses_in_its_folder(workspace, tmp_path):
     pytest.importorskip("trackio", reason="needs the extra `trackio`")
-    small_run(workspace, tmp_path / "run", "tracking=trackio", "tracking.project=p", TRACKIO_DIR=str(tmp_path / "kept"))
+    small_run(workspace, tmp_path / "run", "tracking=trackio", "tracking.project=p", *REPLIES,
+              TRACKIO_DIR=str(tmp_path / "kept"))  # fmt: skip
     with sqlite3.connect(tmp_path / "kept" / "p.db") as database:
         rows = [(name, step, json.loads(row)) for name, step, row in
                 database.execute("select run_name, step, metrics from metrics")]  # fmt: skip
     logged = {step: row["train/loss"] for _, step, row in rows if "train/loss" in row}
     assert logged == logged_losses(tmp_path / "run") and len(logged) == 2
     assert {name for name, _, _ in rows} == {"sft-tiny-run"}
+    tables = [row["eval/replies"] for _, _, row in rows if "eval/replies" in row]
+    assert tables[-1]["_value"] == logged_replies(tmp_path / "run")
     assert not [file for secret in SECRETS.values() for file in files_with(tmp_path, secret)]
 
 
 def test_mlflow_has_the_runs_losses_and_a_run_that_goes_on_is_one(workspace, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.schedule=constant", MLFLOW_TRACKING_URI=store)
-    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.max_steps=3", "stage.schedule=constant",
+    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.schedule=constant", *REPLIES,
+              MLFLOW_TRACKING_URI=store)  # fmt: skip
+    small_run(workspace, tmp_path / "run", "tracking=mlflow", "stage.max_steps=3", "stage.schedule=constant", *REPLIES,
               MLFLOW_TRACKING_URI=store)  # fmt: skip
     client = mlflow.MlflowClient(store)
     (experiment,) = client.search_experiments(filter_string="name = 'cqlora'")
     (run,) = client.search_runs([experiment.experiment_id])
     logged = {each.step: each.value for each in client.get_metric_history(run.info.run_id, "train/loss")}
     assert logged == logged_losses(tmp_path / "run") and len(logged) == 3
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "eval/replies.json")).read_text())
+    assert as_rows(table) == logged_replies(tmp_path / "run")
     assert run.data.params["lora.rank"] and run.info.run_name == "sft-tiny-run"
 
 

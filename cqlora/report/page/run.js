@@ -1,11 +1,11 @@
 // The page of one run.
-const runState = { axis: "step", smoothing: 0.6, measure: "bits_per_character", changed: true, filter: "" };
+const runState = { axis: "step", smoothing: 0.6, measure: "relative", changed: true, filter: "" };
 
 function showRun(page) {
   const run = page.run;
   return [
     facts(run), notesOf(run), beforeAfter(run), lossCharts(run), smallCharts(run),
-    evaluationOf(run), mixOf(run), eventsOf(run), settingsOf(run), commandsOf(run),
+    repliesOf(run), evaluationOf(run), mixOf(run), eventsOf(run), settingsOf(run), commandsOf(run),
   ].filter(Boolean);
 }
 
@@ -56,7 +56,7 @@ function axisChoice(redraw) {
 
 function lossCharts(run) {
   const [train, held] = [make("div", { class: "chart" }), make("div", { class: "chart" })];
-  const measures = ["bits_per_character", "bits_per_byte", "loss", "perplexity"];
+  const measures = ["relative", "bits_per_character", "bits_per_byte", "loss", "perplexity"];
   const redraw = () => { drawTraining(run, train); drawHeldOut(run, held); };
   later(redraw);
   const controls = [
@@ -85,9 +85,15 @@ function drawTraining(run, box) {
 
 function drawHeldOut(run, box) {
   const series = run.evaluations.map((one, place) => ({
-    name: `${one.source} (${one.language})`, x: one[AXES[runState.axis][1]], y: one[runState.measure].map((value) => value ?? NaN), dots: true, colour: PALETTE[(place + 1) % PALETTE.length],
+    name: `${one.source} (${one.language})`, x: one[AXES[runState.axis][1]], y: heldOut(one), dots: true, colour: PALETTE[(place + 1) % PALETTE.length],
   }));
   drawLines(box, series, { x: say(runState.axis), y: say(runState.measure), label: say("heldOut") });
+}
+
+// A source's numbers; in per cent of its first loss, sources of any language share an axis.
+function heldOut(one) {
+  if (runState.measure !== "relative") return one[runState.measure].map((value) => value ?? NaN);
+  return one.loss.map((value) => (value === null || !one.loss[0] ? NaN : 100 * (value / one.loss[0] - 1)));
 }
 
 // Where a step lies on the chosen axis.
@@ -155,11 +161,17 @@ function commandsOf(run) {
   return section(say("commands"), null, Object.entries(run.commands).map(([name, command]) => [make("h3", {}, say(name)), make("pre", {}, command)]));
 }
 
+// What the model in training said, its steps side by side.
+function repliesOf(run) {
+  if (!run.replies.length) return null;
+  return section(say("replies"), null, replies(run.replies.map((one) => ({ ...one, name: `${say("step")} ${formatNumber(one.step)}` }))));
+}
+
 // What `cqlora evaluate` has found, its models side by side.
 function evaluationOf(run) {
   const models = run.evaluation;
   if (!models?.length) return section(say("evaluation"), null, make("p", { class: "note" }, say("noEvaluation")));
-  return section(say("evaluation"), null, textTable(models), probeChart(models), choiceTable(models), replies(models));
+  return section(say("evaluation"), null, textTable(models), probeChart(models), choiceTable(models), generationsOf(models));
 }
 
 function textTable(models) {
@@ -193,10 +205,13 @@ function choiceTable(models) {
   return make("div", {}, make("h3", {}, say("choice")), make("div", { class: "scroll" }, sortable(columns, rows)));
 }
 
+function generationsOf(models) {
+  return models.some((model) => model.generations?.length) ? make("div", {}, make("h3", {}, say("generations")), replies(models)) : null;
+}
+
 function replies(models) {
   const prompts = [...new Set(models.flatMap((model) => (model.generations ?? []).map((row) => row.prompt)))];
-  if (!prompts.length) return null;
-  return make("div", {}, make("h3", {}, say("generations")), prompts.map((prompt) => make("details", { open: prompt === prompts[0] }, make("summary", {}, prompt), make("div", { class: "replies" }, models.map((model) => {
+  return make("div", {}, prompts.map((prompt) => make("details", { open: prompt === prompts[0] }, make("summary", {}, prompt), make("div", { class: "replies" }, models.map((model) => {
     const row = (model.generations ?? []).find((one) => one.prompt === prompt);
     const told = row ? `${say(row.ended ? "ended" : "cut")} · ${say("language_share")} ${formatNumber(row.language_share, 2)} · ${say("repetition")} ${formatNumber(row.repetition, 2)}` : "";
     return make("div", {}, make("strong", {}, model.name), `\n${row?.reply ?? "–"}\n`, make("span", { class: "note" }, told));

@@ -6,7 +6,7 @@ function showSweep(page) {
   const settings = [...new Set(page.runs.flatMap((run) => Object.keys(run.overrides)))];
   const varied = page.runs.length < 2 ? settings : settings.filter((key) => new Set(page.runs.map((run) => show(run.overrides[key]))).size > 1);
   const keys = varied.length ? varied : page.differing.slice(0, 8);
-  page.runs.forEach((run, place) => { run.number ??= place; });
+  page.runs.forEach((run, place) => { run.number ??= place; run.told = keys.filter((key) => key in run.overrides); });
   pickDefaults(measures);
   const views = { page, measures, keys };
   const parts = [runTable(views), curvesOf(views), parallelOf(views), scatterOf(views), importancesOf(views), differencesOf(views), failuresOf(views)].filter(Boolean);
@@ -34,8 +34,9 @@ function visibleRuns(page) {
   });
 }
 
+// A run by its number and by those of its overrides that others do not share.
 function runTitle(run) {
-  const told = Object.entries(run.overrides).map(([key, value]) => `${key.split(".").at(-1)}=${show(value)}`).join(" ");
+  const told = run.told.map((key) => `${key.split(".").at(-1)}=${show(run.overrides[key])}`).join(" ");
   return `${run.name}${told ? ` ${told}` : ""}`;
 }
 
@@ -60,7 +61,7 @@ function runTable({ page, measures, keys }) {
     const shown = visibleRuns(page);
     count.textContent = say("shown", shown.length, page.runs.length);
     const table = sortable(columns, shown, {
-      sort: sweepState.sort, chosen: (run) => run.number === sweepState.chosen,
+      look: "measures", sort: sweepState.sort, chosen: (run) => run.number === sweepState.chosen,
       onSort: (key) => { sweepState.sort = { key, down: sweepState.sort.key === key && !sweepState.sort.down }; redraw(); box.querySelector(`th[aria-sort="${sweepState.sort.down ? "descending" : "ascending"}"] button`)?.focus(); },
       onRow: (run) => { sweepState.chosen = sweepState.chosen === run.number ? null : run.number; currentRedraw(); },
     });
@@ -134,7 +135,7 @@ function parallelOf({ page, keys, measures }) {
     if (sweepState.brushed && echarts.getInstanceByDom(box)) return;
     dropChart(box);
     const drawn = chart(box, {
-      color: PALETTE, parallel: { left: 40, right: 70, top: 46, bottom: 26, parallelAxisDefault: { nameTextStyle: { color: colour("faint"), fontSize: 11 }, axisLabel: { color: colour("ink") }, axisLine: { lineStyle: { color: colour("faint") } } } },
+      color: PALETTE, parallel: { left: 40, right: 70, top: 64, bottom: 26, parallelAxisDefault: { nameTextStyle: { color: colour("faint"), fontSize: 11 }, axisLabel: { color: colour("ink") }, axisLine: { lineStyle: { color: colour("faint") } } } },
       parallelAxis: axes.map((key, dim) => parallelAxis(key, dim, order.map((run) => valueOf(run, key)))),
       series: [{ type: "parallel", lineStyle: { width: 2, opacity: 0.6 }, inactiveOpacity: 0.06, data: order.map((run) => ({ value: axes.map((key) => axisValue(valueOf(run, key))), lineStyle: { color: PALETTE[run.number % PALETTE.length] } })) }],
     }, say("parallel"));
@@ -148,14 +149,24 @@ function parallelOf({ page, keys, measures }) {
   return { element: section(say("parallel"), null, make("p", { class: "note" }, say("parallelHint")), box), redraw };
 }
 
+// A name in lines of about so many characters, which end behind a slash or a dot.
+function foldName(key, width) {
+  const lines = [];
+  for (const part of nameParts(key)) {
+    if (lines.length && (lines.at(-1) + part).length <= width) lines[lines.length - 1] += part;
+    else lines.push(part);
+  }
+  return lines.join("\n");
+}
+
 const axisValue = (value) => (typeof value === "number" ? value : show(value));
 
-// Numbers that span more than a factor of 50 are spread by their logarithm.
+// Numbers that span more than a factor of 10 are spread by their logarithm.
 function parallelAxis(key, dim, values) {
-  const name = key.length > 18 ? `…${key.slice(-17)}` : key;
+  const name = foldName(key, 20);
   if (!values.every((value) => typeof value === "number")) return { dim, name, type: "category", data: [...new Set(values.map(axisValue))] };
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  return { dim, name, type: low > 0 && high / low > 50 ? "log" : "value", scale: true, min: low === high ? undefined : low, max: low === high ? undefined : high, axisLabel: { color: colour("ink"), formatter: (value) => formatNumber(value, 5) } };
+  return { dim, name, type: low > 0 && high / low > 10 ? "log" : "value", scale: true, min: low === high ? undefined : low, max: low === high ? undefined : high, axisLabel: { color: colour("ink"), formatter: (value) => formatNumber(value, 5) } };
 }
 
 function scatterOf({ page, measures, keys }) {
