@@ -3,7 +3,7 @@
     python benchmarks/recipes_trl.py BASE TEXTS FOLDER STEPS SEED LENGTH SETTINGS
 
 SFTTrainer with LoRA as TRL's command line gives it (rank 16, alpha 32, dropout 0.05). SETTINGS is JSON: of SFTConfig,
-and `target_modules` of LoraConfig.
+and `rank`, `alpha` and `target_modules` of LoraConfig.
 """
 
 import json
@@ -24,7 +24,11 @@ def main() -> None:
     steps, seed, length = map(int, numbers)
     given = json.loads(given)
     lora = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.05, task_type="CAUSAL_LM", target_modules=given.pop("target_modules", None)
+        r=given.pop("rank", 16),
+        lora_alpha=given.pop("alpha", 32),
+        lora_dropout=0.05,
+        task_type="CAUSAL_LM",
+        target_modules=given.pop("target_modules", None),
     )
     began: list[float] = []
 
