@@ -110,6 +110,7 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
     size = 4 if hardware.precision is Precision.float32 else 2
     fused = fuses_layers(model, lora)
     autocast = size < 4 and not fused
+    kernels = fused and hardware.kernels is Kernels.triton
     return Program(
         compute_bytes=size,
         embedding_bytes=size,
@@ -122,7 +123,8 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         # Where documents differ in length, their outputs are kept apart and joined.
         attention_copies=2 if model.attention is Attention.documents else 1,
         # torch's own norm, which goes with the kernels, keeps its input as it is.
-        saved_norm_bytes=size if fused and hardware.kernels is Kernels.triton else 4,
+        saved_norm_bytes=size if kernels else 4,
+        fused_gate=kernels,
         chunk_tokens=512 if on_gpu else 256,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,

@@ -9,7 +9,7 @@ import torch
 from cqlora.config.choices import Checkpointing, Quantization, Strategy
 from cqlora.config.schema import LoraConfig
 from cqlora.model.loss import CHUNK_TOKENS
-from cqlora.plan.activations import kept_per_token
+from cqlora.plan.activations import backward_per_token, kept_per_token
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapter_parameters
@@ -71,7 +71,7 @@ def test_a_chunk_is_the_loss_s_own(hardware: str) -> None:
     assert describe_run(config).program.chunk_tokens == CHUNK_TOKENS[config.hardware.device.name]
 
 
-def test_a_fused_norm_keeps_its_input_as_it_is_and_one_call_the_output_once() -> None:
+def test_kernels_keep_what_a_norm_reads_as_it_is_and_one_call_the_output_once() -> None:
     seven_b = ("stage=pretrain", "model=llama_7b", "hardware=1xa100", "hardware.activation_checkpointing=none")
     own, plain = (
         describe_run(compose_run(*seven_b, *more))
@@ -80,6 +80,8 @@ def test_a_fused_norm_keeps_its_input_as_it_is_and_one_call_the_output_once() ->
     kept = [kept_per_token(work.model, work.lora, work.program) for work in (own, plain)]
     two_norms_and_the_output = 2 * 4096 * (2 + 1)
     assert kept[1] - kept[0] == two_norms_and_the_output
+    passing = [backward_per_token(work.model, work.program) for work in (own, plain)]
+    assert passing[1] - passing[0] == 2 * own.model.intermediate_size
 
 
 @pytest.mark.parametrize(
