@@ -11,6 +11,7 @@ from cqlora.config.schema import LoraConfig
 from cqlora.model.loss import CHUNK_TOKENS
 from cqlora.plan.activations import backward_per_token, kept_per_token
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
+from cqlora.plan.memory import plan_memory
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapter_parameters
 from cqlora.plan.workload import Rows, Workload, describe_run
@@ -47,6 +48,28 @@ def test_sharding_over_n_gpus_leaves_each_an_nth_of_weights_and_states() -> None
     assert of_four.optimizer == alone.optimizer / 4
     # The quantisation constants stay whole.
     assert alone.weights / 4 < of_four.weights < alone.weights / 4 + 1.1 * GIB
+
+
+def test_over_several_nodes_a_gpu_holds_what_it_would_of_one() -> None:
+    config = compose_run(
+        "stage=pretrain", "data=sample", "model=llama_65b", "hardware=2x8xh100", "hardware.strategy=fsdp"
+    )
+    of_one = compose_run(
+        "stage=pretrain", "data=sample", "model=llama_65b", "hardware=8xh100", "hardware.strategy=fsdp"
+    )
+    assert describe_run(config).shards == describe_run(of_one).shards == 8
+    assert plan_memory(config).worker.weights == plan_memory(of_one).worker.weights
+    apart = replace(config, hardware=replace(config.hardware, processes_per_node=1))
+    assert describe_run(apart).shards == 2
+
+
+@pytest.mark.parametrize("rank, share", [(4, 1.0), (16, 720_896 / 1_249_280), (64, 0.0)])
+def test_paged_states_of_small_matrices_stay_on_the_device(rank: int, share: float) -> None:
+    # Of rank 16 on 7B, 11 matrices of a block have 65,536 numbers and 3 have 176,128.
+    options = ("stage=pretrain", "data=sample", "model=llama_7b", "hardware=1x4090", f"lora.rank={rank}")
+    paged = compose_run(*options, "stage.optimizer=paged_adamw")
+    adapter = trainable_parameters(describe_run(paged))
+    assert plan_memory(paged).worker.optimizer == pytest.approx(8 * share * adapter)
 
 
 def test_full_checkpointing_keeps_one_input_a_block_and_one_block() -> None:
