@@ -14,7 +14,7 @@ LAYERS = ("hardware.strategy=layers", "hardware.processes_per_node=1", "hardware
 LAYOUTS = {
     "an older GPU, float16 with a scaler": (
         "model=llama_7b", "hardware=1xa100", "hardware.precision=float16", "hardware.gradient_scaler=true",
-        "stage.global_batch_size=2",
+        "stage.global_batch_size=2", "model.attention=documents", "hardware.kernels=plain",
     ),
     "fsdp": FSDP,
     "fsdp, 16 bit, offload": (
