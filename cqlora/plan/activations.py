@@ -79,7 +79,7 @@ def backward_per_token(model: ModelConfig, program: Program) -> int:
     remade activation where the block is lean, unless one kernel makes them and writes over what it reads; at the
     hidden size the residual stream's gradient and the one being added to it.
     """
-    wide = 4 if program.lean_mlp and not program.fused_gate else 3
+    wide = 4 if program.lean_mlp and not program.kernels else 3
     return program.compute_bytes * (wide * model.intermediate_size + 2 * model.hidden_size)
 
 

@@ -210,6 +210,8 @@ def _at_backward(work: Workload) -> dict[str, float]:
     live = backward_per_token(model, program)
     if work.checkpointing is Checkpointing.full:
         live += kept_per_token(model, work.lora, program)
+        # The block's input is kept already.
+        live -= checkpoint_per_token(model, program) * program.kernels
     matrix = 0 if model.quantization is Quantization.none else dequantized(model, work.lora, program)
     return {
         "gradients": _gradients(work),

@@ -131,7 +131,7 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         attention_copies=2 if model.attention is Attention.documents else 1,
         # torch's own norm, which goes with the kernels, keeps its input as it is.
         saved_norm_bytes=size if kernels else 4,
-        fused_gate=kernels,
+        kernels=kernels,
         chunk_tokens=512 if on_gpu else 256,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,
