@@ -455,8 +455,8 @@ class HardwareConfig:
     processes_per_node: int = 1
     """One worker per GPU; on a CPU, workers that share the cores."""
     strategy: Strategy = Strategy.single
-    """One worker (single), a whole model each (ddp), a share of it each (fsdp), or one worker's blocks over
-    several GPUs (layers)."""
+    """One worker (single), a whole model each (ddp), a share each of one model a node (fsdp), or one worker's blocks
+    over several GPUs (layers)."""
     precision: Precision = Precision.auto
     """Type that matrix products compute in; auto is bfloat16 where the device has units for it, on an older GPU
     float16 with loss scaling (compute capability 7, unless fsdp), else float32."""
@@ -518,6 +518,11 @@ class HardwareConfig:
     def world_size(self) -> int:
         """Workers over all nodes."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def shard_workers(self) -> int:
+        """Workers that hold one model together under fsdp: those of a node, or all where a node has a single one."""
+        return self.processes_per_node if self.processes_per_node > 1 else self.world_size
 
 
 @dataclass(kw_only=True, slots=True)

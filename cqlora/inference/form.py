@@ -10,6 +10,7 @@ import torch
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.architecture import Architecture
 from cqlora.inference.kernel import ROWS_TOGETHER, has_fused_nf4
+from cqlora.system.machine import BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY
 from cqlora.system.processor import suits_bfloat16_matrices
 from cqlora.weights.nf4 import GROUP
 
@@ -61,7 +62,7 @@ def choose_form(architecture: Architecture, quantised: bool, dtype: str, device:
         ModelError: the model does not fit in memory in any form.
     """
     if device.type == "cuda":
-        return Form(Layout.dense, _named(dtype) or torch.bfloat16, device, unpacked=quantised)
+        return Form(Layout.dense, _named(dtype) or choose_gpu_dtype(device), device, unpacked=quantised)
     free = psutil.virtual_memory().available
     forms = _candidates(architecture, quantised, dtype, device)
     fitting = [form for form in forms if needed_bytes(architecture, form) < free]
@@ -72,6 +73,14 @@ def choose_form(architecture: Architecture, quantised: bool, dtype: str, device:
             "use a machine with more memory."
         )
     return fitting[0]
+
+
+def choose_gpu_dtype(device: torch.device) -> torch.dtype:
+    """What a GPU multiplies fastest: bfloat16 from Ampere on, float16 on older ones with matrix units, else float32."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= BFLOAT16_CAPABILITY:
+        return torch.bfloat16
+    return torch.float16 if capability >= FLOAT16_CAPABILITY else torch.float32
 
 
 def needed_bytes(architecture: Architecture, form: Form) -> float:

@@ -27,6 +27,10 @@ class Nf4Parts:
     codes: torch.Tensor
     """float32 (16,): the numbers that the codes stand for."""
 
+    def to(self, device: torch.device) -> "Nf4Parts":
+        """The same on another device."""
+        return Nf4Parts(self.packed.to(device), self.scales.to(device), self.dtype, self.codes.to(device))
+
     def dense(self) -> torch.Tensor:
         """float32 (out, in): what a forward pass of a training run multiplies by."""
         # A table of both numbers of a byte reads each byte once.

@@ -70,7 +70,7 @@ def open_decoder(request: Request) -> tuple[Decoder, Form]:
     if file is not None and file.is_file():
         weights = map_snapshot(file)
     else:
-        weights = build_weights(open_model(request, base, is_nf4, onto), architecture, form)
+        weights = build_weights(open_model(request, base, is_nf4, onto, form.device), architecture, form)
         if file is not None:
             weights = keep_snapshot(weights, file)
     logger.info("%s: %s", request.model_dir, form)
@@ -132,15 +132,15 @@ def find_quantisation(request: Request) -> Nf4Format | None:
     return form if request.quantization == "nf4" or trained_on is Quantization.nf4 else None
 
 
-def open_model(request: Request, base: Base, is_nf4: bool, onto: Nf4Format | None) -> Model:
-    """The tensors of the folders, with an adapter's changes."""
+def open_model(request: Request, base: Base, is_nf4: bool, onto: Nf4Format | None, device: torch.device) -> Model:
+    """The tensors of the folders, with an adapter's changes, quantised and merged on `device`."""
     if request.base_dir is not None:
         merge = plan_merge(base.path, [request.model_dir], MergeOnto["16bit"], True, Precision.auto)
         for note in merge.notes:
             logger.warning(note)
-        return Model(base, MergedSource(merge.source.base, merge.source.plan, onto), is_nf4=False)
+        return Model(base, MergedSource(merge.source.base, merge.source.plan, onto, device), is_nf4=False)
     reader = ShardReader(base.path)
-    return Model(base, MergedSource(reader, MergePlan(tied=is_tied(base, reader)), onto), is_nf4)
+    return Model(base, MergedSource(reader, MergePlan(tied=is_tied(base, reader)), onto, device), is_nf4)
 
 
 def identify(request: Request, onto: Nf4Format | None, form: Form) -> dict[str, str]:

@@ -34,9 +34,9 @@ class Model:
         return self.is_nf4 or self.source.onto is not None
 
     def dense(self, name: str) -> torch.Tensor:
-        """A tensor in float32, an adapter's changes merged into it."""
+        """A tensor in float32 on the source's device, an adapter's changes merged into it."""
         if self.is_nf4 and f"{name}.absmax" in self.source.base.specs:
-            return read_parts(self.source.base, name).dense()
+            return read_parts(self.source.base, name).to(self.source.device).dense()
         if name not in self.source.specs:
             raise ModelError(f"{self.base.path} has no {name}, so its weights are not whole; fetch it again.")
         return torch.cat(list(self.source.rows(name)()))

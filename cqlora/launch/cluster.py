@@ -2,7 +2,10 @@
 
 import os
 import re
+import socket
 from collections.abc import Mapping
+
+import psutil
 
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
@@ -67,3 +70,25 @@ def take_rank_environment(environment: Mapping[str, str], hardware: HardwareConf
             f"start {hardware.world_size}, or choose the group of your machine."
         )
     os.environ.update(environment)
+    if hardware.nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = find_interface(environment["MASTER_ADDR"])
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def find_interface(host: str) -> str | None:
+    """The network interface by which this machine reaches a host, itself included; None where that is loopback alone.
+
+    gloo looks up this machine's own name instead, which many systems have at 127.0.1.1, where no other node finds it.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Sends nothing: the system looks up the route.
+            probe.connect((host, 9))
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127."):
+        return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if own in {each.address for each in addresses}), None)

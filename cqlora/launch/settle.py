@@ -28,16 +28,11 @@ from cqlora.positions import scale_positions
 from cqlora.random_base import is_to_be_built
 from cqlora.system.documents import read_object, take
 from cqlora.system.durable import recover_folders
-from cqlora.system.machine import Gpu, Machine, probe_machine
+from cqlora.system.machine import BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY, Gpu, Machine, probe_machine
 from cqlora.train.checkpoint import CheckpointStore
 
 C = TypeVar("C", bound=RunConfig)
 E = TypeVar("E", bound=Enum)
-
-BFLOAT16_CAPABILITY = (8, 0)
-"""GPUs from Ampere on multiply bfloat16, and flash attention's kernels need them."""
-_FLOAT16_CAPABILITY = (7, 0)
-"""GPUs from Volta on have matrix units for float16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +198,7 @@ def choose_precision(device: Device, machine: Machine, gpus: int = 1, may_scale:
     weakest = min((gpu.capability for gpu in machine.gpus[:gpus]), default=(0, 0))
     if weakest >= BFLOAT16_CAPABILITY:
         return Precision.bfloat16
-    return Precision.float16 if may_scale and weakest >= _FLOAT16_CAPABILITY else Precision.float32
+    return Precision.float16 if may_scale and weakest >= FLOAT16_CAPABILITY else Precision.float32
 
 
 def _settle_hardware(hardware: HardwareConfig, machine: Machine, earlier: Mapping[str, str]) -> HardwareConfig:

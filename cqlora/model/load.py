@@ -4,6 +4,7 @@ import logging
 from typing import Any, cast
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -59,8 +60,22 @@ def load_base(
         # transformers fills them with random numbers.
         lacking = min(report["missing_keys"])
         raise ModelError(f"{base.path} has no {lacking}, so its weights are not whole; fetch it again.")
+    if hardware.strategy is Strategy.layers:
+        keep_hooks_of_blocks(loaded)
     logger.info("base %s: %s, computing in %s on %s", base.path, model.quantization.name, dtype, device)
     return freeze(loaded)
+
+
+def keep_hooks_of_blocks(model: PreTrainedModel) -> None:
+    """Leave of accelerate's hooks within blocks those around whole ones, which bring everything to their GPU.
+
+    A hook is a `forward` of the instance's own: beneath one, a class that is put in another's place would never run.
+    """
+    for block in cast(torch.nn.ModuleList, find_decoder(model).layers):
+        for module in block.modules():
+            if module is not block:
+                remove_hook_from_module(module)
+                vars(module).pop("forward", None)
 
 
 def open_model(

@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,8 +36,8 @@ def place(objective: Objective, hardware: HardwareConfig, device: torch.device, 
 
 
 def shard(objective: Objective, hardware: HardwareConfig, device: torch.device, fill: Fill) -> nn.Module:
-    """FSDP2 over all workers, one unit per block and one for the rest; a block is filled and at once sharded."""
-    mesh = init_device_mesh(device.type, (hardware.world_size,))
+    """FSDP2, one unit per block and one for the rest; a block is filled and at once sharded."""
+    mesh = lay_out_mesh(hardware, device)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if hardware.cpu_offload else OffloadPolicy()
     blocks = cast(nn.ModuleList, find_decoder(objective.model).layers)
     whole = 0
@@ -49,8 +49,19 @@ def shard(objective: Objective, hardware: HardwareConfig, device: torch.device, 
     whole += sum(p.numel() * p.element_size() for p in objective.parameters() if id(p) not in sharded)
     fully_shard(objective, mesh=mesh, offload_policy=offload)
     register_fsdp_forward_method(objective, "likeliest")
-    check_share(count_bytes(objective) / whole, hardware.world_size)
+    check_share(count_bytes(objective) / whole, hardware.shard_workers)
     return objective
+
+
+def lay_out_mesh(hardware: HardwareConfig, device: torch.device) -> DeviceMesh:
+    """The workers in rows that hold one model each, a node's together: blocks are gathered within a row alone.
+
+    Between nodes, whose links are slow, only gradients pass: FSDP2 averages them along the other dimension.
+    """
+    rows = hardware.world_size // hardware.shard_workers
+    if rows == 1:
+        return init_device_mesh(device.type, (hardware.world_size,))
+    return init_device_mesh(device.type, (rows, hardware.shard_workers), mesh_dim_names=("replicate", "shard"))
 
 
 def count_bytes(module: nn.Module) -> int:

@@ -76,10 +76,10 @@ def backward_per_token(model: ModelConfig, program: Program) -> int:
 
     The worst moment is the MLP's: the gradients of the down layer's input (from the frozen matrix and from
     the adapter, before they are added) and of one factor, at the intermediate size, and of both factors and a
-    remade activation where the block is lean; at the hidden size the residual stream's gradient and the one
-    being added to it.
+    remade activation where the block is lean, unless one kernel makes them and writes over what it reads; at the
+    hidden size the residual stream's gradient and the one being added to it.
     """
-    wide = 4 if program.lean_mlp else 3
+    wide = 4 if program.lean_mlp and not program.kernels else 3
     return program.compute_bytes * (wide * model.intermediate_size + 2 * model.hidden_size)
 
 

@@ -110,15 +110,16 @@ def estimate(work: Workload) -> Estimate:
     fragments = FRAGMENT_SHARE if work.program.reserves else 0.0
     heap = HEAP_SHARE * sum(passing.values()) if work.program.in_process else 0.0
     at_rest = sum(held.values()) + context
+    loaded = max(sum(held.values()), _while_sharding(work, held["weights"]))
     buffers = _loading_buffers(work)
     loading = (1 + fragments) * buffers
     return Estimate(
         **held,
         **passing,
-        allocator=_allocator_losses(passing, loading, fragments) + heap,
+        allocator=_allocator_losses(passing, loading, fragments) + (1 + fragments) * _staged_before(work) + heap,
         context=context,
-        loading=at_rest + loading,
-        loading_allocated=at_rest - context + buffers,
+        loading=loaded + context + loading,
+        loading_allocated=loaded + buffers,
         save=at_rest + _saving_buffers(work),
         moment=moment,
     )
@@ -209,6 +210,8 @@ def _at_backward(work: Workload) -> dict[str, float]:
     live = backward_per_token(model, program)
     if work.checkpointing is Checkpointing.full:
         live += kept_per_token(model, work.lora, program)
+        # The block's input is kept already.
+        live -= checkpoint_per_token(model, program) * program.kernels
     matrix = 0 if model.quantization is Quantization.none else dequantized(model, work.lora, program)
     return {
         "gradients": _gradients(work),
@@ -283,14 +286,29 @@ def _gathered(work: Workload) -> float:
     """Whole blocks that a sharded model holds beside its shards."""
     if work.shards == 1:
         return 0.0
+    units = _gathered_units(work) * _unit(work)
+    # An offloaded shard is copied to the device, and let go once it is gathered.
+    staged = _unit(work) / work.shards if work.cpu_offload else 0.0
+    return units + staged + _gathered_root(work)
+
+
+def _unit(work: Workload) -> float:
+    """A block as it is gathered."""
     packed, _ = packed_bytes(work, block_parameters(work.model))
     adapter = adapter_parameters(work.model, work.lora) * work.program.adapter_bytes
-    unit = packed + adapter / work.model.num_hidden_layers
-    # Two at once: the one at work and the next.
-    units = work.model.num_hidden_layers if work.program.keeps_units else 2
-    # An offloaded shard is copied to the device before it is gathered.
-    staging = 1 + 1 / work.shards if work.cpu_offload else 1.0
-    return staging * (units * unit + _gathered_root(work))
+    return packed + adapter / work.model.num_hidden_layers
+
+
+def _gathered_units(work: Workload) -> int:
+    """Blocks that are whole at once: the one at work and the next."""
+    return work.model.num_hidden_layers if work.program.keeps_units else 2
+
+
+def _staged_before(work: Workload) -> float:
+    """Shards that were copied to the device before the present one: let go, and kept by the allocator."""
+    if work.shards == 1 or not work.cpu_offload:
+        return 0.0
+    return ((_gathered_units(work) - 1) * _unit(work) + _gathered_root(work)) / work.shards
 
 
 def _gathered_root(work: Workload) -> float:
@@ -325,6 +343,19 @@ def _loading_buffers(work: Workload) -> float:
         return converted
     packed, _ = packed_bytes(work, block_parameters(model))
     return max(converted, 2 * (_own_embeddings(work) + packed))
+
+
+def _while_sharding(work: Workload, weights: float) -> float:
+    """Tensors of a GPU whose blocks are read and sharded one by one; `weights` is what it holds of them in the end.
+
+    Until the last block is sharded the embeddings are whole, and so is the adapter of each block that is to come.
+    """
+    if work.shards == 1 or work.program.flattens_units or not work.program.reserves:
+        return 0.0
+    block = sum(packed_bytes(work, block_parameters(work.model)))
+    adapter = trainable_parameters(work) * work.program.adapter_bytes
+    share = 0.0 if work.cpu_offload else 1 / work.shards
+    return _own_embeddings(work) + block + max(adapter, adapter * share + weights)
 
 
 def _saving_buffers(work: Workload) -> float:

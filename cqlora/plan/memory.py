@@ -115,7 +115,7 @@ def _host_bytes(config: RunConfig, work: Workload, worker: Estimate, device: Dev
         base = sum(packed_bytes(work, linear_parameters(work.model)))
         embeddings = embedding_parameters(work.model) * work.program.embedding_bytes
         states = trained * (2 * work.program.adapter_bytes + work.program.optimizer_bytes)
-        offloaded = (base + embeddings + states) / config.hardware.nodes
+        offloaded = (base + embeddings + states) * work.copies / config.hardware.nodes
     return workers * GPU_PROCESS_BYTES + saving + paged + offloaded
 
 

@@ -34,6 +34,9 @@ class Program:
     """Queries, keys and values are views of one tensor, which the values that attention keeps hold whole."""
     lean_mlp: bool = False
     """The feed-forward block keeps its gate and up projections and makes the rest again."""
+    kernels: bool = False
+    """A norm keeps its input itself, and one kernel makes the gradients of gate and up projection, one of them in the
+    place of the product's."""
     attention_copies: int = 1
     """Times that the attention's output is kept."""
     keeps_quantized_inputs: bool = False

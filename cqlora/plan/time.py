@@ -92,7 +92,9 @@ class Speed:
     memory: float
     """0 where it is within `matmul` already."""
     link: float
-    """Between two workers."""
+    """Between any two workers."""
+    near_link: float
+    """Between two workers that hold one model together."""
     host_link: float
 
 
@@ -102,16 +104,18 @@ def find_speed(hardware: HardwareConfig) -> Speed | None:
         # Workers share the processor.
         flops = hardware.peak_tflops * 1e12 or measure_host_tflops() * 1e12
         share = HOST_EFFICIENCY / hardware.processes_per_node
-        return Speed(matmul=share * flops, memory=0.0, link=10e9, host_link=10e9)
+        return Speed(matmul=share * flops, memory=0.0, link=10e9, near_link=10e9, host_link=10e9)
     if not (hardware.peak_tflops and hardware.memory_gb_per_s):
         return None
-    link = hardware.link_gb_per_s
+    near = link = hardware.link_gb_per_s
     if hardware.nodes > 1:
         link = min(link, hardware.network_gb_per_s / hardware.processes_per_node)
+        near = near if hardware.processes_per_node > 1 else link
     return Speed(
         matmul=MATMUL_EFFICIENCY * hardware.peak_tflops * 1e12,
         memory=hardware.memory_gb_per_s * 1e9,
         link=LINK_EFFICIENCY * link * 1e9,
+        near_link=LINK_EFFICIENCY * near * 1e9,
         host_link=LINK_EFFICIENCY * min(HOST_LINK_GB_PER_S, link or HOST_LINK_GB_PER_S) * 1e9,
     )
 
@@ -164,13 +168,13 @@ def _elementwise_seconds(work: Workload, speed: Speed) -> float:
 
 def _gathering_seconds(work: Workload, speed: Speed) -> float:
     """Moving every block to where it is needed, once forward and once backward."""
-    if work.shards == 1 or not speed.link:
+    if work.shards == 1 or not speed.near_link:
         return 0.0
     packed, _ = packed_bytes(work, linear_parameters(work.model))
     adapter = (trainable_parameters(work) - work.trained_embedding) * work.program.adapter_bytes
     root = embedding_parameters(work.model) * work.program.embedding_bytes
     whole = 2 * (packed + adapter) + root
-    gathered = whole * (work.shards - 1) / work.shards / speed.link
+    gathered = whole * (work.shards - 1) / work.shards / speed.near_link
     staged = whole / work.shards / speed.host_link if work.cpu_offload else 0.0
     return gathered + staged
 
@@ -180,8 +184,10 @@ def _exchange_seconds(work: Workload, speed: Speed) -> float:
     if work.workers == 1 or work.strategy is Strategy.layers or not speed.link:
         return 0.0
     trained = trainable_parameters(work) * work.program.adapter_bytes
-    rounds = 1 if work.strategy is Strategy.fsdp else 2
-    return rounds * trained * (work.workers - 1) / work.workers / speed.link
+    if work.strategy is not Strategy.fsdp:
+        return 2 * trained * (work.workers - 1) / work.workers / speed.link
+    scattered = trained * (work.shards - 1) / work.shards / speed.near_link
+    return scattered + 2 * trained / work.shards * (work.copies - 1) / work.copies / speed.link
 
 
 def _optimizer_seconds(config: RunConfig, work: Workload, speed: Speed) -> float:

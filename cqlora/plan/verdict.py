@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cqlora.config.base_shape import RESOLVER
-from cqlora.config.choices import AdapterMethod, Checkpointing, Device, Optimizer, Precision, Quantization
+from cqlora.config.choices import AdapterMethod, Checkpointing, Device, Kernels, Optimizer, Precision, Quantization
 from cqlora.config.schema import CONFIG_DIR, HardwareConfig, ModelConfig, RunConfig
 from cqlora.errors import ConfigError
 from cqlora.plan.estimate import GIB
@@ -126,7 +126,9 @@ def _is_described(hardware: HardwareConfig) -> bool:
 
 
 def _move(config: RunConfig, hardware: HardwareConfig, rows: Rows | None) -> RunConfig:
-    """A settled run on another machine, settled there."""
+    """A settled run on another machine, settled there; all described GPUs run Triton's kernels."""
+    on_gpu = config.hardware.device is Device.cuda
+    hardware = replace(hardware, kernels=config.hardware.kernels if on_gpu else Kernels.triton)
     moved = replace(config, hardware=hardware)
     if hardware.activation_checkpointing is not Checkpointing.auto:
         return moved

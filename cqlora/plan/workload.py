@@ -21,10 +21,14 @@ from cqlora.plan.shapes import adapted_matrices, embedding_matrices
 _STATE_BYTES = {
     Optimizer.adamw: 8.0,
     Optimizer.adamw_8bit: 2.0,
-    Optimizer.paged_adamw: 0.0,
-    Optimizer.paged_adamw_8bit: 0.0,
+    Optimizer.paged_adamw: 8.0,
+    Optimizer.paged_adamw_8bit: 2.0,
 }
-"""AdamW's two moments of one number on the device; paged ones wait in host memory while a step needs room."""
+"""AdamW's two moments of one number."""
+_PAGED = {Optimizer.paged_adamw, Optimizer.paged_adamw_8bit}
+"""Whose moments wait in host memory while a step needs room."""
+_PAGED_NUMBERS = 100_000
+"""bitsandbytes pages the moments of tensors with at least so many numbers; those of smaller ones stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,8 @@ class Workload:
     strategy: Strategy = Strategy.single
     workers: int = 1
     """Workers that share the weights (fsdp) or hold copies (ddp); GPUs under `layers`."""
+    copies: int = 1
+    """Whole models among the workers of fsdp: one a node."""
     cpu_offload: bool = False
     offload_activations: bool = False
     """Checkpointed activations wait in host memory."""
@@ -54,7 +60,7 @@ class Workload:
     @property
     def shards(self) -> int:
         """Parts that each tensor is split into."""
-        return self.workers if self.strategy is Strategy.fsdp else 1
+        return self.workers // self.copies if self.strategy is Strategy.fsdp else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,7 @@ def describe_run(config: RunConfig, rows: Rows | None = None) -> Workload:
         pack_tokens=config.stage.sequence_length,
         strategy=config.hardware.strategy,
         workers=count_devices(config.hardware),
+        copies=config.hardware.world_size // config.hardware.shard_workers,
         cpu_offload=config.hardware.cpu_offload,
         checkpointing=config.hardware.activation_checkpointing,
     )
@@ -110,10 +117,11 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
     size = 4 if hardware.precision is Precision.float32 else 2
     fused = fuses_layers(model, lora)
     autocast = size < 4 and not fused
+    kernels = fused and hardware.kernels is Kernels.triton
     return Program(
         compute_bytes=size,
         embedding_bytes=size,
-        optimizer_bytes=_STATE_BYTES[stage.optimizer],
+        optimizer_bytes=_STATE_BYTES[stage.optimizer] * share_on_device(model, lora, stage.optimizer, hardware),
         dropout=lora.dropout > 0,
         lean_mlp=fused and {"gate_proj", "up_proj", "down_proj"} <= set(adapted_matrices(model, lora)),
         mask_bytes=1 if on_gpu else 4,
@@ -122,7 +130,8 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         # Where documents differ in length, their outputs are kept apart and joined.
         attention_copies=2 if model.attention is Attention.documents else 1,
         # torch's own norm, which goes with the kernels, keeps its input as it is.
-        saved_norm_bytes=size if fused and hardware.kernels is Kernels.triton else 4,
+        saved_norm_bytes=size if kernels else 4,
+        kernels=kernels,
         chunk_tokens=512 if on_gpu else 256,
         logits_peak_bytes=6 if size < 4 else 4,
         casts_adapter=autocast,
@@ -133,6 +142,20 @@ def describe_program(model: ModelConfig, lora: LoraConfig, stage: StageConfig, h
         context=on_gpu,
         in_process=not on_gpu,
     )
+
+
+def share_on_device(model: ModelConfig, lora: LoraConfig, optimizer: Optimizer, hardware: HardwareConfig) -> float:
+    """Share of the adapter's numbers whose moments are on the device between steps."""
+    if optimizer not in _PAGED:
+        return 1.0
+    shards = hardware.shard_workers if hardware.strategy is Strategy.fsdp else 1
+    sizes = [
+        lora.rank * width / shards
+        for matrix in adapted_matrices(model, lora).values()
+        for width in (matrix.inputs, matrix.outputs)
+    ]
+    small = sum(size for size in sizes if size < _PAGED_NUMBERS)
+    return small / sum(sizes) if sizes else 0.0
 
 
 def fuses_layers(model: ModelConfig, lora: LoraConfig) -> bool:

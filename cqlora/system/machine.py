@@ -12,6 +12,10 @@ from shutil import which
 
 from cqlora.system.processor import suits_bfloat16
 
+BFLOAT16_CAPABILITY = (8, 0)
+"""GPUs from Ampere on multiply bfloat16, and flash attention's kernels need them."""
+FLOAT16_CAPABILITY = (7, 0)
+"""GPUs from Volta on have matrix units for float16."""
 _OLDEST_FLASH = (2, 3, 3)
 """transformers takes no older flash-attn."""
 _OLDEST_VARLEN = (2, 13)

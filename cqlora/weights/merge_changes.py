@@ -89,21 +89,22 @@ class LowRank:
     def _add(self, blocks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         (up, down), first = self.factors(), 0
         for block in blocks:
-            yield block.addmm_(up[first : first + len(block)], down, alpha=self.scaling)
+            of_block = up[first : first + len(block)]
+            yield block.addmm_(of_block.to(block.device), down.to(block.device), alpha=self.scaling)
             first += len(block)
 
     def _rescale_rows(self, rows: RowStream) -> Iterator[torch.Tensor]:
         magnitude, first = self._read_magnitude(), 0
         for block in self._add(rows()):
             norms = torch.linalg.norm(block, dim=1)
-            yield block.mul_((magnitude[first : first + len(block)] / norms)[:, None])
+            yield block.mul_((magnitude[first : first + len(block)].to(block.device) / norms)[:, None])
             first += len(block)
 
     def _rescale_columns(self, rows: RowStream) -> RowStream:
         def rescaled() -> Iterator[torch.Tensor]:
             squares = sum(block.double().square().sum(dim=0) for block in self._add(rows()))
             assert isinstance(squares, torch.Tensor)
-            factors = self._read_magnitude() / squares.sqrt().float()
+            factors = self._read_magnitude().to(squares.device) / squares.sqrt().float()
             for block in self._add(rows()):
                 yield block.mul_(factors)
 
@@ -141,7 +142,7 @@ class TokenRows:
         values, indices, first = self.reader.read(self.name).float(), torch.tensor(self.indices), 0
         for block in blocks:
             here = (indices >= first) & (indices < first + len(block))
-            yield block.index_copy_(0, indices[here] - first, values[here])
+            yield block.index_copy_(0, (indices[here] - first).to(block.device), values[here].to(block.device))
             first += len(block)
 
 

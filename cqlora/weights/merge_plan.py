@@ -15,6 +15,8 @@ from cqlora.weights.merge_changes import Change, LowRank, RowStream, TokenRows
 from cqlora.weights.merge_difference import ModelPair
 from cqlora.weights.nf4 import Nf4Format, is_block_matrix, through_nf4
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(slots=True)
 class MergePlan:
@@ -126,6 +128,8 @@ class MergedSource:
     plan: MergePlan
     onto: Nf4Format | None
     """How the blocks' matrices were quantised while the adapter was trained; None takes them as they are."""
+    device: torch.device = _CPU
+    """Where they are quantised and changed; a GPU takes seconds for what a processor takes minutes for."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -156,7 +160,7 @@ class MergedSource:
 
     def _merged(self, spec: TensorSpec, stored: str) -> RowStream:
         def base_rows() -> Iterator[torch.Tensor]:
-            return (block.float() for block in self.base.blocks(stored))
+            return (block.to(self.device).float() for block in self.base.blocks(stored))
 
         rows: RowStream = base_rows
         if self.onto is not None and is_block_matrix(spec):

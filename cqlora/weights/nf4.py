@@ -69,7 +69,7 @@ def quantise(rows: RowStream, shape: tuple[int, ...], form: Nf4Format) -> Nf4Mat
         absmax, nested = quantize_blockwise(absmax - offset, blocksize=SCALE_GROUP)
     state = QuantState(
         absmax=absmax, shape=torch.Size(shape), dtype=form.dtype, blocksize=GROUP, quant_type="nf4",
-        code=get_4bit_type("nf4", device="cpu"), offset=offset, state2=nested,
+        code=get_4bit_type("nf4", device=absmax.device), offset=offset, state2=nested,
     )  # fmt: skip
     return Nf4Matrix(shape, torch.cat(packed), state)
 

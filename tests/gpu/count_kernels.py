@@ -73,22 +73,16 @@ def count_kernels(*overrides: str, blocks: int = BLOCKS) -> Kernels:
 
 
 def count_micro_batch(meter: "Meter", *overrides: str) -> Kernels:
-    """Kernels of the second micro batch of a run; the first also makes what is kept between them."""
-    from cqlora.model.fused.linear import adapters_cast_once
-    from cqlora.model.load import COMPUTE_DTYPES
-    from tests.gpu.fake_step import DEVICE, build_batch, build_module, compose_hollow, full_pack
+    """Kernels of the first micro batch of a step."""
+    from tests.gpu.fake_step import build_module, compose_hollow, take_micro_batch
 
+    forward: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         config = compose_hollow(Path(folder), *SEVEN_B, *overrides)
         module, _ = build_module(config)
-        packs = [full_pack(config.stage.sequence_length)] * config.hardware.micro_batch_size
-        for _ in range(2):
-            meter.restart()
-            with adapters_cast_once(module, COMPUTE_DTYPES[config.hardware.precision]):
-                loss, _ = module(build_batch(packs, DEVICE), 1.0)
-                forward = meter.kernels.total()
-                loss.backward()
-    return Kernels(forward, meter.kernels.total(), meter.casts, Counter(meter.kernels))
+        meter.restart()
+        take_micro_batch(config, module, lambda: forward.append(meter.kernels.total()))
+    return Kernels(forward[0], meter.kernels.total(), meter.casts, Counter(meter.kernels))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ kernels, so a program that would mix them on a GPU fails here as it would there.
 
 import contextlib
 import weakref
+from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,8 @@ class FakeGpu(TorchDispatchMode):
         super().__init__()
         self.meter = meter
         self.shapes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.on_host: Counter[str] = Counter()
+        """Operators of bitsandbytes that have run on the host."""
         self._pinned: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,12 +57,14 @@ class FakeGpu(TorchDispatchMode):
         if not is_on_gpu(args, kwargs):
             return self._run_on_host(func, args, kwargs)
         if leaves_gpu(func, args, kwargs):
-            self.meter.wait(func.name().removeprefix("aten::"))
+            waits = "" if not kwargs.get("non_blocking") else ", not waited for"
+            self.meter.wait(func.name().removeprefix("aten::") + waits)
             return read_back(func, args, kwargs)
         if func in ASKS_FOR_NUMBERS and (func is not aten.index.Tensor or has_mask(args[1])):
             self.meter.wait(func.name().removeprefix("aten::"))
         self._note_transfer(func, args)
-        kwargs.pop("generator", None)
+        if "generator" in kwargs:
+            kwargs["generator"] = None
         with self.shapes:
             out = func(*tree_map(self._without_numbers, args), **tree_map(self._without_numbers, kwargs))
         self.meter.see(func, args, out)
@@ -74,6 +79,8 @@ class FakeGpu(TorchDispatchMode):
         return FakeTensor(self.shapes, shape, value.device)
 
     def _run_on_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func.namespace == "bitsandbytes":
+            self.on_host[str(func)] += 1
         if func is aten.is_pinned.default:
             return args[0].untyped_storage()._cdata in self._pinned
         if func is aten._pin_memory.default:

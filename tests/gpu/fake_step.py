@@ -1,7 +1,7 @@
 """A training step on GPUs that are not there, of a model that is loaded, adapted, fused and placed as a run's is."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -52,16 +52,23 @@ def full_pack(tokens: int) -> FullPack:
 
 
 @contextmanager
-def fake_gpus(card: Card, meter: Meter, workers: int = 1) -> Iterator[FakeGpu]:
-    """GPUs for the first of some workers, the others of which never answer."""
+def fake_gpus(card: Card, meter: Meter) -> Iterator[FakeGpu]:
+    """GPUs to compute on."""
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # other threads would be outside
     shards._fill = lambda *_: None  # the holes' zeros need not be read
-    if workers > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=workers)
     with pretend(card, meter) as gpu:
         yield gpu
-    if workers > 1:
-        dist.destroy_process_group()
+
+
+def take_place(workers: int) -> None:
+    """Be the first of some workers, in the environment."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(workers), LOCAL_WORLD_SIZE=str(workers))
+
+
+def join_nobody(*_: Any) -> dist.ProcessGroup | None:
+    """Meet the other workers, who never answer: what they would send is as this one has it."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=int(os.environ["WORLD_SIZE"]))
+    return dist.group.WORLD
 
 
 def compose_hollow(folder: Path, *overrides: str) -> RunConfig:
@@ -83,18 +90,28 @@ def build_module(config: RunConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
     return module.train(), build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
 
-def take_step(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int = 2) -> None:
-    """One optimizer step; from the second micro batch on gradients wait beside everything else."""
-    packs = [full_pack(config.stage.sequence_length)] * config.hardware.micro_batch_size
-    with adapters_cast_once(module, COMPUTE_DTYPES[config.hardware.precision]):
-        for _ in range(micro_batches):
-            take_micro_batch(module, packs, config.hardware.world_size)
-    nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], config.stage.max_grad_norm)
+def begin_second_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Moments, and gradients of earlier micro batches, for every trained parameter; return those."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return trained
+
+
+def end_step(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The step's last micro batch, and the update."""
+    trained = begin_second_step(module, optimizer)
+    take_micro_batch(config, module)
+    nn.utils.clip_grad_norm_(trained, config.stage.max_grad_norm)
     optimizer.step()
     module.zero_grad(set_to_none=True)
 
 
-def take_micro_batch(module: nn.Module, packs: list[FullPack], workers: int = 1) -> None:
-    """Forward and backward."""
-    loss, _ = module(build_batch(packs, DEVICE), 1.0)
-    (loss * workers).backward()
+def take_micro_batch(config: RunConfig, module: nn.Module, after_forward: Callable[[], Any] = lambda: None) -> None:
+    """Forward and backward of a step's only micro batch."""
+    packs = [full_pack(config.stage.sequence_length)] * config.hardware.micro_batch_size
+    with adapters_cast_once(module, COMPUTE_DTYPES[config.hardware.precision]):
+        loss, _ = module(build_batch(packs, DEVICE), 1.0)
+        after_forward()
+        (loss * config.hardware.world_size).backward()

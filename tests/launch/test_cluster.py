@@ -1,10 +1,16 @@
 """A worker's rank as torchrun and srun put it into the environment."""
 
+import os
+import socket
+from types import SimpleNamespace
+
+import psutil
 import pytest
 
+from cqlora.config.choices import Strategy
 from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
-from cqlora.launch.cluster import find_rank_environment, first_node, take_rank_environment
+from cqlora.launch.cluster import find_interface, find_rank_environment, first_node, take_rank_environment
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 SRUN = {
@@ -65,3 +71,30 @@ def test_another_number_of_workers_than_configured_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"hardware=2xcpu has 2 workers and 4 were started; start 2"):
         take_rank_environment(TORCHRUN, HardwareConfig(name="2xcpu", processes_per_node=2, strategy="ddp"))
+
+
+class Probe(socket.socket):
+    """Goes to no network: 10.0.0.1 is reached from 10.0.0.7, and this machine's name leads to itself."""
+
+    def connect(self, address):
+        if address[0] not in ("10.0.0.1", "localhost"):
+            raise OSError("no route")
+        self.own = "10.0.0.7" if address[0] == "10.0.0.1" else "127.0.0.1"
+
+    def getsockname(self):
+        return self.own, 0
+
+
+@pytest.mark.parametrize("host, interface", [("10.0.0.1", "ib0"), ("localhost", None), ("elsewhere", None)])
+def test_workers_of_several_nodes_meet_over_the_interface_that_leads_to_the_first(host, interface, monkeypatch):
+    monkeypatch.setattr(socket, "socket", Probe)
+    of_ib0, of_lo = SimpleNamespace(address="10.0.0.7"), SimpleNamespace(address="127.0.0.1")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [of_lo], "ib0": [of_ib0]})
+    assert find_interface(host) == interface
+    monkeypatch.setattr(os, "environ", {})
+    hardware = HardwareConfig(name="own", nodes=2, processes_per_node=2, strategy=Strategy.ddp)
+    take_rank_environment({**TORCHRUN, "MASTER_ADDR": host}, hardware)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+    monkeypatch.setattr(os, "environ", {"GLOO_SOCKET_IFNAME": "eth9"})
+    take_rank_environment({**TORCHRUN, "MASTER_ADDR": host}, hardware)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth9"

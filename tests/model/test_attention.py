@@ -14,7 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
-from cqlora.model.attention import DOCUMENTS, VARLEN, attend_in_one_call, document_kwargs, name_attention
+from cqlora.model.attention import (
+    DOCUMENTS,
+    VARLEN,
+    attend_by_document,
+    attend_in_one_call,
+    document_kwargs,
+    name_attention,
+)
 
 VOCABULARY = 64
 BACKENDS = ["documents", "sdpa", "eager"]
@@ -144,6 +151,25 @@ def test_all_documents_in_one_call_equal_separate_runs(heads: str, pack: str, mo
     assert_packed_equals_separate(model, pack)
     # Once a layer, whatever the documents' lengths; runs of one document go the other way.
     assert calls == [len([length for row in PACKS[pack] for length in row])] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for documents of all lengths needs a GPU")
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("pack", PACKS)
+def test_torch_s_own_kernel_attends_as_documents_one_by_one(heads: str, pack: str) -> None:
+    name_attention(Attention.varlen, "cuda")
+    query_heads, key_heads = HEADS[heads]
+    rows = PACKS[pack]
+    states = [
+        torch.randn(len(rows), count, sum(rows[0]), 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for count in (query_heads, key_heads, key_heads)
+    ]
+    found = []
+    for attend in (attend_by_document, attend_in_one_call):
+        output, _ = attend(torch.nn.Module(), *states, None, scaling=0.1, **document_kwargs(rows, "cuda"))
+        found.append([output, *torch.autograd.grad(output.float().tanh().sum(), states)])
+    for one_by_one, in_one in zip(*found, strict=True):
+        torch.testing.assert_close(in_one, one_by_one, atol=3e-2, rtol=3e-2)
 
 
 def test_one_call_refuses_a_window_that_documents_exceed_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 from cqlora.config.choices import Checkpointing, Quantization, Strategy
 from cqlora.config.schema import LoraConfig
 from cqlora.model.loss import CHUNK_TOKENS
-from cqlora.plan.activations import kept_per_token
+from cqlora.plan.activations import backward_per_token, kept_per_token
 from cqlora.plan.estimate import GIB, estimate, packed_bytes, trainable_parameters
+from cqlora.plan.memory import plan_memory
 from cqlora.plan.program import Program
 from cqlora.plan.shapes import adapter_parameters
 from cqlora.plan.workload import Rows, Workload, describe_run
@@ -49,6 +50,28 @@ def test_sharding_over_n_gpus_leaves_each_an_nth_of_weights_and_states() -> None
     assert alone.weights / 4 < of_four.weights < alone.weights / 4 + 1.1 * GIB
 
 
+def test_over_several_nodes_a_gpu_holds_what_it_would_of_one() -> None:
+    config = compose_run(
+        "stage=pretrain", "data=sample", "model=llama_65b", "hardware=2x8xh100", "hardware.strategy=fsdp"
+    )
+    of_one = compose_run(
+        "stage=pretrain", "data=sample", "model=llama_65b", "hardware=8xh100", "hardware.strategy=fsdp"
+    )
+    assert describe_run(config).shards == describe_run(of_one).shards == 8
+    assert plan_memory(config).worker.weights == plan_memory(of_one).worker.weights
+    apart = replace(config, hardware=replace(config.hardware, processes_per_node=1))
+    assert describe_run(apart).shards == 2
+
+
+@pytest.mark.parametrize("rank, share", [(4, 1.0), (16, 720_896 / 1_249_280), (64, 0.0)])
+def test_paged_states_of_small_matrices_stay_on_the_device(rank: int, share: float) -> None:
+    # Of rank 16 on 7B, 11 matrices of a block have 65,536 numbers and 3 have 176,128.
+    options = ("stage=pretrain", "data=sample", "model=llama_7b", "hardware=1x4090", f"lora.rank={rank}")
+    paged = compose_run(*options, "stage.optimizer=paged_adamw")
+    adapter = trainable_parameters(describe_run(paged))
+    assert plan_memory(paged).worker.optimizer == pytest.approx(8 * share * adapter)
+
+
 def test_full_checkpointing_keeps_one_input_a_block_and_one_block() -> None:
     full = estimate(llama_65b(checkpointing=Checkpointing.full))
     none = estimate(llama_65b(checkpointing=Checkpointing.none))
@@ -71,7 +94,7 @@ def test_a_chunk_is_the_loss_s_own(hardware: str) -> None:
     assert describe_run(config).program.chunk_tokens == CHUNK_TOKENS[config.hardware.device.name]
 
 
-def test_a_fused_norm_keeps_its_input_as_it_is_and_one_call_the_output_once() -> None:
+def test_kernels_keep_what_a_norm_reads_as_it_is_and_one_call_the_output_once() -> None:
     seven_b = ("stage=pretrain", "model=llama_7b", "hardware=1xa100", "hardware.activation_checkpointing=none")
     own, plain = (
         describe_run(compose_run(*seven_b, *more))
@@ -80,6 +103,8 @@ def test_a_fused_norm_keeps_its_input_as_it_is_and_one_call_the_output_once() ->
     kept = [kept_per_token(work.model, work.lora, work.program) for work in (own, plain)]
     two_norms_and_the_output = 2 * 4096 * (2 + 1)
     assert kept[1] - kept[0] == two_norms_and_the_output
+    passing = [backward_per_token(work.model, work.program) for work in (own, plain)]
+    assert passing[1] - passing[0] == 2 * own.model.intermediate_size
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cqlora.plan.time import Speed, estimate_tokens, flops_per_token, micro_step
 from cqlora.plan.workload import describe_run
 from tests.plan.runs import compose_run
 
-FAST = Speed(matmul=1e14, memory=1e12, link=1e11, host_link=1e10)
+FAST = Speed(matmul=1e14, memory=1e12, link=1e11, near_link=1e11, host_link=1e10)
 
 
 @pytest.mark.parametrize(("dropout", "recomputed"), [(0.1, 6.0), (0.0, 6.0 - 2 * 0.2228)])
@@ -32,7 +32,7 @@ def test_gathering_counts_only_where_it_takes_longer_than_the_work() -> None:
     config = compose_run("stage=pretrain", "model=llama_65b", "hardware=4xa100_40g")
     work = describe_run(config)
     assert micro_step_seconds(work, FAST)["waiting for weights"] == 0
-    slow = replace(FAST, link=1e8)
+    slow = replace(FAST, near_link=1e8)
     assert micro_step_seconds(work, slow)["waiting for weights"] > 100
 
 

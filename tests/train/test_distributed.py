@@ -229,6 +229,25 @@ def assert_half_is_held(log: str) -> None:
     assert left < 0.5 * brought
 
 
+def test_two_nodes_of_two_workers_each_hold_a_model_and_are_one_process(workspace, tmp_path):
+    """Sharded within a node, replicated across: four workers, of whom each holds half."""
+    nodes = ("hardware.nodes=2", *FSDP)
+    reference = one_process(workspace, *SHORT)
+    config = typed_run(workspace, *SHORT, *nodes)
+    assert finish_workers(config, tmp_path, functools.partial(record_steps_and_memory, tmp_path, reference)) == [0] * 4
+    assert_same_run(tmp_path, reference)
+    assert_adapter_is_whole(config.model.path, tmp_path)
+    logs = sorted(tmp_path.glob("stderr*.txt"))
+    assert len(logs) == 4
+    for log in logs:
+        assert_half_is_held(log.read_text())
+
+
+def record_steps_and_memory(folder: Path, reference: Path) -> None:
+    record_steps(folder, reference)
+    tell_memory()
+
+
 def die_in_step_4_on_rank_1() -> None:
     """kill -9 of one worker while the other waits for it."""
     original = Trainer.accumulate

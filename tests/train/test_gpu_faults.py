@@ -7,6 +7,8 @@ from cqlora.config.choices import Attention, Device, Precision
 from cqlora.errors import ConfigError, DoesNotFit, TrainingError
 from cqlora.launch.preflight import check_device_support, check_free_memory
 from cqlora.launch.settle import settle
+from cqlora.model import placement
+from cqlora.model.load import fill_nothing
 from cqlora.plan.memory import plan_memory
 from cqlora.system.machine import Gpu, Machine
 from cqlora.train import distributed
@@ -71,6 +73,30 @@ def test_a_worker_that_computes_on_several_gpus_keeps_the_state_of_each_and_tell
 
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda gpu: (gpu.index % 3) * 2**30)
     assert peak_memory_gib(gpus) == 2.0
+
+
+def test_a_worker_joins_by_nccl_with_the_gpu_that_is_its_own(monkeypatch):
+    joined = {}
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.update(device=device))
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **given: joined.update(given, by=backend)
+    )
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **given: given)
+    patient = distributed.join_workers(on_cpu=False)
+    own = torch.device("cuda", 1)
+    assert joined == {"device": own, "by": "cpu:gloo,cuda:nccl", "device_id": own}
+    assert patient == {"backend": "gloo", "timeout": distributed.PATIENCE}
+
+
+def test_replicas_do_not_send_each_other_buffers_that_are_alike(monkeypatch):
+    made = {}
+    monkeypatch.setattr(placement, "DistributedDataParallel", lambda module, **options: made.update(options))
+    hardware = composed(*SEVEN_B[:-1], "hardware=4xa100", "hardware.strategy=ddp").hardware
+    own = torch.device("cuda", 2)
+    placement.place(torch.nn.Identity(), hardware, own, fill_nothing)
+    assert made == {"device_ids": [own], "broadcast_buffers": False}
 
 
 def test_only_changes_that_a_configuration_leaves_are_named():

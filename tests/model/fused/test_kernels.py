@@ -1,5 +1,6 @@
 """Each kernel against the plain formula, interpreted in float32; and plain gradients against autograd's."""
 
+import importlib
 from types import ModuleType
 
 import pytest
@@ -88,3 +89,25 @@ def test_rotations_equal_transformers(
     torch.testing.assert_close((query, key), tuple(expected), **TOLERANCE)
     ours.rotate(query, key, cos, sin, back=True)
     torch.testing.assert_close((query, key), before, **TOLERANCE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels run on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_equal_the_plain_formula_in_float32_and_round_no_worse_in_16_bits(dtype: torch.dtype) -> None:
+    kernels = importlib.import_module("cqlora.model.fused.kernels")
+    packed, state = quantize_4bit(random(704, 512).to("cuda", dtype), compress_statistics=True, quant_type="nf4")
+    torch.testing.assert_close(kernels.dequantize(packed, state), plain.dequantize(packed, state))
+    grad, gate, up = (random(300, 1408, seed=seed).to("cuda", dtype) for seed in range(3))
+    cos, sin = (each.to("cuda", dtype) for each in angles(150, 128))
+    query, key = (random(300, heads * 128, seed=heads).to("cuda", dtype) for heads in (32, 8))
+
+    def compute(choice: ModuleType, kind: torch.dtype) -> list[Tensor]:
+        turned = [each.to(kind, copy=True) for each in (query, key)]
+        choice.rotate(*turned, cos.to(kind), sin.to(kind))
+        gates = choice.differentiate_gate(grad.to(kind, copy=True), gate.to(kind), up.to(kind))
+        return [choice.multiply_gate(gate.to(kind), up.to(kind)), *gates, *turned]
+
+    exact = compute(plain, torch.float32)
+    for ours, stock, wanted in zip(compute(kernels, dtype), compute(plain, dtype), exact, strict=True):
+        assert ours.dtype is dtype
+        assert (ours.float() - wanted).norm() <= 1.05 * (stock.float() - wanted).norm() + 2e-6 * wanted.norm()
