@@ -1,6 +1,8 @@
 """What is asked of `server.py`: programs on GPUs that are not there, and what is told of each, as JSON has it."""
 
 import gc
+import io
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +64,9 @@ def measure_step(*overrides: str) -> dict[str, Any]:
 
 def train_whole(*overrides: str, capability: tuple[int, int] = (9, 0)) -> dict[str, Any]:
     """A run from its first check to its adapter, stopped after two of its three steps and resumed."""
-    meter = Meter()
+    meter, said = Meter(), io.StringIO()
+    cqlora.train.trainer.logger.setLevel(logging.INFO)
+    cqlora.train.trainer.logger.addHandler(logging.StreamHandler(said))
     with tempfile.TemporaryDirectory() as folder, watched(meter):
         cache = f"data.cache_dir={folder}/cache"
         config = compose_hollow(Path(folder, "base"), cache, *SHORT_RUN, *overrides)
@@ -78,6 +82,7 @@ def train_whole(*overrides: str, capability: tuple[int, int] = (9, 0)) -> dict[s
         adapter = load_file(run_folder / "adapter" / "adapter_model.safetensors")
         return {
             "events": [row["event"] for row in rows if row["kind"] == "event"],
+            "said": said.getvalue().splitlines(),
             "steps": [row["step"] for row in rows if row["kind"] == "train"],
             "peak_memory_gib": [row["peak_memory_gib"] for row in rows if row["kind"] == "train"],
             "planted_gib": PLANTED_BYTES / 2**30,
