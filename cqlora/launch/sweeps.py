@@ -18,7 +18,7 @@ from yaml import YAMLError
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig
 from cqlora.config.sweeps import SweepConfig, check_measured
-from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Pruned
+from cqlora.errors import ConfigError, CqloraError, DiskError, DoesNotFit, Preempted, Pruned
 from cqlora.launch.objectives import check_evaluated
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
@@ -28,6 +28,7 @@ from cqlora.sweep.search import Proposal, Search, check_objectives, check_span, 
 from cqlora.sweep.summary import render_summary
 from cqlora.sweep.trials import State, read_trials, record_trial, refuse_trial
 from cqlora.system.durable import lock_file, make_folder, replace_file
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import Stopped
 
 AGENT_SWEEP = "WANDB_SWEEP_ID"
@@ -106,9 +107,20 @@ class Sweep:
         return None
 
     def launch(self, jobs: list[tuple[int, list[str]]]) -> None:
-        """Run jobs, each in the folder of its number, and keep the errors of those that ran elsewhere."""
-        if not jobs:
-            return
+        """Run jobs, each in the folder of its number; what the disk refuses of one is no other's."""
+        parts = [[job] for job in jobs] if self.runs_here else [jobs] if jobs else []
+        for part in parts:
+            try:
+                with described_as_sentence():
+                    self.launch_together(part)
+            except DiskError as error:
+                for number, own in part:
+                    refuse_trial(self.folder, number, to_values(own), str(error), State.failed)
+                    error.add_note(f"job {number} ({' '.join(own)})")
+                self.task.outcomes.append(error)
+
+    def launch_together(self, jobs: list[tuple[int, list[str]]]) -> None:
+        """Hand jobs to the launcher, and keep the errors of those that ran elsewhere."""
         # A job's own configuration may name another folder: after its stage, say.
         folder = f"hydra.sweep.dir='{self.folder}'"
         overrides = [[*own, folder, f"hydra.sweep.subdir={number}"] for number, own in jobs]
