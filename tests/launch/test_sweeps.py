@@ -71,7 +71,7 @@ def test_a_training_job_worse_than_the_median_is_pruned_and_leaves_a_checkpoint(
     pytest.importorskip("optuna", reason="needs the extra `search`")
     search = ("hydra/sweeper=optuna", "sweep.trials=4", "sweep.startup_trials=4", "sweep.seed=2",
               "sweep.pruner=median", "sweep.prune_after_trials=2", "stage.learning_rate=1e-5,1e-2")  # fmt: skip
-    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=5")
+    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=25")
     run_verb(tmp_path, "run", *command(workspace, *search, *length, "hydra.sweep.dir=pruned", "--multirun"))
     trials = read_trials(tmp_path / "pruned")
     assert [trial.overrides["stage.learning_rate"] for trial in trials] == [1e-2, 1e-5, 1e-2, 1e-5]
