@@ -107,20 +107,23 @@ class Sweep:
         return None
 
     def launch(self, jobs: list[tuple[int, list[str]]]) -> None:
-        """Run jobs, each in the folder of its number; what the disk refuses of one is no other's."""
-        parts = [[job] for job in jobs] if self.runs_here else [jobs] if jobs else []
-        for part in parts:
+        """Run jobs, each in the folder of its number; a folder that the disk refuses ends no other job here."""
+        if not self.runs_here:
+            self.launch_together(jobs)
+            return
+        for number, own in jobs:
             try:
                 with described_as_sentence():
-                    self.launch_together(part)
+                    self.launch_together([(number, own)])
             except DiskError as error:
-                for number, own in part:
-                    refuse_trial(self.folder, number, to_values(own), str(error), State.failed)
-                    error.add_note(f"job {number} ({' '.join(own)})")
+                refuse_trial(self.folder, number, to_values(own), str(error), State.failed)
+                error.add_note(f"job {number} ({' '.join(own)})")
                 self.task.outcomes.append(error)
 
     def launch_together(self, jobs: list[tuple[int, list[str]]]) -> None:
         """Hand jobs to the launcher, and keep the errors of those that ran elsewhere."""
+        if not jobs:
+            return
         # A job's own configuration may name another folder: after its stage, say.
         folder = f"hydra.sweep.dir='{self.folder}'"
         overrides = [[*own, folder, f"hydra.sweep.subdir={number}"] for number, own in jobs]
