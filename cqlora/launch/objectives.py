@@ -71,10 +71,9 @@ def list_known(words: tuple[str, ...]) -> list[str]:
     """
     config = compose_evaluation(words)
     check_tasks(config.tasks, config.roots)
-    model: dict[str, list[dict[str, Any]]] = {
-        "choice": [],
-        "text": list_texts(config) if "text" in config.parts else [],
-    }
+    model: dict[str, list[dict[str, Any]]] = {}
+    if "text" in config.parts:
+        model["text"] = [*list_texts(config)]
     if "probe" in config.parts:
         model["probe"] = [{"pattern": pattern.name, "language": pattern.language} for pattern in list_patterns()]
     if "generations" in config.parts:

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from cqlora.config.diagnosis import to_schema
 from cqlora.config.schema import RunConfig
 from cqlora.config.sweeps import SweepConfig, check_measured
-from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted, Pruned
+from cqlora.errors import ConfigError, CqloraError, DiskError, DoesNotFit, Preempted, Pruned
 from cqlora.launch.objectives import check_evaluated
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
@@ -28,6 +28,7 @@ from cqlora.sweep.search import Proposal, Search, check_objectives, check_span, 
 from cqlora.sweep.summary import render_summary
 from cqlora.sweep.trials import State, read_trials, record_trial, refuse_trial
 from cqlora.system.durable import lock_file, make_folder, replace_file
+from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import Stopped
 
 AGENT_SWEEP = "WANDB_SWEEP_ID"
@@ -106,7 +107,21 @@ class Sweep:
         return None
 
     def launch(self, jobs: list[tuple[int, list[str]]]) -> None:
-        """Run jobs, each in the folder of its number, and keep the errors of those that ran elsewhere."""
+        """Run jobs, each in the folder of its number; a folder that the disk refuses ends no other job here."""
+        if not self.runs_here:
+            self.launch_together(jobs)
+            return
+        for number, own in jobs:
+            try:
+                with described_as_sentence():
+                    self.launch_together([(number, own)])
+            except DiskError as error:
+                refuse_trial(self.folder, number, to_values(own), str(error), State.failed)
+                error.add_note(f"job {number} ({' '.join(own)})")
+                self.task.outcomes.append(error)
+
+    def launch_together(self, jobs: list[tuple[int, list[str]]]) -> None:
+        """Hand jobs to the launcher, and keep the errors of those that ran elsewhere."""
         if not jobs:
             return
         # A job's own configuration may name another folder: after its stage, say.

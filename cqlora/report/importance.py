@@ -18,8 +18,10 @@ def rank_importances(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         ranked[measure] = {"runs": len(having), "shares": {}}
         if len(having) >= LEAST_RUNS:
             numbers = [float(run["values"][measure]) for run in having]
-            keys = {key: None for run in having for key in run["differing"]}
-            shares = {key: explained_share([run["differing"].get(key) for run in having], numbers) for key in keys}
+            levels = {key: [run["differing"].get(key) for run in having] for run in having for key in run["differing"]}
+            # What all runs have alike explains nothing, and is no candidate.
+            varied = {key: found for key, found in levels.items() if any(level != found[0] for level in found)}
+            shares = {key: explained_share(found, numbers) for key, found in varied.items()}
             ordered = sorted(shares.items(), key=lambda item: -item[1])
             ranked[measure]["shares"] = {key: share for key, share in ordered if math.isfinite(share)}
     return ranked

@@ -128,9 +128,11 @@ def record_trial(sweep: Path, folder: Path, overrides: dict[str, Any]) -> Iterat
             append_trial(sweep, ended)
 
 
-def refuse_trial(sweep: Path, number: int, overrides: dict[str, Any], reason: str) -> None:
+def refuse_trial(
+    sweep: Path, number: int, overrides: dict[str, Any], reason: str, state: State = State.refused
+) -> None:
     """Write down a job that is not started, and why."""
-    refused = Trial(number=number, folder=str(number), overrides=overrides, state=State.refused, error=reason)
+    refused = Trial(number=number, folder=str(number), overrides=overrides, state=state, error=reason)
     append_trial(sweep, refused)
 
 

@@ -19,6 +19,7 @@ from cqlora.config.choices import Goal, Tracker, TrackingMode
 from cqlora.config.run_yaml import describe_config, flatten, list_changes
 from cqlora.config.schema import RunConfig
 from cqlora.config.tracking import TrackingConfig
+from cqlora.errors import TrainingError
 from cqlora.system.durable import replace_file
 from cqlora.system.metrics import (
     MEAN_LOSS,
@@ -165,12 +166,24 @@ def start_mlflow(config: RunConfig, run_folder: Path) -> GeneralTracker:
 
 
 def start_wandb(config: RunConfig, run_folder: Path) -> GeneralTracker:
-    """A W&B run, its files in the run's folder."""
+    """A W&B run, its files in the run's folder.
+
+    Raises:
+        TrainingError: W&B cannot be reached, or does not let the run in.
+    """
     # W&B reads these two when it is imported; it need not chat.
     os.environ["WANDB_DIR"] = str(run_folder)
     os.environ.setdefault("WANDB_SILENT", "true")
     tracker = WandBTracker(config.tracking.project, **wandb_options(config, run_folder))
-    tracker.start()
+    from wandb.errors import Error
+
+    try:
+        tracker.start()
+    except Error as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise TrainingError(
+            f"W&B cannot be written to ({reason}); add tracking.mode=offline, or tracking=none, or reach it."
+        ) from error
     tracker.store_init_configuration({**flatten(describe_config(config)), "changed": list_changes(config)})
     define_metrics(tracker.tracker, config)
     for line in describe_wandb(tracker.tracker, run_folder):

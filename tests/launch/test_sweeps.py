@@ -71,7 +71,7 @@ def test_a_training_job_worse_than_the_median_is_pruned_and_leaves_a_checkpoint(
     pytest.importorskip("optuna", reason="needs the extra `search`")
     search = ("hydra/sweeper=optuna", "sweep.trials=4", "sweep.startup_trials=4", "sweep.seed=2",
               "sweep.pruner=median", "sweep.prune_after_trials=2", "stage.learning_rate=1e-5,1e-2")  # fmt: skip
-    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=5")
+    length = ("stage.max_steps=150", "stage.checkpoint_every_steps=150", "stage.eval_every_steps=25")
     run_verb(tmp_path, "run", *command(workspace, *search, *length, "hydra.sweep.dir=pruned", "--multirun"))
     trials = read_trials(tmp_path / "pruned")
     assert [trial.overrides["stage.learning_rate"] for trial in trials] == [1e-2, 1e-5, 1e-2, 1e-5]
@@ -82,10 +82,14 @@ def test_a_training_job_worse_than_the_median_is_pruned_and_leaves_a_checkpoint(
 
 
 def test_a_job_that_fails_is_recorded_with_its_reason_and_the_others_complete(workspace, tmp_path):
-    arguments = command(workspace, "lora.rank=2,-1,4", "hydra.sweep.dir=swept", "--multirun")
+    (tmp_path / "swept").mkdir()
+    (tmp_path / "swept" / "2").touch()
+    arguments = command(workspace, "lora.rank=2,-1,4,8", "hydra.sweep.dir=swept", "--multirun")
     told = run_verb(tmp_path, "run", *arguments, expect=1, DB_PASS="planted-in-the-environment")
     trials = read_trials(tmp_path / "swept")
-    assert [trial.state for trial in trials] == ["finished", "failed", "finished"]
+    assert [trial.state for trial in trials] == ["finished", "failed", "failed", "finished"]
+    assert trials[2].error is not None and "2 could not be read or written: something else is there" in trials[2].error
+    assert "error: job 2 (" in told.stderr and "something else is there already" in told.stderr
     assert trials[1].error is not None and "lora.rank=-1 must be above 0" in trials[1].error
     assert "error: job 1 (" in told.stderr and "lora.rank=-1 must be above 0" in told.stderr
     files = [file for file in (tmp_path / "swept").rglob("*") if file.is_file()]

@@ -39,3 +39,10 @@ def test_below_ten_runs_there_are_no_shares():
     runs = [{"values": {"eval/loss": float(number)}, "differing": {"lora.rank": number % 2}} for number in range(10)]
     assert rank_importances(runs[:9])["eval/loss"] == {"runs": 9, "shares": {}}
     assert set(rank_importances(runs)["eval/loss"]["shares"]) == {"lora.rank"}
+
+
+def test_what_all_runs_have_alike_is_no_candidate():
+    runs = [
+        {"values": {"loss": float(number % 2)}, "differing": {"rank": number % 2, "steps": 12}} for number in range(12)
+    ]
+    assert rank_importances(runs)["loss"]["shares"] == {"rank": pytest.approx(1.0)}

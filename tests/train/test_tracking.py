@@ -14,12 +14,14 @@ import pytest
 from cqlora.config.choices import Tracker, TrackingMode
 from cqlora.config.run_yaml import flatten, list_changes, load_run_yaml
 from cqlora.config.tracking import TrackingConfig
+from cqlora.errors import TrainingError
 from cqlora.launch.start import read_final_loss
 from cqlora.system.metrics import append_metrics, name_values, read_metrics, rewind_metrics
 from cqlora.train.tracking import (
     MetricsLog,
     define_metrics,
     describe_wandb,
+    start_wandb,
     sweep_group,
     wandb_mode,
     wandb_options,
@@ -236,6 +238,22 @@ def test_wandb_is_online_only_with_a_key(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert wandb_mode(automatic) == "online"
     assert wandb_mode(TrackingConfig(tracker=Tracker.wandb, mode=TrackingMode.offline)) == "offline"
+
+
+def test_a_server_that_cannot_be_reached_is_told_in_a_sentence(workspace, tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**options: object) -> None:
+        raise wandb.errors.CommError("Failed to get resume status: no such host.\nwhile retrying")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    # It sets what W&B reads when it is imported.
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.raises(
+        TrainingError, match=r"\(Failed to get resume status: no such host\); add tracking\.mode=offline"
+    ):
+        start_wandb(typed_run(workspace, "stage=sft", "tracking=wandb"), tmp_path)
 
 
 def test_jobs_of_a_sweep_share_a_group_and_the_agent_chooses_the_id(workspace, tmp_path, monkeypatch):

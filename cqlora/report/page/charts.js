@@ -42,6 +42,12 @@ function tooltip(extra = {}) {
   };
 }
 
+// The next number that an axis may well end with.
+function roundUp(value) {
+  const step = 10 ** Math.floor(Math.log10(value)) / 5;
+  return Math.ceil(value / step) * step;
+}
+
 // series: {name, x, y, dots?, colour?, width?, faint?}; marks: [{x, name}]; level: {y, name}
 function drawLines(box, series, { x, y = "", marks = [], level = null, legend = true, label = "" }) {
   dropChart(box);
@@ -54,7 +60,7 @@ function drawLines(box, series, { x, y = "", marks = [], level = null, legend = 
       data: [...marks.map((mark) => ({ xAxis: mark.x, name: mark.name })), ...(level ? [{ yAxis: level.y, name: level.name }] : [])],
     } : undefined,
   }));
-  const highest = level ? { max: (value) => Math.max(value.max, level.y), min: 0 } : {};
+  const highest = level ? { max: (value) => roundUp(Math.max(value.max, level.y)), min: 0 } : {};
   const named = legend && series.length > 1;
   return chart(box, {
     color: PALETTE, tooltip: tooltip({ trigger: "axis" }), legend: { show: named, type: "scroll", top: 0, textStyle: { color: colour("ink") }, pageTextStyle: { color: colour("ink") } },

@@ -134,10 +134,13 @@ function parallelOf({ page, keys, measures }) {
     order = page.runs.filter((run) => axes.every((key) => valueOf(run, key) !== undefined));
     if (sweepState.brushed && echarts.getInstanceByDom(box)) return;
     dropChart(box);
+    const drawnAxes = axes.map((key, dim) => parallelAxis(key, dim, order.map((run) => valueOf(run, key)), keys.includes(key)));
+    // To an axis of places a number would be the number of its place.
+    const valuesOf = (run) => drawnAxes.map((one, dim) => (one.type === "category" ? show(valueOf(run, axes[dim])) : valueOf(run, axes[dim])));
     const drawn = chart(box, {
-      color: PALETTE, parallel: { left: 40, right: 70, top: 64, bottom: 26, parallelAxisDefault: { nameTextStyle: { color: colour("faint"), fontSize: 11 }, axisLabel: { color: colour("ink") }, axisLine: { lineStyle: { color: colour("faint") } } } },
-      parallelAxis: axes.map((key, dim) => parallelAxis(key, dim, order.map((run) => valueOf(run, key)))),
-      series: [{ type: "parallel", lineStyle: { width: 2, opacity: 0.6 }, inactiveOpacity: 0.06, data: order.map((run) => ({ value: axes.map((key) => axisValue(valueOf(run, key))), lineStyle: { color: PALETTE[run.number % PALETTE.length] } })) }],
+      color: PALETTE, parallel: { left: 40, right: 70, top: 64, bottom: 26, parallelAxisDefault: { nameTextStyle: { color: colour("faint"), fontSize: 11 }, axisLabel: { color: colour("ink"), textBorderColor: colour("paper"), textBorderWidth: 3 }, axisLine: { lineStyle: { color: colour("faint") } } } },
+      parallelAxis: drawnAxes,
+      series: [{ type: "parallel", lineStyle: { width: 2, opacity: 0.6 }, inactiveOpacity: 0.06, data: order.map((run) => ({ value: valuesOf(run), lineStyle: { color: PALETTE[run.number % PALETTE.length] } })) }],
     }, say("parallel"));
     drawn.on("axisareaselected", () => {
       const chosen = drawn.getModel().getSeriesByIndex(0).getRawIndicesByActiveState("active");
@@ -159,12 +162,17 @@ function foldName(key, width) {
   return lines.join("\n");
 }
 
-const axisValue = (value) => (typeof value === "number" ? value : show(value));
+const FEW = 8;
 
-// Numbers that span more than a factor of 10 are spread by their logarithm.
-function parallelAxis(key, dim, values) {
+// A setting of few values has a place for each, by their size; numbers that span more than a factor of 10 are spread by
+// their logarithm.
+function parallelAxis(key, dim, values, isSetting) {
   const name = foldName(key, 20);
-  if (!values.every((value) => typeof value === "number")) return { dim, name, type: "category", data: [...new Set(values.map(axisValue))] };
+  const numeric = values.every((value) => typeof value === "number");
+  const distinct = [...new Set(values)];
+  if (!numeric || (isSetting && distinct.length <= FEW)) {
+    return { dim, name, type: "category", boundaryGap: false, data: (numeric ? distinct.sort((one, other) => one - other) : distinct).map(show) };
+  }
   const [low, high] = [Math.min(...values), Math.max(...values)];
   return { dim, name, type: low > 0 && high / low > 10 ? "log" : "value", scale: true, min: low === high ? undefined : low, max: low === high ? undefined : high, axisLabel: { color: colour("ink"), formatter: (value) => formatNumber(value, 5) } };
 }

@@ -16,8 +16,8 @@ function sortable(columns, rows, { sort, onSort, onRow, chosen, rowClass, look =
 // The parts of a dotted or slashed name, each with what ends it.
 const nameParts = (name) => name.split(/(?<=[/.])/);
 
-// A name that may go on in another line behind a slash or a dot.
-const breakable = (name) => nameParts(name).flatMap((part) => [part, make("wbr")]);
+// A name that may go on in another line behind a slash, a dot or an underscore.
+const breakable = (name) => name.split(/(?<=[/._])/).flatMap((part) => [part, make("wbr")]);
 
 // Numbers by size, texts by the language's order; what is missing comes last either way.
 function compareValues(one, other, down = false) {
