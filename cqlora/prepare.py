@@ -1,10 +1,12 @@
 """`python -m cqlora.prepare`: builds a run's token cache and says what is in it."""
 
+from dataclasses import replace
 from typing import Any
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config.schema import RunConfig
+from cqlora.launch.settle import look_ahead, settle_template
 from cqlora.random_base import open_base
 from cqlora.system.signals import stop_on_signals
 
@@ -25,6 +27,7 @@ def prepare(config: RunConfig) -> None:
     show_log()
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
+    config = replace(config, stage=settle_template(config.stage, look_ahead(config)))
     require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     with StageDisplay(is_main=True) as display:
         cache = prepare_cache(config, base, display.show)

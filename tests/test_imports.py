@@ -43,7 +43,7 @@ ARROWS = {
     "model": {"architectures", "base", "config", "errors", "lineage", "system"},
     "plan": {"config", "errors", "system"},
     "plan.__main__": {"cli", "config", "errors", "launch", "plan"},
-    "prepare": {"architectures", "cli", "config", "data", "random_base", "system"},
+    "prepare": {"architectures", "cli", "config", "data", "launch", "random_base", "system"},
     "random_base": {"base", "config", "data", "errors", "model"},
     "report": {"base", "config", "errors", "plan", "serve", "sweep", "system"},
     "report.__main__": {"cli", "errors", "report", "serve"},

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cqlora.config.schema import CleanConfig
 from cqlora.data.language import own_share
-from cqlora.data.records import Conversation, Document, Record, RowError, Turn, text_of
+from cqlora.data.records import Conversation, Document, Record, RowError, text_of
 from cqlora.errors import DataError
 
 Transform = Callable[[str], str]
@@ -175,14 +175,15 @@ class Cleaner:
             record = Document(self.apply(self.document_rules, changed, record.text).strip())
         else:
             texts = [self.apply(self.rules, changed, turn.text).strip() for turn in record.turns]
-            record = Conversation([Turn(turn.role, text) for turn, text in zip(record.turns, texts, strict=True)])
+            turns = [turn._replace(text=text) for turn, text in zip(record.turns, texts, strict=True)]
+            record = Conversation(turns, tools=record.tools)
         counts.update(changed)
         return record
 
     def refusal(self, record: Record) -> str | None:
         """The rule that drops the record, or None to keep it."""
         text = text_of(record)
-        if isinstance(record, Conversation) and not all(turn.text for turn in record.turns):
+        if isinstance(record, Conversation) and not all(turn.text or turn.calls for turn in record.turns):
             return "empty after cleaning"
         if isinstance(record, Document) and len(text) < self.config.min_characters:
             return "too short"

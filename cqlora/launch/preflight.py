@@ -29,7 +29,8 @@ def check_run(config: RunConfig, given: Given) -> None:
         ConfigError: GPUs or a tracker's package are missing, new rows are asked for on a base that has none, or the
             adapter to continue was trained with other values.
         CheckpointError: the run to go on with needs what this machine has not.
-        ModelError: the adapter to continue has rows of another extension.
+        ModelError: the adapter to continue has rows of another extension, or the base's tokens do not make the chat
+            template's.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run, or not beside what it holds now.
     """
@@ -42,6 +43,7 @@ def check_run(config: RunConfig, given: Given) -> None:
     if given.adapter is not None:
         check_continuation(config, given.adapter, given.base)
     check_embeddings(config, given)
+    check_template(config, given)
     check_memory(config, given)
     check_free_memory(config, given)
     find_sources(config.data, config.stage.name)
@@ -120,6 +122,15 @@ def check_device_support(config: RunConfig) -> None:
         )
     if config.lora.method is AdapterMethod.dora and config.model.quantization is Quantization.int8:
         raise ConfigError("lora.method=dora cannot read model.quantization=int8 on a CPU; use model.quantization=nf4.")
+
+
+def check_template(config: RunConfig, given: Given) -> None:
+    """Raise ModelError where nothing can be learned in the chat template with the base's tokens."""
+    from cqlora.data.rendered import open_typesetter
+    from cqlora.data.templates import form_of_stage
+
+    if given.base is not None and (source := form_of_stage(config.stage, given.base.path).source):
+        open_typesetter(given.base.path, source).prove()
 
 
 def check_embeddings(config: RunConfig, given: Given) -> None:
