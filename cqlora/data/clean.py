@@ -1,15 +1,16 @@
 """Cleaning: each rule a pure function of text, switched by the configuration and counted."""
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cqlora.config.schema import CleanConfig
 from cqlora.data.language import own_share
-from cqlora.data.records import Conversation, Document, Record, RowError, text_of
+from cqlora.data.records import Conversation, Document, Record, RowError, Turn, text_of
 from cqlora.errors import DataError
 
 Transform = Callable[[str], str]
@@ -175,10 +176,25 @@ class Cleaner:
             record = Document(self.apply(self.document_rules, changed, record.text).strip())
         else:
             texts = [self.apply(self.rules, changed, turn.text).strip() for turn in record.turns]
-            turns = [turn._replace(text=text) for turn, text in zip(record.turns, texts, strict=True)]
+            turns = [
+                Turn(turn.role, text, self.clean_calls(changed, turn.calls) if turn.calls else "")
+                for turn, text in zip(record.turns, texts, strict=True)
+            ]
             record = Conversation(turns, tools=record.tools)
         counts.update(changed)
         return record
+
+    def clean_calls(self, changed: set[str], calls: str) -> str:
+        """Tool calls with every rule applied to the texts in them."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: apply(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [apply(each) for each in value]
+            return self.apply(self.rules, changed, value) if isinstance(value, str) else value
+
+        return json.dumps(apply(json.loads(calls)), ensure_ascii=False)
 
     def refusal(self, record: Record) -> str | None:
         """The rule that drops the record, or None to keep it."""

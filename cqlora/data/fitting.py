@@ -38,7 +38,7 @@ class RenderedConversations:
         chunks = Chunks()
         opened = [open_with(self.system_prompt, each.turns) for each in conversations]
         arranged = [
-            self.encoder.typesetter.arrange(turns, each.tools)
+            self.encoder.typesetter.arrange_proven(turns, each.tools)
             for turns, each in zip(opened, conversations, strict=True)
         ]
         encoded = self.encoder.encode(arranged)

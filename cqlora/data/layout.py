@@ -104,8 +104,10 @@ class Written:
             *thought, words = self.slots_of(turn) or [-1]
             if form.thinks and not form.speaks:
                 thought, words = [words], -1
-            if (words >= 0 and found.count(words) != 1) or any(found.count(slot) > 1 for slot in thought):
-                raise TemplateRefusal(f"it does not write the words of turn {turn + 1} once")
+            if words >= 0 and words not in found:
+                raise TemplateRefusal(f"it leaves out the words of turn {turn + 1}")
+            if any(found.count(slot) > 1 for slot in (*thought, words)):
+                raise TemplateRefusal(f"it repeats the words of turn {turn + 1}")
         if found != sorted(found):
             raise TemplateRefusal("it does not write the turns in order")
 
@@ -175,14 +177,14 @@ class Typesetter:
             TemplateRefusal: the conversation cannot be learned in the template; the sentence says which turn.
         """
         forms, texts = take_apart(turns)
-        for turn, form in enumerate(forms, start=1):
-            if self._controls.search(form.calls):
-                raise TemplateRefusal(f"the tool calls of turn {turn} hold a control token")
-        if self._controls.search(tools):
-            raise TemplateRefusal("the tools hold a control token")
         layout = self.lay_out(forms, tools)
         self._compare(forms, layout, texts, self._write(forms, texts, tools))
         return layout, texts
+
+    def arrange_proven(self, turns: Sequence[Turn], tools: str = "") -> tuple[Layout, list[str]]:
+        """As arrange, of a conversation that it has taken before: its own words are not rendered again."""
+        forms, texts = take_apart(turns)
+        return self.lay_out(forms, tools), texts
 
     def arrange_prompt(self, turns: Sequence[Turn], **switches: Any) -> tuple[Layout, list[str]]:
         """The layout of turns up to where the assistant's next words come, and their texts.
@@ -201,6 +203,11 @@ class Typesetter:
         return self._split_parts(written.text, [])
 
     def _lay_out(self, forms: Forms, tools: str = "") -> Layout:
+        for turn, form in enumerate(forms, start=1):
+            if self._controls.search(form.calls):
+                raise TemplateRefusal(f"the tool calls of turn {turn} hold a control token")
+        if self._controls.search(tools):
+            raise TemplateRefusal("the tools hold a control token")
         written = self._write_form(forms, tools)
         written.require_texts()
         if not all(tool["function"]["name"] in written.text for tool in json.loads(tools or "[]")):
@@ -217,6 +224,8 @@ class Typesetter:
             TemplateRefusal: the reply is not asked for by what stands before it, or does not stand by itself.
         """
         text, form, start = written.text, written.forms[turn], len(asked.text)
+        if not text.startswith(asked.text) and not turn:
+            raise TemplateRefusal("turn 1 replies to nothing")
         if not text.startswith(asked.text):
             broken = min(asked.turn_at(first_difference(text, asked.text)), turn)
             raise TemplateRefusal(f"it writes turn {broken + 1} otherwise once turn {turn + 1} has replied")
