@@ -104,7 +104,8 @@ class RenderedConversations:
             return part
         context = len(part.labels) - len(part.labels.lstrip(b"\0"))
         kept = min(context, max(room - (whole - context), room // CONTEXT_SHARE))
-        counts["replies cut at their end"] += kept + whole - context > room
+        if kept + whole - context > room:
+            counts["replies cut at their end"] += 1
         if context > kept:
             shorter = self.shorten_question(system, turns, tools, kept, counts)
             if shorter is None and system:
@@ -133,12 +134,15 @@ class RenderedConversations:
                 return None
             excess = len(part.labels) - len(part.labels.lstrip(b"\0")) - room
             if excess <= 0:
-                counts["questions cut at their beginning"] += question != turns[last].text or last > 0
+                if question != turns[last].text or last > 0:
+                    counts["questions cut at their beginning"] += 1
                 return part
             offsets = self.tokenizer.segment.encode(question, add_special_tokens=False).offsets
-            if excess >= len(offsets):
+            # A character of several tokens goes whole.
+            begin = next((start for start, _ in offsets[excess:] if start), None)
+            if begin is None:
                 return None
-            question = question[offsets[excess][0] :].lstrip()
+            question = question[begin:].lstrip()
         return None
 
 

@@ -16,10 +16,10 @@ A rendering of the real words must then equal the placeholders' with the words p
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from cqlora.data.records import Turn
@@ -59,14 +59,17 @@ class Layout(NamedTuple):
     reply_ends: tuple[int, ...] = ()
     """For each reply, the number of parts up to its end token."""
 
+    def pieces(self) -> Iterator[str | int]:
+        """The whole text; numbers are texts of the conversation."""
+        for part in self.parts:
+            yield from (part.token,) if isinstance(part, Control) else part.context + part.trained
+
     def fill(self, texts: Sequence[str]) -> str:
-        """The whole text."""
-        return "".join(
-            part.token if isinstance(part, Control) else fill(part.context + part.trained, texts) for part in self.parts
-        )
+        """The whole text with the conversation's in their places."""
+        return fill(self.pieces(), texts)
 
 
-def fill(pieces: tuple[str | int, ...], texts: Sequence[str]) -> str:
+def fill(pieces: Iterable[str | int], texts: Sequence[str]) -> str:
     """The pieces with the conversation's texts in their places."""
     return "".join(texts[piece] if isinstance(piece, int) else piece for piece in pieces)
 
@@ -279,13 +282,16 @@ class Typesetter:
         filled = layout.fill(texts)
         if filled == text:
             return
-        # The turn is where the texts go apart, found by filling in one after another.
-        for turn in range(len(forms)):
-            known = sum(form.texts for form in forms[: turn + 1])
-            partly = [*texts[:known], *map(placeholder, range(known, len(texts)))]
-            if first_difference(filled, text) < len(_SLOT.split(layout.fill(partly))[0]):
+        apart, written = first_difference(filled, text), 0
+        for piece in layout.pieces():
+            written += len(texts[piece] if isinstance(piece, int) else piece)
+            if isinstance(piece, int) and apart < written:
                 break
-        raise TemplateRefusal(f"it rewrites the words of turn {turn + 1}")
+        else:
+            piece = len(texts) - 1
+        ends = accumulate(form.texts for form in forms)
+        turn = next((number for number, end in enumerate(ends, start=1) if piece < end), len(forms))
+        raise TemplateRefusal(f"it rewrites the words of turn {turn}")
 
     def _write_form(self, forms: Forms, tools: str, ask: bool = False, **switches: Any) -> Written:
         slots = range(sum(form.texts for form in forms))

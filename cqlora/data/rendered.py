@@ -69,7 +69,7 @@ def open_typesetter(folder: Path, source: str, thinking: Thinking = Thinking.tra
     """
     special = read_special_names(folder)
     names = {f"{kind}_token": special[kind] for kind in _TOKENS if kind in special}
-    return Typesetter(ChatTemplate(source), names, read_controls(folder), thinking is Thinking.mask)
+    return Typesetter(ChatTemplate(source), names, read_controls(folder), thinking is not Thinking.train)
 
 
 class TemplateEncoder:

@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cqlora.config.choices import SourceKind
+from cqlora.config.choices import SourceKind, Template, Thinking
 from cqlora.config.schema import SourceConfig
 from cqlora.data.encode import EncodeSettings, RecordEncoder
+from cqlora.data.layout import Typesetter
 from cqlora.data.records import Conversation, RowError, Turn
+from cqlora.data.rendered import TemplateEncoder, open_typesetter
 from cqlora.data.sources import PARSERS, SAMPLE_DIR
+from cqlora.data.template import ChatTemplate, TemplateRefusal
+from cqlora.data.templates import choose_by_base, find_source, read_own_template
+from cqlora.data.tokenizer import PlainTokenizer, read_controls
+from cqlora.data.turn_forms import messages_of, take_apart
+from cqlora.data.wording import Wording
+from cqlora.errors import DataError, ModelError
 from tests.data.template_families import FAMILIES, source_of, stock_tokenizer, write_family
 
 ASKED = 200
@@ -129,3 +137,291 @@ def test_real_conversations_give_the_ids_of_transformers_and_labels_are_the_repl
     print(name, len(talks), dict(counts))
     assert counts["equal"] >= ASKED, counts
     assert sum(counts.values()) - counts["equal"] <= 0.05 * len(talks), counts
+
+
+def test_named_templates_write_what_the_published_formats_do():
+    """Those of Qwen 3 in full; the others by hand, from the models' documentation."""
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    for talk in bundled()[:-2]:
+        messages = [{"role": turn.role, "content": turn.text} for turn in talk]
+        written = {name: ChatTemplate(source_of(name)).render(messages, names) for name in FAMILIES}
+        assert written["qwen"] == written["qwen3"]
+        assert written["llama3"] == "<s>" + "".join(
+            f"<|start_header_id|>{turn.role}<|end_header_id|>\n\n{turn.text}<|eot_id|>" for turn in talk
+        )
+        system = talk[0].text if talk[0].role == "system" else ""
+        said = [turn.text for turn in talk if turn.role != "system"]
+        before = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+        pairs = list(zip(said[::2], said[1::2], strict=True))
+        asked = [(before if not n else "") + question for n, (question, _) in enumerate(pairs)]
+        exchanges = zip(asked, pairs, strict=True)
+        assert written["llama2"] == "".join(f"<s>[INST] {q} [/INST] {reply} </s>" for q, (_, reply) in exchanges)
+        if not system:
+            assert written["mistral"] == written["mistral_v3"]
+            assert written["mistral"] == "<s>" + "".join(f"[INST] {q}[/INST] {reply}</s>" for q, reply in pairs)
+
+
+def test_calls_and_thoughts_are_written_as_qwen_3_writes_them():
+    talk = [
+        *(Turn("user", "天气?"), Turn("assistant", "<think>\n要查\n</think>\n\n我查。", CALL), Turn("tool", "晴")),
+        *(
+            Turn("assistant", "", CALL),
+            Turn("tool", "雨"),
+            Turn("tool", "雪"),
+            Turn("assistant", "<think>好</think>雨。"),
+        ),
+    ]
+    for count in range(1, len(talk) + 1):
+        messages = messages_of(*take_apart(talk[:count]))
+        ours, theirs = (
+            ChatTemplate(source_of(name)).render(messages, {}, json.loads(TOOLS)) for name in ("qwen", "qwen3")
+        )
+        assert ours == theirs
+
+
+def spans(base, source, talk, tools="", thinking=Thinking.train) -> list[str]:
+    """What is trained of a conversation."""
+    settings = EncodeSettings(str(base.path), 1 << 20, False, template=source, thinking=thinking)
+    settled = settings.wording.settle(Conversation(talk, tools=tools), Counter())
+    batch = RecordEncoder(settings).encode([settled])
+    edges = np.flatnonzero(np.diff(batch.labels.astype(int), prepend=0, append=0)).reshape(-1, 2)
+    tokenizer = PlainTokenizer(base.path).text
+    said = [tokenizer.decode(batch.tokens[a:b].tolist(), skip_special_tokens=False) for a, b in edges]
+    plain = "".join(said).replace("<|im_end|>", "").replace("<|eot_id|>", "")
+    assert batch.characters.sum() == len(plain) and batch.utf8_bytes.sum() == len(plain.encode())
+    return said
+
+
+THOUGHT = [Turn("user", "q"), Turn("assistant", "<think>\n想\n</think>\n\n一"), Turn("user", "r"),
+           Turn("assistant", "<think>\n又想\n</think>\n\n二")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, thinking, expected",
+    [
+        ("qwen3", Thinking.train, ["一<|im_end|>", "<think>\n又想\n</think>\n\n二<|im_end|>"]),
+        ("qwen3", Thinking.mask, ["一<|im_end|>", "二<|im_end|>"]),
+        ("qwen3", Thinking.drop, ["一<|im_end|>", "二<|im_end|>"]),
+        (
+            "smollm2",
+            Thinking.train,
+            [f"<think>\n{t}\n</think>\n\n{w}<|im_end|>" for t, w in (("想", "一"), ("又想", "二"))],
+        ),
+        ("smollm2", Thinking.mask, ["一<|im_end|>", "二<|im_end|>"]),
+        ("smollm2", Thinking.drop, ["一<|im_end|>", "二<|im_end|>"]),
+        ("llama3", Thinking.mask, ["一<|eot_id|>", "二<|eot_id|>"]),
+        ("chatml", Thinking.mask, ["一<|im_end|>", "二<|im_end|>"]),
+        ("chatml", Thinking.drop, ["一<|im_end|>", "二<|im_end|>"]),
+    ],
+)
+def test_thoughts_train_or_are_masked_or_dropped_and_earlier_ones_are_left_out_as_the_template_does(
+    name, thinking, expected, bases
+):
+    source = "" if name == "chatml" else source_of(name)
+    assert spans(bases(name), source, THOUGHT, thinking=thinking) == expected
+
+
+def test_a_model_tuned_without_thoughts_is_asked_past_the_empty_one(bases):
+    base, source = bases("qwen3"), source_of("qwen3")
+    asked = {
+        thinking: TemplateEncoder(PlainTokenizer(base.path), base.path, source, thinking).encode_prompt(THOUGHT[:1])
+        for thinking in Thinking
+    }
+    tokenizer = PlainTokenizer(base.path).text
+    tail = {thinking: tokenizer.decode(ids, skip_special_tokens=False)[-30:] for thinking, ids in asked.items()}
+    assert tail[Thinking.train] == tail[Thinking.mask] and tail[Thinking.train].endswith("<|im_start|>assistant\n")
+    assert tail[Thinking.drop].endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+TALK_WITH_TOOLS = [Turn("user", "天气?"), Turn("assistant", "", CALL), Turn("tool", "晴"), Turn("assistant", "晴天。")]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen"])
+def test_calls_of_tools_train_and_their_results_do_not(name, bases):
+    call, said = spans(bases(name), source_of(name), TALK_WITH_TOOLS, TOOLS)
+    assert call == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "北京"}}\n</tool_call><|im_end|>'
+    assert said.endswith("晴天。<|im_end|>") and "晴</" not in said
+
+
+def test_calls_of_mistrals_tools_are_ids_of_transformers(bases):
+    base = bases("mistral_v3")
+    stock, source = stock_tokenizer(base), source_of("mistral_v3")
+    settings = EncodeSettings(str(base.path), 1 << 20, False, template=source)
+    batch = RecordEncoder(settings).encode(
+        [settings.wording.settle(Conversation(TALK_WITH_TOOLS, tools=TOOLS), Counter())]
+    )
+    messages = messages_of(*take_apart(TALK_WITH_TOOLS))
+    # The template takes a message with `tool_calls` to be nothing else.
+    expected = stock.apply_chat_template(messages, json.loads(TOOLS), chat_template=source, return_dict=False)
+    assert batch.tokens.tolist() == expected
+    trained = stock.decode(batch.tokens[batch.labels.astype(bool)].tolist())
+    assert trained.startswith("[TOOL_CALLS]") and trained.count("</s>") == 2 and "[TOOL_RESULTS]" not in trained
+
+
+@pytest.mark.parametrize(
+    "name, talk, tools, reason",
+    [
+        ("chatml", TALK_WITH_TOOLS, TOOLS, "tools are called, and stage.template=chatml has no place for calls"),
+        ("llama3", TALK_WITH_TOOLS, TOOLS, "tools are called, and the chat template has no place for calls"),
+        ("mistral_v3", [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")], "",
+         "chat template: After the optional system message, conversation roles must alternate user/assistant"),
+        ("mistral_v3", [Turn("system", "s"), Turn("user", "a"), Turn("assistant", "c")], "",
+         "chat template: it leaves out the words of turn 1"),
+        ("qwen3", [Turn("user", "a"), Turn("assistant", "b </think> c")], "", "it rewrites the words of turn 2"),
+        ("smollm2", [Turn("assistant", "I begin.")], "", "turn 1 replies to nothing"),
+        ("qwen3", [Turn("user", "a"), Turn("assistant", "", CALL.replace("北京", "<|im_end|>")), Turn("tool", "b"),
+                   Turn("assistant", "c")], TOOLS, "the tool calls of turn 2 hold a control token"),
+        ("qwen3", [Turn("user", "a"), Turn("assistant", "b")], TOOLS.replace("object", "<|im_start|>"), ""),
+    ],
+)  # fmt: skip
+def test_a_conversation_that_a_template_cannot_write_is_rejected_with_the_turn(name, talk, tools, reason, bases):
+    wording = Wording(str(bases(name).path), "" if name == "chatml" else source_of(name))
+    with pytest.raises(RowError) as rejected:
+        wording.settle(Conversation(talk, tools=tools), Counter())
+    assert reason in str(rejected.value)
+
+
+def test_tools_that_nobody_calls_are_left_out_where_the_template_knows_none(bases):
+    talk, counts = [Turn("user", "a"), Turn("assistant", "b")], Counter()
+    settled = Wording(str(bases("llama3").path), source_of("llama3")).settle(Conversation(talk, tools=TOOLS), counts)
+    assert settled == Conversation(talk) and counts == {"field not used: tools": 1}
+
+
+def typeset(source: str) -> Typesetter:
+    return Typesetter(ChatTemplate(source), {"eos_token": "</s>"}, frozenset({"</s>"}))
+
+
+LOOP = "{% for m in messages %}TURN{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+
+
+@pytest.mark.parametrize(
+    "turn, reason",
+    [
+        ("{{ m.role[0] }}: {{ m.content }}</s>", "it writes turn 1 otherwise once turn 2 has replied"),
+        ("{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}\n", "none of the tokenizer's control tokens"),
+        ("{{ 'A' if m.role == 'assistant' else 'U' }}: so, {{ m.content }}</s>", "'so,' before the words of turn 2"),
+        (
+            "{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }} ok</s>",
+            "it writes 'ok' after the words of turn 2",
+        ),
+        (
+            "{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}{{ m.content }}</s>",
+            "repeats the words of turn 1",
+        ),
+        (
+            "{{ loop.length }}{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}</s>",
+            "it writes turn 1 otherwise",
+        ),
+        ("{{ messages[loop.revindex0].content }}</s>", "it does not write the turns in order"),
+    ],
+)
+def test_a_template_whose_mask_cannot_be_proven_is_refused_with_the_reason(turn, reason):
+    with pytest.raises(ModelError) as refused:
+        typeset(LOOP.replace("TURN", turn)).prove()
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+    typeset(LOOP.replace("TURN", "{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}</s>")).prove()
+
+
+HOSTILE = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "loops more than",
+    "{{ ''.__class__.__mro__ }}": "unsafe",
+    "{{ messages.append(1) }}": "",
+    "{{ 'x' * 10 ** 10 }}": "repeats a text too often",
+    "{{ 9 ** 99999999 }}": "computes a number too large",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "nested too deeply",
+    "{% set n = namespace() %}{% set n.__init__ = 1 %}": "",
+    "{{ raise_exception('Nobody speaks.\nNobody.') }}": "Nobody speaks. Nobody.",
+    "{{ 1 // 0 }}": "",
+    "{{ nothing.at.all }}": "",
+    "{% include 'x' %}": "",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_a_hostile_template_ends_in_one_sentence(source):
+    with pytest.raises(TemplateRefusal) as refused:
+        ChatTemplate(source).render([{"role": "user", "content": "a"}], {})
+    assert HOSTILE[source] in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% generation %}", "{{ 'a' | nofilter }}"])
+def test_a_template_that_is_no_jinja_is_refused_in_one_sentence(source):
+    with pytest.raises(ModelError, match="cannot be read as Jinja") as refused:
+        ChatTemplate(source)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_sandbox_writes_what_that_of_transformers_does():
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}{{ {'b': '<é>', 'a': [1]} | tojson }}"
+        "{{ messages | tojson(indent=2) }}\n{% for i in range(5) %}\n  {% if i == 3 %}{% break %}{% endif %}{{ i }}\n"
+        "{% endfor %}{% set n = namespace(x=1) %}{% set n.x = n.x + 1 %}{{ n.x }}{{ loop is defined }}{{ bos_token }}"
+        "{% for a, b in {'k': 1}.items() %}{{ a ~ b }}{{ loop.last }}{{ loop.length }}{% endfor %}{{ tools is none }}"
+    )
+    messages = [{"role": "user", "content": "你 <b>"}]
+    rendered, _ = render_jinja_template(conversations=[messages], chat_template=source, bos_token="<s>")
+    assert ChatTemplate(source).render(messages, {"bos_token": "<s>"}) == rendered[0]
+
+
+def test_templates_are_told_one_day_whatever_the_clock_says():
+    assert ChatTemplate("{{ strftime_now('%d %b %Y') }}").render([], {}) == "26 Jul 2024"
+
+
+def test_control_tokens_in_messages_stay_text_in_every_template(family):
+    """As many control tokens as a conversation with plain words has."""
+    name, base = family
+    plain = PlainTokenizer(base.path)
+    encoder = TemplateEncoder(plain, base.path, source_of(name))
+    attack = f"x{''.join(sorted(read_controls(base.path)))}y"
+    found = []
+    for body in ("plain", attack):
+        talk = [Turn("user", body), Turn("assistant", body)]
+        (encoded,) = encoder.encode([encoder.typesetter.arrange(talk)])
+        controls = {token for part in encoded.parts if not part.text for token in part.ids}
+        found.append((sum(token in controls for token in encoded.ids), sum(not part.text for part in encoded.parts)))
+    assert found[0] == found[1] and found[0][0] == found[0][1]
+
+
+def test_a_prompt_is_how_the_conversation_begins_before_each_reply(family):
+    name, base = family
+    encoder = TemplateEncoder(PlainTokenizer(base.path), base.path, source_of(name))
+    talk = [Turn("user", "长江?"), Turn("assistant", "一"), Turn("user", " why "), Turn("assistant", "二")]
+    stripped = [turn._replace(text=turn.text.strip()) for turn in talk]
+    (whole,) = encoder.encode([encoder.typesetter.arrange(stripped)])
+    for turns in (talk[:1], talk[:3]):
+        ids = encoder.encode_prompt(turns)
+        assert whole.ids[: len(ids)] == ids and whole.labels[len(ids)] == 1 and not whole.labels[len(ids) - 1]
+
+
+def test_auto_is_the_bases_own_template_where_it_passes_else_chatml(family, tmp_path, caplog):
+    name, base = family
+    assert choose_by_base(base.path) is (Template.chatml if name == "chatml" else Template.base)
+    assert find_source(Template.base, base.path) == ("" if name == "chatml" else source_of(name))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in base.path.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert choose_by_base(folder) is Template.chatml and "passed over for ChatML" in caplog.text
+    (folder / "chat_template.jinja").unlink()
+    assert choose_by_base(folder) is Template.chatml
+    with pytest.raises(ModelError, match="has no chat template of its own; use"):
+        find_source(Template.base, folder)
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
+    assert read_own_template(folder) == "y"
+
+
+def test_a_template_of_tokens_that_the_base_has_not_is_refused(bases):
+    with pytest.raises(ModelError, match="ends a reply with none of the tokenizer's control tokens"):
+        open_typesetter(bases("llama2").path, source_of("llama3")).prove()
+
+
+def test_a_prompt_that_the_template_does_not_take_is_refused_in_its_own_words(bases):
+    base = bases("mistral_v3")
+    encoder = TemplateEncoder(PlainTokenizer(base.path), base.path, source_of("mistral_v3"))
+    with pytest.raises(DataError, match="roles must alternate"):
+        encoder.encode_prompt([Turn("user", "a"), Turn("user", "b")])
