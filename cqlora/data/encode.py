@@ -41,9 +41,14 @@ class EncodeSettings:
     """What becomes of thoughts in replies."""
 
     @property
+    def source(self) -> str:
+        """The text of the template that writes a conversation at once; empty where ChatML writes it turn by turn."""
+        return self.template or (CHAT_TEMPLATE if self.thinking is Thinking.mask else "")
+
+    @property
     def wording(self) -> Wording:
         """How conversations are written."""
-        return Wording(self.folder, self.template, self.thinking, self.system_prompt)
+        return Wording(self.folder, self.source, self.thinking, self.system_prompt)
 
 
 class RecordEncoder:
@@ -57,14 +62,11 @@ class RecordEncoder:
     def conversations(self) -> ConversationEncoder | RenderedConversations:
         """The template's encoder, made when a first conversation asks for it."""
         settings = self.settings
-        masks = settings.thinking is Thinking.mask
-        if not settings.template and not masks:
+        if not settings.source:
             return ConversationEncoder(
                 self.tokenizer, settings.sequence_length, settings.all_tokens, settings.system_prompt
             )
-        encoder = TemplateEncoder(
-            self.tokenizer, Path(settings.folder), settings.template or CHAT_TEMPLATE, settings.thinking
-        )
+        encoder = TemplateEncoder(self.tokenizer, Path(settings.folder), settings.source, settings.thinking)
         return RenderedConversations(self.tokenizer, encoder, settings.sequence_length, settings.system_prompt)
 
     def encode(self, records: Sequence[Record], measured: int = 0) -> EncodedBatch:

@@ -40,7 +40,7 @@ class Wording:
             counts[f"{UNUSED}tools"] += 1
             conversation = Conversation(conversation.turns, conversation.family)
         if setter is None and conversation.calls_tools:
-            raise RowError("tools are called, and stage.template=chatml has no place for calls")
+            raise RowError("tools are called, and ChatML has no place for calls")
         if setter is not None:
             if conversation.calls_tools and not setter.knows_tools:
                 raise RowError("tools are called, and the chat template has no place for calls")

@@ -1,7 +1,6 @@
 """Templates that models carry: ids equal to transformers', labels decode to the assistant's words and end tokens."""
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from cqlora.data.tokenizer import PlainTokenizer, read_controls
 from cqlora.data.turn_forms import messages_of, take_apart
 from cqlora.data.wording import Wording
 from cqlora.errors import DataError, ModelError
+from tests.conftest import REAL_DATA
 from tests.data.template_families import FAMILIES, source_of, stock_tokenizer, write_family
 
 ASKED = 200
@@ -68,7 +68,7 @@ def bundled() -> list[list[Turn]]:
 
 def shared() -> list[list[Turn]]:
     """Conversations of the shared sources, evenly."""
-    root = Path(os.environ["CQLORA_DATA"])
+    root = Path(REAL_DATA)
     found: list[list[list[Turn]]] = []
     for name, kind in (("sharegpt.json", SourceKind.sharegpt), ("belle.json", SourceKind.belle)):
         text = (root / name).read_text("utf-8")
@@ -129,7 +129,7 @@ def test_bundled_conversations_give_the_ids_of_transformers_and_labels_are_the_r
     assert counts["equal"] >= 10 if name != "mistral_v3" else counts["equal"] >= 6, counts
 
 
-@pytest.mark.skipif(not os.environ.get("CQLORA_DATA"), reason="CQLORA_DATA names no folder of real conversations")
+@pytest.mark.skipif(not REAL_DATA, reason="CQLORA_DATA names no folder of real conversations")
 def test_real_conversations_give_the_ids_of_transformers_and_labels_are_the_replies(family):
     name, base = family
     talks = shared()
@@ -261,7 +261,7 @@ def test_calls_of_mistrals_tools_are_ids_of_transformers(bases):
 @pytest.mark.parametrize(
     "name, talk, tools, reason",
     [
-        ("chatml", TALK_WITH_TOOLS, TOOLS, "tools are called, and stage.template=chatml has no place for calls"),
+        ("chatml", TALK_WITH_TOOLS, TOOLS, "tools are called, and ChatML has no place for calls"),
         ("llama3", TALK_WITH_TOOLS, TOOLS, "tools are called, and the chat template has no place for calls"),
         ("mistral_v3", [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")], "",
          "chat template: After the optional system message, conversation roles must alternate user/assistant"),
