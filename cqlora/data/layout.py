@@ -173,6 +173,18 @@ class Typesetter:
         except TemplateRefusal:
             return False
 
+    @cached_property
+    def skips_thought(self) -> bool:
+        """Whether enable_thinking=false puts an empty thought behind the prompt, and changes nothing before it."""
+        try:
+            asked, unasked = (
+                self._write_form(_EXCHANGE[:1], "", ask=True, **switches).text
+                for switches in ({}, {"enable_thinking": False})
+            )
+        except TemplateRefusal:
+            return False
+        return unasked.startswith(asked) and _THOUGHT_BLOCK.fullmatch(unasked[len(asked) :]) is not None
+
     def arrange(self, turns: Sequence[Turn], tools: str = "") -> tuple[Layout, list[str]]:
         """The layout of a conversation, proven of its form and of its words, and its texts.
 

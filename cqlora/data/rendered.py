@@ -165,7 +165,8 @@ class TemplateEncoder:
         """
         switches = {}
         if self.thinking is Thinking.drop:
-            turns, switches = list(map(drop_thought, turns)), {"enable_thinking": False}
+            turns = list(map(drop_thought, turns))
+            switches = {"enable_thinking": False} if self.typesetter.skips_thought else {}
         plain = [turn._replace(text=turn.text.strip()) for turn in turns]
         try:
             arranged = self.typesetter.arrange_prompt(plain, **switches)

@@ -59,14 +59,16 @@ class ChatForm:
             said["chat_template"] = {"name": self.name.name, "source": self.source}
         return said | ({} if self.thinking is Thinking.train else {"thinking": self.thinking.name})
 
-    def write(self) -> str:
-        """The template as other programs are given it: its system prompt is its default, and so is whether to think."""
+    def write(self, folder: Path) -> str:
+        """The template as other programs are given it for the tokenizer in a folder: its system prompt is its default,
+        and so is whether to think."""
         if not self.source:
             return chat_template(self.system_prompt)
         written = self.source
         if self.system_prompt.strip():
             written = _OPEN_WITH.replace("PROMPT", json.dumps(self.system_prompt, ensure_ascii=False)) + written
-        return (_ANSWER_AT_ONCE if self.thinking is Thinking.drop else "") + written
+        at_once = self.thinking is Thinking.drop and open_typesetter(folder, self.source).skips_thought
+        return (_ANSWER_AT_ONCE if at_once else "") + written
 
     def open(self, tokenizer: PlainTokenizer, folder: Path) -> ChatEncoder | TemplateEncoder:
         """What encodes prompts for the tokenizer in a folder.

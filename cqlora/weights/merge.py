@@ -67,7 +67,7 @@ class Merge:
         """
         form = tuned_form(self.adapters)
         if form is not None:
-            return form.write()
+            return form.write(self.base.path)
         spoken = self.spoken()
         return spoken[0] if spoken else ""
 

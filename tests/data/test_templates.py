@@ -425,3 +425,15 @@ def test_a_prompt_that_the_template_does_not_take_is_refused_in_its_own_words(ba
     encoder = TemplateEncoder(PlainTokenizer(base.path), base.path, source_of("mistral_v3"))
     with pytest.raises(DataError, match="roles must alternate"):
         encoder.encode_prompt([Turn("user", "a"), Turn("user", "b")])
+
+
+def test_a_template_whose_system_message_says_whether_to_think_is_asked_as_it_was_trained(bases):
+    """enable_thinking=false would change what stands before the question (as in SmolLM3's template)."""
+    mode = "{{ 'S' if enable_thinking is defined and not enable_thinking else 'T' }}"
+    source = mode + LOOP.replace("TURN", "{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}<|im_end|>")
+    base = bases("qwen3")
+    asked = [
+        TemplateEncoder(PlainTokenizer(base.path), base.path, text, Thinking.drop).encode_prompt([Turn("user", "q")])
+        for text in (source, source.replace(mode, "T"))
+    ]
+    assert asked[0] == asked[1]

@@ -1,12 +1,13 @@
 """Which template a run settles on: what was asked for, the adapter's, the base's own, or ChatML."""
 
 import json
-import shutil
 
 import pytest
+from omegaconf import OmegaConf
 
 from cqlora.base import read_base
 from cqlora.config.choices import Template
+from cqlora.config.run_yaml import load_run_yaml
 from cqlora.data.cache import fingerprint_choices
 from cqlora.data.sources import find_sources
 from cqlora.errors import ConfigError, ModelError
@@ -98,4 +99,9 @@ def test_a_run_of_before_there_was_a_choice_goes_on_in_chatml(workspace, own_bas
         key: value for key, value in identity.items() if not key.startswith("stage.")
     }
     require_same_run(same, checkpoint, went_on.model)
-    shutil.rmtree(tmp_path / "run")
+    file = tmp_path / "run" / "run.yaml"
+    written = OmegaConf.load(file)
+    for key in ("template", "thinking"):
+        del written.stage[key]
+    OmegaConf.save(written, file)
+    assert load_run_yaml(file).stage.template is Template.chatml
