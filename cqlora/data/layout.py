@@ -104,12 +104,10 @@ class Written:
         """Raise TemplateRefusal unless every text but a thought stands here once, in order."""
         found = [int(match[1]) for match in _SLOT.finditer(self.text)]
         for turn, form in enumerate(self.forms):
-            *thought, words = self.slots_of(turn) or [-1]
-            if form.thinks and not form.speaks:
-                thought, words = [words], -1
-            if words >= 0 and words not in found:
+            slots = self.slots_of(turn)
+            if any(slot not in found for slot in slots[form.thinks :]):
                 raise TemplateRefusal(f"it leaves out the words of turn {turn + 1}")
-            if any(found.count(slot) > 1 for slot in (*thought, words)):
+            if any(found.count(slot) > 1 for slot in slots):
                 raise TemplateRefusal(f"it repeats the words of turn {turn + 1}")
         if found != sorted(found):
             raise TemplateRefusal("it does not write the turns in order")

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizers import Tokenizer
+
 from cqlora.config.choices import Thinking
 from cqlora.data.layout import Control, Layout, Segment, Typesetter, fill
 from cqlora.data.records import Turn
@@ -117,9 +119,9 @@ class TemplateEncoder:
         conversations = []
         for (layout, _), parts in zip(arranged, filled, strict=True):
             encoded = [self.encode_part(part, ids) for part in parts]
-            if encoded and encoded[0].text:
+            if parts and not isinstance(parts[0], Control):
                 # Only what stands after a control token is encoded as such.
-                encoded[0] = encoded[0]._replace(ids=self.tokenizer.encode_texts([encoded[0].text]).ids.tolist())
+                encoded[0] = locate(self.tokenizer.text, *parts[0])
             ends = [sum(len(part.ids) for part in encoded[:end]) for end in layout.reply_ends]
             conversations.append(EncodedConversation(encoded, ends))
         return conversations
@@ -134,10 +136,7 @@ class TemplateEncoder:
             return EncodedPart(text, ids[text], 0 if trained else len(ids[text]), trained)
         if ids[text][: len(ids[context])] == ids[context]:
             return EncodedPart(text, ids[text], len(ids[context]), trained)
-        # A token is both's: it is not the assistant's alone.
-        starts = [start for start, _ in self.tokenizer.segment.encode(text, add_special_tokens=False).offsets]
-        first = next((index for index, start in enumerate(starts) if start >= len(context)), len(starts))
-        return EncodedPart(text, ids[text], first, text[starts[first] :] if first < len(starts) else "")
+        return locate(self.tokenizer.segment, context, trained)
 
     def cut(self, conversation: EncodedConversation, length: int) -> EncodedConversation:
         """Its first `length` tokens."""
@@ -145,17 +144,10 @@ class TemplateEncoder:
         for part in conversation.parts:
             if left <= 0:
                 break
-            kept.append(part if len(part.ids) <= left else self.cut_part(part, left))
+            tokenizer = self.tokenizer.segment if kept else self.tokenizer.text
+            kept.append(part if len(part.ids) <= left else cut_part(tokenizer, part, left))
             left -= len(part.ids)
         return EncodedConversation(kept, [end for end in conversation.reply_ends if end <= length])
-
-    def cut_part(self, part: EncodedPart, length: int) -> EncodedPart:
-        """The first `length` tokens of a part, with the text that those of them bring that are labels."""
-        encoding = self.tokenizer.segment.encode(part.text, add_special_tokens=False)
-        ends = token_characters(encoding, part.text)[0].cumsum().tolist()
-        begin = ends[part.context - 1] if part.context else 0
-        trained = part.text[begin : ends[length - 1]] if length > part.context else ""
-        return EncodedPart(part.text[: ends[length - 1]], part.ids[:length], min(part.context, length), trained)
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation up to where the assistant's next reply begins.
@@ -174,3 +166,21 @@ class TemplateEncoder:
             raise DataError(f"the model's chat template takes no such messages: {refusal}.") from refusal
         (prompt,) = self.encode([arranged])
         return prompt.ids
+
+
+def locate(tokenizer: Tokenizer, context: str, trained: str) -> EncodedPart:
+    """A part by where its tokens begin: one that the context and the reply share is not the assistant's alone."""
+    text = context + trained
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    starts = [start for start, _ in encoding.offsets]
+    first = next((index for index, start in enumerate(starts) if start >= len(context)), len(starts))
+    return EncodedPart(text, encoding.ids, first, text[starts[first] :] if first < len(starts) else "")
+
+
+def cut_part(tokenizer: Tokenizer, part: EncodedPart, length: int) -> EncodedPart:
+    """The first `length` tokens of a part, with the text that those of them bring that are labels."""
+    encoding = tokenizer.encode(part.text, add_special_tokens=False)
+    ends = token_characters(encoding, part.text)[0].cumsum().tolist()
+    begin = ends[part.context - 1] if part.context else 0
+    trained = part.text[begin : ends[length - 1]] if length > part.context else ""
+    return EncodedPart(part.text[: ends[length - 1]], part.ids[:length], min(part.context, length), trained)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from cqlora.config.choices import SourceKind, Template, Thinking
 from cqlora.config.schema import SourceConfig
@@ -437,3 +438,23 @@ def test_a_template_whose_system_message_says_whether_to_think_is_asked_as_it_wa
         for text in (source, source.replace(mode, "T"))
     ]
     assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_a_template_that_begins_with_plain_words_gives_the_tokenizers_ids(name, bases):
+    base, end = bases(name), "</s>" if name == "llama2" else "<|eot_id|>"
+    turn = "{{ 'ASSISTANT' if m.role == 'assistant' else 'USER' }}: {{ m.content }}" + end
+    ask = "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    encoder = TemplateEncoder(
+        PlainTokenizer(base.path), base.path, "{% for m in messages %}" + turn + "{% endfor %}" + ask
+    )
+    layout, texts = encoder.typesetter.arrange([Turn("user", "长江 q"), Turn("assistant", "一 a")])
+    (encoded,) = encoder.encode([(layout, texts)])
+    stock = Tokenizer.from_file(str(base.tokenizer_file))
+    assert encoded.ids == stock.encode(layout.fill(texts), add_special_tokens=False).ids
+    trained = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label]
+    assert stock.decode(trained, skip_special_tokens=False).strip() == f"一 a{end}"
+    for length in range(1, len(encoded)):
+        cut = encoder.cut(encoded, length)
+        assert cut.ids == encoded.ids[:length] and cut.labels == encoded.labels[:length]
+        assert cut.characters <= encoded.characters
