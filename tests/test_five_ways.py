@@ -66,6 +66,8 @@ def take_tokenizer(base: Path, family: Path) -> None:
     ids = {
         token["content"]: token["id"] for token in json.loads((family / "tokenizer.json").read_text())["added_tokens"]
     }
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
     for name in ("config.json", "generation_config.json"):
         config = json.loads((base / name).read_text())
         config |= {f"{kind}_token_id": ids.get(settings[f"{kind}_token"]) for kind in ("bos", "eos")}
@@ -75,10 +77,10 @@ def take_tokenizer(base: Path, family: Path) -> None:
 def trained_ids(tuned: Tuned) -> tuple[list[int], list[int], list[dict[str, str]]]:
     """Ids and labels of a conversation in the token cache, and its messages."""
     cache = prepare_cache(tuned.config, read_base(tuned.base))
-    tokenizer = AutoTokenizer.from_pretrained(tuned.base)
+    train, tokenizer = cache.splits["train"], AutoTokenizer.from_pretrained(tuned.base)
     rows = [json.loads(line) for line in (SAMPLE_DIR / "sample_dialog" / "train.jsonl").read_text("utf-8").splitlines()]
     row = next(row for row in rows if len(row) == 4 and row[0]["role"] == "user")
-    for ids, labels in documents_of([cache.splits["train"][n] for n in range(len(cache.splits["train"]))]):
+    for ids, labels in documents_of([train.pack(number) for number in range(len(train))]):
         text = tokenizer.decode(ids.tolist())
         if all(message["text"].strip() in text for message in row):
             return ids.tolist(), labels.tolist(), [{"role": each["role"], "content": each["text"]} for each in row]
