@@ -15,7 +15,6 @@ from cqlora.config.run_yaml import load_run_yaml
 from cqlora.config.schema import RunConfig
 from cqlora.data.cache import prepare_cache
 from cqlora.data.examples import documents_of
-from cqlora.data.sources import SAMPLE_DIR
 from cqlora.engine import LlamaEngine
 from cqlora.serve.requests import ChatRequest
 from cqlora.serve.service import Service
@@ -23,6 +22,12 @@ from cqlora.weights.merge import plan_merge, write_merge
 from tests.data.template_families import write_family
 from tests.runs import build_base, finish_run, typed_run
 
+TALK = [
+    {"role": "user", "content": "长江有多长？"},
+    {"role": "assistant", "content": "约 6,300 公里。"},
+    {"role": "user", "content": "And the Yellow River?"},
+    {"role": "assistant", "content": "约 5,464 公里。\n\n- 第二长"},
+]
 PROMPT = """请用"中文"回答。"""
 WAYS = {
     "Llama 3's own": ("llama3", "base", ()),
@@ -43,7 +48,8 @@ class Tuned:
             take_tokenizer(self.base, write_family(folder / "family", family).path)
         self.config: RunConfig = typed_run(
             workspace, "stage=sft", "stage.max_steps=1", "model.quantization=none", f"model.path={self.base}",
-            f"data.cache_dir={folder / 'cache'}", *overrides,
+            f"data.cache_dir={folder / 'cache'}", "data=dialog",
+            f"data.sources.dialog.path={write_talks(folder / 'talks')}", "stage.global_batch_size=1", *overrides,
         )  # fmt: skip
         self.run = folder / "run"
         assert finish_run(self.config, self.run) == 0
@@ -74,17 +80,20 @@ def take_tokenizer(base: Path, family: Path) -> None:
         (base / name).write_text(json.dumps(config | {"pad_token_id": None}))
 
 
-def trained_ids(tuned: Tuned) -> tuple[list[int], list[int], list[dict[str, str]]]:
-    """Ids and labels of a conversation in the token cache, and its messages."""
-    cache = prepare_cache(tuned.config, read_base(tuned.base))
-    train, tokenizer = cache.splits["train"], AutoTokenizer.from_pretrained(tuned.base)
-    rows = [json.loads(line) for line in (SAMPLE_DIR / "sample_dialog" / "train.jsonl").read_text("utf-8").splitlines()]
-    row = next(row for row in rows if len(row) == 4 and row[0]["role"] == "user")
-    for ids, labels in documents_of([train.pack(number) for number in range(len(train))]):
-        text = tokenizer.decode(ids.tolist())
-        if all(message["text"].strip() in text for message in row):
-            return ids.tolist(), labels.tolist(), [{"role": each["role"], "content": each["text"]} for each in row]
-    raise AssertionError("the conversation is not in the cache")
+def write_talks(folder: Path) -> Path:
+    """A source of two conversations, one of them held out."""
+    folder.mkdir()
+    for name, talk in (("train", TALK), ("val", TALK[:2])):
+        row = json.dumps([{"role": each["role"], "text": each["content"]} for each in talk], ensure_ascii=False)
+        (folder / f"{name}.jsonl").write_text(row + "\n", encoding="utf-8")
+    return folder
+
+
+def trained_ids(tuned: Tuned) -> tuple[list[int], list[int]]:
+    """Ids and labels of the one conversation in the token cache."""
+    train = prepare_cache(tuned.config, read_base(tuned.base)).splits["train"]
+    ((ids, labels),) = documents_of([train.pack(number) for number in range(len(train))])
+    return ids.tolist(), labels.astype(int).tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -96,28 +105,27 @@ def test_every_part_of_the_project_writes_a_conversation_as_it_was_trained(way, 
     card = read_card(tuned.adapter)
     assert (card.get("chat_template") or {"name": "chatml"})["name"] == name
 
-    ids, labels, messages = trained_ids(tuned)
+    ids, labels = trained_ids(tuned)
     first, second = np.flatnonzero(np.diff(labels) == 1) + 1
     engine = LlamaEngine(tuned.adapter, tuned.base)
     # What a reply is asked with is what stood before what trains of it.
-    asked, asked_again = (engine.encode_messages(messages[:count]) for count in (1, 3))
+    asked, asked_again = (engine.encode_messages(TALK[:count]) for count in (1, 3))
     assert asked_again == ids[:second]
     if "thinking" not in str(overrides):
         assert asked == ids[:first]
     served = SimpleNamespace(engine=engine, check_length=lambda *length: None)
-    request = ChatRequest.model_validate({"messages": messages[:3]})
+    request = ChatRequest.model_validate({"messages": TALK[:3]})
     assert Service.encode(served, request) == asked_again
     ends = {token for token, label in zip(ids, labels, strict=True) if label} & engine._end_ids
     assert len(ends) == 1
 
     folder = tuned.merge(tmp_path / "merged", ModelFormat.safetensors)
     whole = LlamaEngine(folder, "", use_lora=False)
-    assert whole.encode_messages(messages[:3]) == asked_again and ends <= whole._end_ids
+    assert whole.encode_messages(TALK[:3]) == asked_again and ends <= whole._end_ids
     stock = AutoTokenizer.from_pretrained(folder)
-    plain = [{**message, "content": message["content"].strip()} for message in messages]
     settings = {"add_generation_prompt": True, "return_dict": False}
-    assert stock.apply_chat_template(plain[:3], **settings) == asked_again
-    assert stock.apply_chat_template(plain, return_dict=False) == ids
+    assert stock.apply_chat_template(TALK[:3], **settings) == asked_again
+    assert stock.apply_chat_template(TALK, return_dict=False) == ids
     generation = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends <= set(generation if isinstance(generation, list) else [generation])
 
@@ -126,5 +134,5 @@ def test_every_part_of_the_project_writes_a_conversation_as_it_was_trained(way, 
     file = next(tuned.merge(tmp_path / "gguf", ModelFormat.gguf).glob("*.gguf"))
     template = GGUFReader(file).get_field("tokenizer.chat_template").contents()
     own = AutoTokenizer.from_pretrained(tuned.base)
-    assert own.apply_chat_template(plain[:3], chat_template=template, **settings) == asked_again
-    assert own.apply_chat_template(plain, chat_template=template, return_dict=False) == ids
+    assert own.apply_chat_template(TALK[:3], chat_template=template, **settings) == asked_again
+    assert own.apply_chat_template(TALK, chat_template=template, return_dict=False) == ids
