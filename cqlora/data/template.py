@@ -48,7 +48,7 @@ class ChatTemplate:
         self.source = source
         try:
             self._template = compile_bounded(source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        except (jinja2.TemplateError, MemoryError, RecursionError, SyntaxError, ValueError) as error:
             raise ModelError(
                 f"a chat template cannot be read as Jinja ({first_words(error)}); mend it, or choose another with "
                 "stage.template=NAME."
@@ -84,7 +84,7 @@ class ChatTemplate:
                 **names,
                 **switches,
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError,
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
                 TypeError, ValueError) as error:  # fmt: skip
             raise TemplateRefusal(first_words(error)) from error
         if len(text) > _MOST_CHARACTERS:

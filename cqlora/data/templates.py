@@ -37,7 +37,8 @@ def read_own_template(folder: Path) -> str:
         return read_text(file)
     template = read_object_if_there(folder / "tokenizer_config.json").get("chat_template") or ""
     if isinstance(template, list):
-        template = next((each.get("template") for each in template if each.get("name") == "default"), "")
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), "")
     return template if isinstance(template, str) else ""
 
 
@@ -161,7 +162,7 @@ def choose_by_base(folder: Path) -> Template:
     if source in ("", CHAT_TEMPLATE):
         return Template.chatml
     try:
-        open_typesetter(folder, source).prove()
+        TemplateEncoder(PlainTokenizer(folder), folder, source)
     except ModelError as error:
         logger.warning("%s has a chat template that is passed over for ChatML: %s", folder, error)
         return Template.chatml

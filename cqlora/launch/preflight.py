@@ -126,11 +126,14 @@ def check_device_support(config: RunConfig) -> None:
 
 def check_template(config: RunConfig, given: Given) -> None:
     """Raise ModelError where nothing can be learned in the chat template with the base's tokens."""
-    from cqlora.data.rendered import open_typesetter
     from cqlora.data.templates import form_of_stage
+    from cqlora.data.tokenizer import PlainTokenizer
 
-    if given.base is not None and (source := form_of_stage(config.stage, given.base.path).source):
-        open_typesetter(given.base.path, source).prove()
+    if given.base is None:
+        return
+    form = form_of_stage(config.stage, given.base.path)
+    if form.source:
+        form.open(PlainTokenizer(given.base.path), given.base.path)
 
 
 def check_embeddings(config: RunConfig, given: Given) -> None:

@@ -16,7 +16,7 @@ from cqlora.data.records import Conversation, RowError, Turn
 from cqlora.data.rendered import TemplateEncoder, open_typesetter
 from cqlora.data.sources import PARSERS, SAMPLE_DIR
 from cqlora.data.template import ChatTemplate, TemplateRefusal
-from cqlora.data.templates import choose_by_base, find_source, read_own_template
+from cqlora.data.templates import ChatForm, choose_by_base, find_source, form_of_card, read_own_template
 from cqlora.data.tokenizer import PlainTokenizer, read_controls
 from cqlora.data.turn_forms import messages_of, take_apart
 from cqlora.data.wording import Wording
@@ -345,7 +345,16 @@ def test_a_hostile_template_ends_in_one_sentence(source):
     assert HOSTILE[source] in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{", "{% generation %}", "{{ 'a' | nofilter }}"])
+NO_JINJA = [
+    "{% for %}",
+    "{{",
+    "{% generation %}",
+    "{{ 'a' | nofilter }}",
+    "{% for i in 'ab' %}" * 60 + "{% endfor %}" * 60,
+]
+
+
+@pytest.mark.parametrize("source", NO_JINJA, ids=range(len(NO_JINJA)))
 def test_a_template_that_is_no_jinja_is_refused_in_one_sentence(source):
     with pytest.raises(ModelError, match="cannot be read as Jinja") as refused:
         ChatTemplate(source)
@@ -410,7 +419,7 @@ def test_auto_is_the_bases_own_template_where_it_passes_else_chatml(family, tmp_
     assert choose_by_base(folder) is Template.chatml
     with pytest.raises(ModelError, match="has no chat template of its own; use"):
         find_source(Template.base, folder)
-    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    several = ["z", {"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
     assert read_own_template(folder) == "y"
@@ -458,3 +467,30 @@ def test_a_template_that_begins_with_plain_words_gives_the_tokenizers_ids(name, 
         cut = encoder.cut(encoded, length)
         assert cut.ids == encoded.ids[:length] and cut.labels == encoded.labels[:length]
         assert cut.characters <= encoded.characters
+
+
+DAMAGED = [
+    {"system_prompt": 3},
+    {"chat_template": "x"},
+    {"chat_template": {"name": "nobody", "source": "x"}},
+    {"thinking": "aloud"},
+    {"thinking": []},
+]
+
+
+@pytest.mark.parametrize("said", DAMAGED, ids=str)
+def test_a_damaged_card_is_told_in_one_sentence(said):
+    with pytest.raises(ModelError, match="merge or train again") as refused:
+        form_of_card(said, Path("cqlora.json"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_card_gives_the_form_back_and_says_nothing_of_plain_chatml():
+    assert ChatForm().describe() == {}
+    forms = [
+        ChatForm(Template.base, "{{ x }}", Thinking.drop, "你好"),
+        ChatForm(thinking=Thinking.mask),
+        ChatForm(system_prompt="x"),
+    ]
+    for form in forms:
+        assert form_of_card(json.loads(json.dumps(form.describe())), Path("cqlora.json")) == form
