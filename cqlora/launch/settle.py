@@ -73,7 +73,9 @@ def settle(config: C, given: Given) -> C:
     settled = replace(
         config,
         model=replace(config.model, attention=attention),
-        stage=settle_template(replace(config.stage, optimizer=optimizer, embeddings=embeddings), given),
+        stage=settle_template(
+            replace(config.stage, optimizer=optimizer, embeddings=embeddings), given.template, given.adapter, earlier
+        ),
         hardware=hardware,
     )
     key, asked = "hardware.activation_checkpointing", hardware.activation_checkpointing
@@ -81,7 +83,9 @@ def settle(config: C, given: Given) -> C:
     return replace(settled, hardware=replace(hardware, activation_checkpointing=checkpointing))
 
 
-def settle_template(stage: StageConfig, given: Given) -> StageConfig:
+def settle_template(
+    stage: StageConfig, of_base: Template, adapter: Fixed | None, earlier: Mapping[str, str]
+) -> StageConfig:
     """The stage with its template: that of the adapter to continue where it was tuned in one, else the base's.
 
     Raises:
@@ -89,9 +93,9 @@ def settle_template(stage: StageConfig, given: Given) -> StageConfig:
     """
     if not isinstance(stage, SftConfig):
         return stage
-    tuned = given.adapter.form if given.adapter else None
-    chosen = tuned.name if tuned else given.template
-    return replace(stage, template=_take("stage.template", stage.template, given.earlier, lambda: chosen))
+    tuned = adapter.form if adapter else None
+    chosen = tuned.name if tuned else of_base
+    return replace(stage, template=_take("stage.template", stage.template, earlier, lambda: chosen))
 
 
 def look_around(config: RunConfig, run_folder: Path) -> Given:

@@ -15,7 +15,7 @@ from cqlora.launch.settle import look_ahead, look_around, read_earlier, settle
 from cqlora.train.state import describe_identity, require_same_run
 from tests.cards import change_card
 from tests.data.template_families import source_of
-from tests.runs import build_base, finish_run, read_state, typed_run
+from tests.runs import SMALL, build_base, finish_run, read_state, typed_run
 
 OWN = source_of("smollm2")
 
@@ -65,12 +65,18 @@ def test_the_template_is_part_of_the_cache_and_chatml_alone_leaves_its_name_as_i
     assert fingerprint() not in found and fingerprint("stage.template=chatml") == found[2]
 
 
-def test_an_adapter_is_continued_in_its_template_or_refused(workspace, own_base, tmp_path):
+def test_an_adapter_is_continued_in_its_template_or_refused(workspace, own_base, tmp_path, call_verb):
     config = settled(workspace, own_base, "stage.max_steps=1", "model.quantization=none", "stage.template=qwen")
     assert finish_run(config, tmp_path / "run") == 0
     adapter = tmp_path / "run" / "adapter"
     again = ("stage.max_steps=1", "model.quantization=none", f"stage.init_adapter={adapter}")
-    assert settled(workspace, own_base, *again).stage.template is Template.qwen
+    went_on = settled(workspace, own_base, *again)
+    assert went_on.stage.template is Template.qwen
+    # `prepare` builds the cache that the run will look for.
+    prepared = call_verb(tmp_path, "prepare", *SMALL, "stage=sft", f"model.path={own_base}", *again,
+                         f"data.cache_dir={tmp_path / 'cache'}").stdout  # fmt: skip
+    name = fingerprint_choices(went_on, read_base(own_base), find_sources(went_on.data, "sft"), tmp_path)
+    assert name[:32] in prepared
     with pytest.raises(ConfigError, match=r"stage\.template=qwen and not base; type stage\.template=qwen"):
         settled(workspace, own_base, *again, "stage.template=base")
     told = json.loads((adapter / "cqlora.json").read_text())["chat_template"]
