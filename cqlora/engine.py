@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cqlora.base import CARD, read_card
 from cqlora.data.chat import ChatEncoder
-from cqlora.data.records import Turn
+from cqlora.data.fitting import open_with
+from cqlora.data.rendered import TemplateEncoder
+from cqlora.data.templates import form_of_adapter, form_of_model
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.inference.batch import ContinuousBatch, Reply
@@ -72,9 +74,21 @@ class LlamaEngine:
         """Positions that prompt and reply share."""
         self._tokenizer = PlainTokenizer(request.folder)
         self._token_bytes = TokenBytes(request.folder)
-        self._end_ids = self._tokenizer.end_ids
-        self.system_prompt = read_system_prompt(request.model_dir)
+        if request.base_dir is not None:
+            self._form = form_of_adapter(request.model_dir, request.base_dir)
+        else:
+            self._form = form_of_model(request.model_dir)
+        self._folder = request.folder
+        self.system_prompt = self._form.system_prompt
         """What a conversation without a system's message begins with, as it did in training; empty for nothing."""
+        self._end_ids = self._tokenizer.end_ids
+        if self._form.source:
+            self._end_ids |= {self._chat.end}
+
+    @cached_property
+    def _chat(self) -> ChatEncoder | TemplateEncoder:
+        """The template that the model was trained in, else its own."""
+        return self._form.open(self._tokenizer, self._folder)
 
     def generate(self, messages: Messages, **sampling: Any) -> str:
         """The assistant's reply; keywords are the fields of Sampling."""
@@ -115,13 +129,10 @@ class LlamaEngine:
         Control tokens in a message stay text.
 
         Raises:
-            DataError: an unknown role, a message without a body, or no message.
+            DataError: an unknown role, a message without a body, no message, or turns that the template does not take.
             ModelError: the tokenizer has no chat tokens.
         """
-        turns = read_messages(messages)
-        if self.system_prompt and turns[0].role != "system":
-            turns = [Turn("system", self.system_prompt), *turns]
-        return ChatEncoder(self._tokenizer).encode_prompt(turns)
+        return self._chat.encode_prompt(open_with(self.system_prompt, read_messages(messages)))
 
     def encode_document(self, text: str) -> list[int]:
         """Ids of a whole document, between the tokens that begin and end one in training."""
@@ -134,7 +145,7 @@ class LlamaEngine:
     @property
     def knows_turns(self) -> bool:
         """Whether the tokenizer has the tokens of a conversation's turns."""
-        return self._tokenizer.special.turn_start is not None and self._tokenizer.special.turn_end is not None
+        return self._form.fits(self._tokenizer)
 
     def encode_text(self, prompt: str) -> list[int]:
         """Ids of a text to go on from, as a document begins in training; control tokens stay text."""
@@ -166,18 +177,6 @@ def find_request(
     if not use_lora and str(base_dir):
         raise ModelError(f"base_dir={base_dir} has no use without an adapter; leave it empty, or set use_lora=True.")
     return Request(folder, Path(base_dir) if use_lora else None, quantization, dtype, cache, find_device(device))
-
-
-def read_system_prompt(folder: Path) -> str:
-    """What conversations began with in the training of the adapter or merged model in `folder`.
-
-    Raises:
-        ModelError: the folder's card is damaged.
-    """
-    prompt = read_card(folder).get("system_prompt", "")
-    if not isinstance(prompt, str):
-        raise ModelError(f"{folder / CARD} has system_prompt={prompt!r}, which is no text; merge or train again.")
-    return prompt
 
 
 def find_device(name: str) -> torch.device:

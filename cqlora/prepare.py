@@ -1,10 +1,13 @@
 """`python -m cqlora.prepare`: builds a run's token cache and says what is in it."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from cqlora.architectures import Part, require_known
 from cqlora.cli import run_program
 from cqlora.config.schema import RunConfig
+from cqlora.launch.settle import find_template, read_adapter, settle_template
 from cqlora.random_base import open_base
 from cqlora.system.signals import stop_on_signals
 
@@ -25,6 +28,9 @@ def prepare(config: RunConfig) -> None:
     show_log()
     find_sources(config.data, config.stage.name)
     base = open_base(config.model)
+    adapter = read_adapter(Path(config.stage.init_adapter)) if config.stage.init_adapter else None
+    template = find_template(config.stage, base)
+    config = replace(config, stage=settle_template(config.stage, template, adapter, {}))
     require_known(Part.train, base.config, base.path, config.stage.sequence_length)
     with StageDisplay(is_main=True) as display:
         cache = prepare_cache(config, base, display.show)

@@ -24,6 +24,8 @@ HANG_SECONDS = 3600
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
+REAL_DATA = os.environ.get("CQLORA_DATA", "")
+"""Folder of real sources for the tests that ask for it by this name; no other sees it."""
 for variable in ("WANDB_API_KEY", "CQLORA_DATA", "HF_TOKEN"):
     os.environ.pop(variable, None)
 

@@ -16,7 +16,7 @@ from cqlora.base import read_card
 from cqlora.config.choices import MergeOnto, ModelFormat, Precision
 from cqlora.data.chat import ChatEncoder
 from cqlora.data.conversations import ConversationEncoder
-from cqlora.data.records import Turn
+from cqlora.data.records import Conversation, Turn
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.engine import LlamaEngine
 from cqlora.engine_config import EngineConfig
@@ -316,7 +316,7 @@ def test_a_system_prompt_of_training_begins_every_conversation_without_one(where
     engine = LlamaEngine(folder, base, use_lora=True) if where == "adapter" else LlamaEngine(folder, "", use_lora=False)
     tokenizer = PlainTokenizer(base)
     turns = [Turn("user", "长江在哪里？"), Turn("assistant", "x")]
-    sequence = ConversationEncoder(tokenizer, 256, False, PROMPT).encode([0], [turns]).tokens.tolist()
+    sequence = ConversationEncoder(tokenizer, 256, False, PROMPT).encode([0], [Conversation(turns)]).tokens.tolist()
     asked = [{"role": "user", "text": "长江在哪里？"}]
     ids = engine.encode_messages(asked)
     assert sequence[: len(ids)] == ids

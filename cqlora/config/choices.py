@@ -106,6 +106,26 @@ class Embeddings(Enum):
     full = "full"
 
 
+class Template(Enum):
+    """How a conversation is written: in the base's own template, or in one of a known family."""
+
+    auto = "auto"
+    base = "base"
+    chatml = "chatml"
+    llama2 = "llama2"
+    llama3 = "llama3"
+    mistral = "mistral"
+    qwen = "qwen"
+
+
+class Thinking(Enum):
+    """What becomes of thoughts in replies: they train, are context only, or are left out."""
+
+    train = "train"
+    mask = "mask"
+    drop = "drop"
+
+
 class Device(Enum):
     """Where a worker computes."""
 

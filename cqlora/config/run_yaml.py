@@ -55,6 +55,9 @@ def load_run_yaml(file: Path) -> RunConfig:
         schema = OmegaConf.structured(RunConfig)
         schema.stage = _STAGES[loaded.stage.name]
         schema.data = DataConfig
+        if loaded.stage.name == "sft" and "template" not in loaded.stage:
+            # An older cqlora had no other.
+            loaded.stage.template = "chatml"
         config: Any = OmegaConf.to_object(OmegaConf.merge(schema, loaded))
     except _DAMAGES as error:
         raise ConfigError(

@@ -31,6 +31,8 @@ from cqlora.config.choices import (
     Schedule,
     SourceKind,
     Strategy,
+    Template,
+    Thinking,
 )
 from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.config.tracking import TrackingConfig
@@ -47,10 +49,13 @@ MOST_PROMPTS = 10
 
 SETTLED = {
     "model": ("attention",),
-    "stage": ("embeddings", "optimizer"),
+    "stage": ("embeddings", "optimizer", "template"),
     "hardware": ("device", "precision", "gradient_scaler", "activation_checkpointing", "kernels"),
 }
-"""By group: what `cqlora.launch.settle` puts in the place of `auto` before a run starts; workers compute by it."""
+"""By group: what `cqlora.launch.settle` puts in the place of `auto` before a run starts; workers compute by it.
+
+`stage.template` is a key of instruction tuning alone.
+"""
 SETTLED_KEYS = frozenset(f"{group}.{name}" for group, names in SETTLED.items() for name in names)
 
 
@@ -440,6 +445,12 @@ class SftConfig(StageConfig):
 
     system_prompt: str = ""
     """System message put before conversations that bring none."""
+    template: Template = Template.auto
+    """How a conversation is written, in training and whenever the model is asked: the base's own chat template (base)
+    or that of a family; auto is the base's own where the label mask can be proven in it, else chatml."""
+    thinking: Thinking = Thinking.train
+    """Thoughts that a reply begins with, `<think>…</think>`: trained like the words after them (train), read and not
+    trained (mask), or taken out (drop); earlier ones the template may leave out."""
 
 
 @dataclass(kw_only=True, slots=True)

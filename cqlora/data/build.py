@@ -31,6 +31,8 @@ from cqlora.data.sources.fields import UNUSED
 from cqlora.data.sources.hub import require_hub
 from cqlora.data.sources.location import Location
 from cqlora.data.store import SplitWriter
+from cqlora.data.templates import form_of_stage
+from cqlora.data.wording import Wording
 from cqlora.data.workers import Workers, count_workers
 from cqlora.errors import DataError
 
@@ -77,11 +79,14 @@ class SourceTotals:
 
 def encode_settings(config: RunConfig, folder: Path) -> EncodeSettings:
     """What decides how this run's records become tokens."""
+    form = form_of_stage(config.stage, folder)
     return EncodeSettings(
         folder=str(folder),
         sequence_length=config.stage.sequence_length,
         all_tokens=config.stage.name == "pretrain",
-        system_prompt=getattr(config.stage, "system_prompt", ""),
+        system_prompt=form.system_prompt,
+        template=form.source,
+        thinking=form.thinking,
     )
 
 
@@ -107,7 +112,7 @@ def build_cache(
         settings = encode_settings(config, base_folder)
         proof = beside.submit(open_encoder(settings).tokenizer.prove_fast) if much else None
         gathered = gather_sources(
-            config.data, locations, sizes, config.seed, staging, kept_rejections, workers, progress
+            config.data, locations, sizes, config.seed, staging, kept_rejections, workers, progress, settings.wording
         )
         total = sum(len(each.index) for each in gathered)
 
@@ -145,8 +150,9 @@ def gather_sources(
     kept_rejections: Path,
     workers: Workers,
     progress: ReportProgress,
+    wording: Wording | None = None,
 ) -> list[Gathered]:
-    """Read every source into its spool file."""
+    """Read every source into its spool file; conversations that cannot be written so are rejected."""
     found = []
     for location in locations.values():
         require_hub(location)
@@ -160,7 +166,7 @@ def gather_sources(
             with gathered.spool.open("wb") as stream:
                 spool = Spool(stream, records_to_keep(sizes[name]), seed, unique, held_out)
                 rows = read_rows(location, source)
-                for read in collect_source(gathered, rows, data.clean, spool, log, workers):
+                for read in collect_source(gathered, rows, data.clean, spool, log, workers, wording):
                     progress(f"reading {name}", read, None)
             found.append(gathered)
     return found

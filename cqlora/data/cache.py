@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cqlora.base import Base, fingerprint_tokenizer
+from cqlora.config.choices import Thinking
 from cqlora.config.run_yaml import to_plain
 from cqlora.config.schema import RunConfig
 from cqlora.data.build import ReportProgress, build_cache
@@ -17,6 +18,7 @@ from cqlora.data.digests import digest_files, hash_files
 from cqlora.data.records import SPLITS
 from cqlora.data.sources.location import Location, find_sources
 from cqlora.data.store import Pack, Split
+from cqlora.data.templates import ChatForm, form_of_stage
 from cqlora.data.tokenizer import read_special_names
 from cqlora.errors import DataError
 from cqlora.system.documents import write_json
@@ -113,7 +115,7 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
         }
     choices = {
         "format": FORMAT_VERSION,
-        "template": TEMPLATE_VERSION,
+        "template": describe_template(form_of_stage(config.stage, base.path)),
         "tokenizer": fingerprint_tokenizer(base.path),
         "special": read_special_names(base.path),
         "stage": config.stage.name,
@@ -128,6 +130,13 @@ def fingerprint_choices(config: RunConfig, base: Base, locations: dict[str, Loca
         "clean": to_plain(asdict(config.data.clean)),
     }
     return hash_document(choices)
+
+
+def describe_template(form: ChatForm) -> int | dict[str, Any]:
+    """What of a template decides the tokens; ChatML in which all of a reply trains is told by its version alone."""
+    if form.source == "" and form.thinking is Thinking.train:
+        return TEMPLATE_VERSION
+    return {"version": TEMPLATE_VERSION, "source": form.source, "thinking": form.thinking.name}
 
 
 def build_folder(

@@ -1,11 +1,12 @@
 """Cleaning: each rule a pure function of text, switched by the configuration and counted."""
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cqlora.config.schema import CleanConfig
 from cqlora.data.language import own_share
@@ -175,14 +176,30 @@ class Cleaner:
             record = Document(self.apply(self.document_rules, changed, record.text).strip())
         else:
             texts = [self.apply(self.rules, changed, turn.text).strip() for turn in record.turns]
-            record = Conversation([Turn(turn.role, text) for turn, text in zip(record.turns, texts, strict=True)])
+            turns = [
+                Turn(turn.role, text, self.clean_calls(changed, turn.calls) if turn.calls else "")
+                for turn, text in zip(record.turns, texts, strict=True)
+            ]
+            record = Conversation(turns, tools=record.tools)
         counts.update(changed)
         return record
+
+    def clean_calls(self, changed: set[str], calls: str) -> str:
+        """Tool calls with every rule applied to the texts in them."""
+
+        def apply(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: apply(each) for key, each in value.items()}
+            if isinstance(value, list):
+                return [apply(each) for each in value]
+            return self.apply(self.rules, changed, value) if isinstance(value, str) else value
+
+        return json.dumps(apply(json.loads(calls)), ensure_ascii=False)
 
     def refusal(self, record: Record) -> str | None:
         """The rule that drops the record, or None to keep it."""
         text = text_of(record)
-        if isinstance(record, Conversation) and not all(turn.text for turn in record.turns):
+        if isinstance(record, Conversation) and not all(turn.text or turn.calls for turn in record.turns):
             return "empty after cleaning"
         if isinstance(record, Document) and len(text) < self.config.min_characters:
             return "too short"

@@ -19,6 +19,7 @@ from cqlora.data.records import SPLITS, Conversation, RawRow, Record, RowDropped
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.fields import printable
 from cqlora.data.sources.files import decode_body
+from cqlora.data.wording import Wording
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
 
@@ -90,8 +91,10 @@ def make_cleaner(key: str) -> Cleaner:
     return Cleaner(CleanConfig(**config), language)
 
 
-def collect_batch(source: SourceConfig, cleaner_key: str, rows: list[RawRow]) -> CollectedBatch:
-    """Parse and clean rows; one that cannot be read is rejected as a whole, with its reason."""
+def collect_batch(
+    source: SourceConfig, cleaner_key: str, wording: Wording | None, rows: list[RawRow]
+) -> CollectedBatch:
+    """Parse and clean rows; one that cannot be read, or written, is rejected as a whole, with its reason."""
     cleaner = make_cleaner(cleaner_key)
     batch = CollectedBatch(b"", np.zeros(0, dtype=INDEX_TYPE), [], len(rows), Counter(), Counter())
     spool: list[bytes] = []
@@ -101,7 +104,8 @@ def collect_batch(source: SourceConfig, cleaner_key: str, rows: list[RawRow]) ->
         counts: Counter[str] = Counter()
         try:
             parsed = parse_row(row, source, counts)
-            records = [(record, cleaner.clean(record, counts)) for record in parsed]
+            cleaned = [cleaner.clean(record, counts) for record in parsed]
+            records = list(zip(parsed, (write(record, wording, counts) for record in cleaned), strict=True))
         except RowError as error:
             batch.rejected.append((row.file, row.line, printable(str(error))))
             continue
@@ -138,6 +142,17 @@ def parse_row(row: RawRow, source: SourceConfig, counts: Counter[str]) -> list[R
     if not records:
         raise RowDropped("nothing in the row")
     return records
+
+
+def write(record: Record, wording: Wording | None, counts: Counter[str]) -> Record:
+    """The record as it is trained; without a wording nobody trains it.
+
+    Raises:
+        RowError: the chat template has no place for the conversation.
+    """
+    if wording is None or not isinstance(record, Conversation) or not all(t.text or t.calls for t in record.turns):
+        return record
+    return wording.settle(record, counts)
 
 
 def describe_record(raw: Record, record: Record, source: SourceConfig, split: str | None) -> tuple[int, ...]:
@@ -281,6 +296,7 @@ def collect_source(
     spool: Spool,
     log: RejectionLog,
     workers: Workers,
+    wording: Wording | None = None,
 ) -> Iterator[int]:
     """Read a source to its end into the spool; yields the rows read so far.
 
@@ -290,7 +306,7 @@ def collect_source(
     settings = {name: getattr(clean, name) for name in CleanConfig.__slots__}
     settings["deduplicate"] = clean.deduplicate.value
     cleaner_key = json.dumps([settings, gathered.source.language])
-    function = partial(collect_batch, gathered.source, cleaner_key)
+    function = partial(collect_batch, gathered.source, cleaner_key, wording)
     for _, batch in workers.map_in_order(function, batch_rows(rows)):
         gathered.read += batch.rows
         gathered.rejected.update(reason for _, _, reason in batch.rejected)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from cqlora.data.chat import ChatEncoder, EncodedTurn
 from cqlora.data.chunks import Chunks, EncodedBatch, cut_points
-from cqlora.data.records import Turn
+from cqlora.data.fitting import open_with
+from cqlora.data.records import Conversation
 from cqlora.data.shorten import shorten_exchange, tokens_of
 from cqlora.data.tokenizer import PlainTokenizer
 
@@ -24,20 +25,14 @@ class ConversationEncoder:
         self.all_tokens = all_tokens
         self.system_prompt = system_prompt
 
-    def encode(self, records: Sequence[int], conversations: Sequence[list[Turn]]) -> EncodedBatch:
+    def encode(self, records: Sequence[int], conversations: Sequence[Conversation]) -> EncodedBatch:
         """The chunks of conversations, which are the records of these numbers."""
-        opened = [self.turns_of(turns) for turns in conversations]
+        opened = [open_with(self.system_prompt, each.turns) for each in conversations]
         encoded = iter(self.chat.encode_turns([turn for turns in opened for turn in turns], self.all_tokens))
         chunks = Chunks()
         for record, turns in zip(records, opened, strict=True):
             self.add_conversation(chunks, record, [next(encoded) for _ in turns])
         return chunks.batch(self.tokenizer.dtype)
-
-    def turns_of(self, turns: list[Turn]) -> list[Turn]:
-        """A conversation's turns, the stage's system prompt first where it brings none."""
-        if self.system_prompt and turns[0].role != "system":
-            return [Turn("system", self.system_prompt), *turns]
-        return turns
 
     def add_conversation(self, chunks: Chunks, record: int, turns: list[EncodedTurn]) -> None:
         """One chunk, or, where it is too long, several that each begin at a user's turn.

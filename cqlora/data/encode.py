@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
+from cqlora.config.choices import Thinking
+from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.chunks import Chunks, EncodedBatch, join_batches
 from cqlora.data.conversations import ConversationEncoder
 from cqlora.data.documents import encode_documents
+from cqlora.data.fitting import RenderedConversations
 from cqlora.data.language import han_characters
 from cqlora.data.records import Conversation, Document, Record, load_record, text_of
+from cqlora.data.rendered import TemplateEncoder
 from cqlora.data.tokenizer import PlainTokenizer
+from cqlora.data.wording import Wording
 
 MEASURED_CHARACTERS = 4096
 
@@ -30,6 +35,20 @@ class EncodeSettings:
     """Put first where a conversation brings no system message."""
     fast: bool = False
     """Encode by the faster library, proven to give this tokenizer's ids: the one field that changes no token."""
+    template: str = ""
+    """The chat template in Jinja; empty is ChatML, which is written turn by turn."""
+    thinking: Thinking = Thinking.train
+    """What becomes of thoughts in replies."""
+
+    @property
+    def source(self) -> str:
+        """The text of the template that writes a conversation at once; empty where ChatML writes it turn by turn."""
+        return self.template or (CHAT_TEMPLATE if self.thinking is Thinking.mask else "")
+
+    @property
+    def wording(self) -> Wording:
+        """How conversations are written."""
+        return Wording(self.folder, self.source, self.thinking, self.system_prompt)
 
 
 class RecordEncoder:
@@ -40,17 +59,20 @@ class RecordEncoder:
         self.tokenizer = PlainTokenizer(Path(settings.folder), settings.fast)
 
     @cached_property
-    def conversations(self) -> ConversationEncoder:
+    def conversations(self) -> ConversationEncoder | RenderedConversations:
         """The template's encoder, made when a first conversation asks for it."""
         settings = self.settings
-        return ConversationEncoder(
-            self.tokenizer, settings.sequence_length, settings.all_tokens, settings.system_prompt
-        )
+        if not settings.source:
+            return ConversationEncoder(
+                self.tokenizer, settings.sequence_length, settings.all_tokens, settings.system_prompt
+            )
+        encoder = TemplateEncoder(self.tokenizer, Path(settings.folder), settings.source, settings.thinking)
+        return RenderedConversations(self.tokenizer, encoder, settings.sequence_length, settings.system_prompt)
 
     def encode(self, records: Sequence[Record], measured: int = 0) -> EncodedBatch:
         """All chunks of `records` in order; tokens per Han character are measured on the first `measured`."""
         documents = [number for number, record in enumerate(records) if isinstance(record, Document)]
-        talks = {number: record.turns for number, record in enumerate(records) if isinstance(record, Conversation)}
+        talks = {number: record for number, record in enumerate(records) if isinstance(record, Conversation)}
         batch = Chunks().batch(self.tokenizer.dtype)
         if documents:
             texts = [text_of(records[number]) for number in documents]

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from cqlora.data.chat import ChatEncoder, EncodedTurn
 
-_CONTEXT_SHARE = 4
+CONTEXT_SHARE = 4
 """One part in so many: what a long context keeps of the room, and a long question of what the context keeps."""
 
 
@@ -24,9 +24,9 @@ def shorten_exchange(
     replies = list(turns[len(context) :])
     system = context[:1] if context and context[0].turn.role == "system" else []
     questions = context[len(system) :]
-    replied = min(tokens_of(replies), room - min(tokens_of(context), room // _CONTEXT_SHARE))
+    replied = min(tokens_of(replies), room - min(tokens_of(context), room // CONTEXT_SHARE))
     left = room - replied
-    if system and tokens_of(system) > left - min(tokens_of(questions), left // _CONTEXT_SHARE):
+    if system and tokens_of(system) > left - min(tokens_of(questions), left // CONTEXT_SHARE):
         counts["system messages too long left out"] += 1
         system = []
     kept = keep_end(chat, questions, left - tokens_of(system))

@@ -120,6 +120,15 @@ class PlainTokenizer:
         ids, bounds = tokens.ids.tolist(), tokens.offsets.tolist()
         return [ids[start:end] for start, end in pairwise(bounds)]
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a text whose control tokens are meant, as the tokenizer itself reads them."""
+        self.text.encode_special_tokens = False
+        try:
+            ids: list[int] = self.text.encode(text, add_special_tokens=False).ids
+        finally:
+            self.text.encode_special_tokens = True
+        return ids
+
     def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
         """The ids of the parts of one document, each encoded by itself, the first with the token that begins one."""
         first, *others = self.encode_segments(list(parts))
@@ -183,6 +192,14 @@ def read_special_names(folder: Path) -> dict[str, str]:
         if text:
             names[kind] = text
     return names
+
+
+def read_controls(folder: Path) -> frozenset[str]:
+    """The texts of the tokens that no message can write: those flagged special, and those that the folder names."""
+    file = folder / "tokenizer.json"
+    added = take(read_object(file), "added_tokens", file, list, default=[])
+    named = set(read_special_names(folder).values())
+    return frozenset(token["content"] for token in added if token["special"] or token["content"] in named)
 
 
 def token_of_id(folder: Path, ids: Any) -> str | None:

@@ -90,12 +90,13 @@ def read_texts(
 
 def ask_as_chat(config: EvaluateConfig, models: list[ModelChoice]) -> bool:
     """Whether generations are asked for in a conversation; all models are asked alike."""
+    from cqlora.data.templates import form_of_adapter, form_of_model
     from cqlora.data.tokenizer import PlainTokenizer
 
     if config.prompt_form != "auto":
         return config.prompt_form == "chat"
-    special = [PlainTokenizer(model.base).special for model in models]
-    return all(each.turn_start is not None and each.turn_end is not None for each in special)
+    forms = [form_of_adapter(each.adapter, each.base) if each.adapter else form_of_model(each.base) for each in models]
+    return all(form.fits(PlainTokenizer(model.base)) for form, model in zip(forms, models, strict=True))
 
 
 def settle_window(config: EvaluateConfig, models: list[ModelChoice]) -> EvaluateConfig:

@@ -14,7 +14,8 @@ from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
 from cqlora.base import CARD, Base, read_card
 from cqlora.config.choices import AdapterMethod, Embeddings, RopeScaling
-from cqlora.config.schema import RunConfig
+from cqlora.config.schema import RunConfig, SftConfig
+from cqlora.data.templates import ChatForm, form_of_stage, form_of_tuning
 from cqlora.errors import ConfigError, ModelError
 from cqlora.plan.shapes import adapted_matrices, block_matrices
 from cqlora.positions import read_positions
@@ -37,6 +38,8 @@ class Fixed:
     """Rows of the embedding matrices that train, under `new_rows`."""
     positions: tuple[RopeScaling, float] = (RopeScaling.none, 1.0)
     """How the base's positions were scaled, and by what factor."""
+    form: ChatForm | None = None
+    """How conversations were written, where it was instruction-tuned."""
 
 
 def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> None:
@@ -48,6 +51,8 @@ def check_continuation(config: RunConfig, fixed: Fixed, base: Base | None) -> No
     """
     folder = Path(config.stage.init_adapter)
     different = list_differences(config, fixed)
+    if fixed.form is not None and base is not None and not different:
+        check_form(config, fixed.form, base, folder)
     if different:
         differences = ", ".join(f"{key}={theirs} and not {ours}" for key, theirs, ours in different)
         typed = " ".join(f"{key}={theirs}" for key, theirs, _ in different)
@@ -85,9 +90,28 @@ def list_differences(config: RunConfig, fixed: Fixed) -> list[tuple[str, str, st
             ),
             ("model.rope_scaling", model.rope_scaling is scaling, scaling.name, model.rope_scaling.name),
             ("model.rope_factor", model.rope_factor == factor, f"{factor:g}", f"{model.rope_factor:g}"),
+            *_list_template(config, fixed),
         )
         if not same
     ]
+
+
+def _list_template(config: RunConfig, fixed: Fixed) -> list[tuple[str, bool, str, str]]:
+    """The template, where both stages have one, as list_differences compares it."""
+    if fixed.form is None or not isinstance(config.stage, SftConfig):
+        return []
+    ours, theirs = config.stage.template, fixed.form.name
+    return [("stage.template", ours is theirs, theirs.name, ours.name)]
+
+
+def check_form(config: RunConfig, form: ChatForm, base: Base, folder: Path) -> None:
+    """Raise ConfigError where a template of the same name is another text than the adapter was tuned in."""
+    ours = form_of_stage(config.stage, base.path)
+    if isinstance(config.stage, SftConfig) and ours.source != form.source:
+        raise ConfigError(
+            f"stage.init_adapter={folder} was tuned in another text of stage.template={form.name.name} than "
+            f"{base.path} has now; put back its chat template, or merge the adapter and train a new one on that."
+        )
 
 
 def read_fixed(folder: Path) -> Fixed:
@@ -113,6 +137,7 @@ def read_fixed(folder: Path) -> Fixed:
             embeddings=_embeddings_of(names),
             rows=frozenset(row for each in of_matrices for row in each),
             positions=read_positions(read_card(folder), folder / CARD),
+            form=form_of_tuning(folder),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(

@@ -30,7 +30,8 @@ def check_run(config: RunConfig, given: Given) -> None:
         ConfigError: GPUs or a tracker's package are missing, new rows are asked for on a base that has none, or the
             adapter to continue was trained with other values.
         CheckpointError: the run to go on with needs what this machine has not.
-        ModelError: the adapter to continue has rows of another extension.
+        ModelError: the adapter to continue has rows of another extension, or the base's tokens do not make the chat
+            template's.
         DataError: a source is nowhere to be found.
         DoesNotFit: the plan says that the machine cannot hold the run, or not beside what it holds now.
     """
@@ -44,6 +45,7 @@ def check_run(config: RunConfig, given: Given) -> None:
     if given.adapter is not None:
         check_continuation(config, given.adapter, given.base)
     check_embeddings(config, given)
+    check_template(config, given)
     check_memory(config, given)
     check_free_memory(config, given)
     find_sources(config.data, config.stage.name)
@@ -137,6 +139,18 @@ def check_kernels(config: RunConfig, given: Given) -> None:
     lacking = lacks_for_kernels(config.hardware, given.machine) if on_gpu else "a GPU, not hardware.device=cpu"
     if lacking is not None:
         raise ConfigError(f"hardware.kernels=triton needs {lacking}; use hardware.kernels=plain.")
+
+
+def check_template(config: RunConfig, given: Given) -> None:
+    """Raise ModelError where nothing can be learned in the chat template with the base's tokens."""
+    from cqlora.data.templates import form_of_stage
+    from cqlora.data.tokenizer import PlainTokenizer
+
+    if given.base is None:
+        return
+    form = form_of_stage(config.stage, given.base.path)
+    if form.source:
+        form.open(PlainTokenizer(given.base.path), given.base.path)
 
 
 def check_embeddings(config: RunConfig, given: Given) -> None:

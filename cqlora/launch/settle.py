@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 from cqlora.architectures import Part, require_known
 from cqlora.base import Base, read_base
-from cqlora.config.choices import Attention, Device, Embeddings, Kernels, Optimizer, Precision, Strategy
-from cqlora.config.schema import SETTLED_KEYS, HardwareConfig, RunConfig
+from cqlora.config.choices import Attention, Device, Embeddings, Kernels, Optimizer, Precision, Strategy, Template
+from cqlora.config.schema import SETTLED_KEYS, HardwareConfig, RunConfig, SftConfig, StageConfig
+from cqlora.data.templates import choose_by_base
 from cqlora.errors import CheckpointError, ModelError
 from cqlora.launch.cluster import find_rank_environment
 from cqlora.launch.continuation import Fixed, read_fixed
@@ -45,6 +46,8 @@ class Given:
     rows: Rows
     adapter: Fixed | None = None
     """What stage.init_adapter fixes."""
+    template: Template = Template.chatml
+    """What stage.template=auto is by the base alone."""
     earlier: Mapping[str, str] = field(default_factory=dict)
     """Values of the run to go on with, by dotted key; `auto` in a folder of a cqlora that did not settle it there."""
 
@@ -66,12 +69,29 @@ def settle(config: C, given: Given) -> C:
     settled = replace(
         config,
         model=replace(config.model, attention=attention),
-        stage=replace(config.stage, optimizer=optimizer, embeddings=embeddings),
+        stage=settle_template(
+            replace(config.stage, optimizer=optimizer, embeddings=embeddings), given.template, given.adapter, earlier
+        ),
         hardware=hardware,
     )
     key, asked = "hardware.activation_checkpointing", hardware.activation_checkpointing
     checkpointing = _take(key, asked, earlier, lambda: choose_checkpointing(settled, given.rows))
     return replace(settled, hardware=replace(hardware, activation_checkpointing=checkpointing))
+
+
+def settle_template(
+    stage: StageConfig, of_base: Template, adapter: Fixed | None, earlier: Mapping[str, str]
+) -> StageConfig:
+    """The stage with its template: that of the adapter to continue where it was tuned in one, else the base's.
+
+    Raises:
+        CheckpointError: see settle.
+    """
+    if not isinstance(stage, SftConfig):
+        return stage
+    tuned = adapter.form if adapter else None
+    chosen = tuned.name if tuned else of_base
+    return replace(stage, template=_take("stage.template", stage.template, earlier, lambda: chosen))
 
 
 def look_around(config: RunConfig, run_folder: Path) -> Given:
@@ -88,6 +108,7 @@ def look_around(config: RunConfig, run_folder: Path) -> Given:
         base=base,
         rows=Rows(base.vocab_size, base.added_rows) if base else Rows(config.model.vocab_size),
         adapter=read_adapter(Path(config.stage.init_adapter)) if config.stage.init_adapter else None,
+        template=find_template(config.stage, base),
         earlier=read_earlier(config.stage.resume, run_folder),
     )
 
@@ -110,6 +131,7 @@ def look_ahead(config: RunConfig, added_rows: int = 0) -> Given:
         base=base,
         rows=Rows(base.vocab_size, base.added_rows) if base else Rows(config.model.vocab_size + added_rows, added_rows),
         adapter=read_adapter(adapter) if config.stage.init_adapter and adapter.is_dir() else None,
+        template=find_template(config.stage, base),
     )
 
 
@@ -117,6 +139,12 @@ def check_base(part: Part, config: RunConfig, base: Base) -> None:
     """Raise ModelError for a base of a kind that a part does not know, or whose positions are scaled already."""
     require_known(part, base.config, base.path, config.stage.sequence_length)
     scale_positions(base.config, config.model.rope_scaling, config.model.rope_factor, base.path)
+
+
+def find_template(stage: StageConfig, base: Base | None) -> Template:
+    """What stage.template=auto is by the base alone; not looked for where it is not asked for."""
+    asked = isinstance(stage, SftConfig) and stage.template is Template.auto
+    return choose_by_base(base.path) if asked and base is not None else Template.chatml
 
 
 def probe_for(hardware: HardwareConfig) -> Machine:
@@ -149,6 +177,9 @@ def read_earlier(resume: str, run_folder: Path) -> dict[str, str]:
             continue
         # Runs of before there were kernels went without.
         identity.setdefault("hardware.kernels", Kernels.plain.name)
+        if identity.get("stage.name") == "sft":
+            # An older cqlora had no other.
+            identity = {"stage.template": "chatml"} | identity
         return {key: identity[key] for key in SETTLED_KEYS if isinstance(identity.get(key), str)}
     return {}
 

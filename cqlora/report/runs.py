@@ -100,7 +100,7 @@ def read_config(folder: Path, notes: list[str]) -> RunConfig | None:
 def plan_peak(config: RunConfig) -> float | None:
     """Peak memory of a worker in GiB as `cqlora plan` has it; None for what an earlier cqlora has left to `auto`."""
     values = flatten(describe_config(config))
-    if any(values[key] == "auto" for key in SETTLED_KEYS):
+    if any(values.get(key) == "auto" for key in SETTLED_KEYS):
         return None
     try:
         base = read_base(config.model.path)

@@ -15,6 +15,7 @@ from cqlora.base import Base, read_base
 from cqlora.config.choices import AdapterMethod, Strategy
 from cqlora.config.run_yaml import RUN_FILE, describe_config, load_run_yaml
 from cqlora.config.schema import RunConfig
+from cqlora.data.templates import form_of_stage
 from cqlora.errors import CheckpointError
 from cqlora.lineage import describe_lineage
 from cqlora.model.adapters import adapter_state, keeps_shape, peft_config, save_adapter
@@ -67,13 +68,12 @@ def export_checkpoint(run: Path, checkpoint: Path, folder: Path) -> None:
 
 
 def describe_card(config: RunConfig) -> dict[str, Any]:
-    """What an adapter's card says of its past, of the settled values it trains with, and of the system prompt."""
+    """What an adapter's card says of its past, of the settled values it trains with, and of how it is asked."""
     lora = describe_config(config)["lora"]
     names = ("method", "rank", "alpha", "dropout", "target_modules")
     adapter = {name: lora[name] for name in names} | {"embeddings": config.stage.embeddings.name}
-    prompt = getattr(config.stage, "system_prompt", "")
-    said = {"system_prompt": prompt} if prompt else {}
-    said |= describe_positions(config.model.rope_scaling, config.model.rope_factor)
+    form = form_of_stage(config.stage, Path(config.model.path))
+    said = form.describe() | describe_positions(config.model.rope_scaling, config.model.rope_factor)
     return describe_lineage(config.stage.init_adapter) | {"adapter": adapter} | said
 
 

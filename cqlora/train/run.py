@@ -142,7 +142,11 @@ def agree_on_folder(own: Path, worker: Worker) -> Path:
 
 def agree_on_values(config: RunConfig, worker: Worker) -> RunConfig:
     """The configuration with the values that rank 0 has settled, whose machine may not be this worker's."""
-    own = {group: {name: getattr(getattr(config, group), name) for name in names} for group, names in SETTLED.items()}
+    own = {
+        group: {name: getattr(node, name) for name in names if hasattr(node, name)}
+        for group, names in SETTLED.items()
+        for node in [getattr(config, group)]
+    }
     settled: dict[str, dict[str, Any]] = worker.broadcast(own)
     changed: dict[str, Any] = {group: replace(getattr(config, group), **values) for group, values in settled.items()}
     return replace(config, **changed)

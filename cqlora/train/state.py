@@ -26,6 +26,9 @@ _STATE_FILE = "state.json"
 COMPANIONS_KEY, METRICS_KEY = "companions", "metrics"
 """Under which a checkpoint tells of the base's companions, in its identity, and of the run's metrics.jsonl so far."""
 
+ONLY_CHATML = {"stage.template": "chatml", "stage.thinking": "train"}
+"""What instruction tuning was while there was no choice of it."""
+
 _FINGERPRINT = re.compile(r"[0-9a-f]{32,}")
 _FREE_TO_CHANGE = {
     "tracking",
@@ -99,6 +102,8 @@ def require_same_run(identity: dict[str, Any], folder: Path, model: ModelConfig)
     identity, companions = {**identity}, stored.pop(COMPANIONS_KEY, {})
     identity.pop(COMPANIONS_KEY, None)
     refuse_changed(Path(model.path), companions, f"when {folder} was written", ACCEPT_IN_RUN, model.accept_changed)
+    if identity.get("stage.name") == "sft":
+        stored = ONLY_CHATML | stored
     # An older cqlora left `auto` to its workers; `cqlora.launch.settle` has compared what it came to there.
     stored |= {key: identity.get(key) for key in SETTLED_KEYS if stored.get(key) == "auto"}
     stored.setdefault("hardware.kernels", Kernels.plain.name)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from cqlora.data.templates import read_own_template
 from cqlora.data.tokenizer import parse_tokenizer
 from cqlora.errors import ModelError
 from cqlora.system.documents import read_text
@@ -34,7 +35,7 @@ def add_vocabulary(writer: Any, folder: Path, config: dict[str, Any], template: 
         if token_id is not None:
             getattr(writer, f"add_{kind}_token_id")(token_id[0] if isinstance(token_id, list) else token_id)
     writer.add_add_bos_token(begins_with(folder, config.get("bos_token_id")))
-    template = template or read_template(folder, files.settings)
+    template = template or read_own_template(folder)
     if template:
         writer.add_chat_template(template)
 
@@ -90,12 +91,6 @@ def name_split_rule(files: TokenizerFiles) -> str:
 def begins_with(folder: Path, bos: int | None) -> bool:
     """Whether the tokenizer puts the beginning-of-text token before a text."""
     return parse_tokenizer(read_text(folder / "tokenizer.json"), folder).encode("a").ids[:1] == [bos]
-
-
-def read_template(folder: Path, settings: dict[str, Any]) -> str:
-    """The folder's chat template; empty where it has none."""
-    file = folder / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.is_file() else str(settings.get("chat_template") or "")
 
 
 def _significant(rule: dict[str, Any]) -> Any:

@@ -11,7 +11,9 @@ import torch
 from cqlora.base import CARD, README, Base, check_companions, read_base, read_card, seal_card
 from cqlora.config.choices import GgufType, MergeOnto, ModelFormat, Precision, Quantization
 from cqlora.config.differences import DifferenceConfig
-from cqlora.data.chat import chat_template
+from cqlora.data.rendered import TemplateEncoder
+from cqlora.data.templates import FORM_KEYS
+from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model_card import page_of_merge
 from cqlora.positions import scale_as_trained
@@ -22,8 +24,8 @@ from cqlora.system.model_config import INPUT, OUTPUT
 from cqlora.system.shards import ShardReader, write_shards
 from cqlora.system.tensor_files import INDEX, read_tensors
 from cqlora.weights.merge_adapter import Adapter, open_adapter
-from cqlora.weights.merge_difference import ModelPair, open_pair, spoken_ends, spoken_prompt, spoken_template
-from cqlora.weights.merge_lineage import MERGED, check_lineage, merged_card, read_training, tuned_prompt
+from cqlora.weights.merge_difference import ModelPair, open_pair, spoken_ends, spoken_form, spoken_template
+from cqlora.weights.merge_lineage import MERGED, check_lineage, merged_card, read_training, tuned_form
 from cqlora.weights.merge_plan import MergedSource, MergePlan, holds_same
 from cqlora.weights.nf4 import Nf4Format
 from cqlora.weights.sizes import parse_size
@@ -70,15 +72,22 @@ class Merge:
 
         An adapter that was instruction-tuned brings the one that it was tuned in, else a difference that of its model.
         """
-        prompt = tuned_prompt(self.adapters)
-        if prompt is not None:
-            return chat_template(prompt)
+        form = tuned_form(self.adapters)
+        if form is not None:
+            return form.write(self.base.path)
         spoken = self.spoken()
         return spoken[0] if spoken else ""
 
     def spoken(self) -> tuple[str, ModelPair] | None:
         """The template that a difference brings, and the difference; None where an adapter's or the base's stands."""
-        return spoken_template(self.pairs, self.base) if tuned_prompt(self.adapters) is None else None
+        return spoken_template(self.pairs, self.base) if tuned_form(self.adapters) is None else None
+
+    def ends(self) -> list[int]:
+        """Ids that end a reply in the template that is put in place of the base's own, beside the base's."""
+        spoken, form = self.spoken(), tuned_form(self.adapters)
+        if form is not None and form.source:
+            return [TemplateEncoder(PlainTokenizer(self.base.path), self.base.path, form.source).end]
+        return spoken_ends(spoken[1]) if spoken else []
 
     def card(self) -> dict[str, Any]:
         """What `cqlora.json` says of it; the fingerprint of the weights is yet to come."""
@@ -87,8 +96,8 @@ class Merge:
             card[MERGED] |= {"added": [*card[MERGED].get("added", []), *(pair.describe() for pair in self.pairs)]}
             card["added_from"] = [[str(pair.model.path), str(pair.minus.path), pair.weight] for pair in self.pairs]
             spoken = self.spoken()
-            prompt = spoken_prompt(spoken[1]) if spoken else None
-            card |= {} if prompt is None else {"system_prompt": prompt}
+            if spoken is not None:
+                card = {key: value for key, value in card.items() if key not in FORM_KEYS} | spoken_form(spoken[1])
         return card
 
     def summary(self) -> str:
@@ -209,8 +218,8 @@ def write_model(merge: Merge, folder: Path, options: OutputOptions, card: dict[s
     carry_over(merge.base.path, folder, _REWRITTEN)
     if merge.template():
         write_template(folder, merge.template())
-    if spoken := merge.spoken():
-        write_ends(folder, config, spoken_ends(spoken[1]))
+    if ends := merge.ends():
+        write_ends(folder, config, ends)
     write_json(folder / "config.json", config)
     write_page(merge, folder, name, "transformers")
     fingerprint = combine(config, read_tensors(folder).values(), digests)

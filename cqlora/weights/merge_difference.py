@@ -9,12 +9,12 @@ import torch
 
 from cqlora.base import Base, fingerprint_weights, read_base, read_card, read_token_ids
 from cqlora.config.differences import DifferenceConfig
+from cqlora.data.templates import FORM_KEYS, read_own_template
 from cqlora.errors import ModelError
 from cqlora.positions import read_rope
 from cqlora.system.documents import read_object, read_object_if_there, shorten
 from cqlora.system.model_config import DERIVED, INPUT, OUTPUT
 from cqlora.system.shards import ShardReader
-from cqlora.weights.gguf_vocabulary import read_template
 from cqlora.weights.merge_changes import Change, RowFeed, RowStream
 
 _SAME = (
@@ -184,7 +184,7 @@ def spoken_template(pairs: list[ModelPair], base: Base) -> tuple[str, ModelPair]
     has one whose control tokens the base knows under the same ids."""
     known = read_token_ids(base.tokenizer_file)
     for pair in sorted(pairs, key=lambda pair: -pair.weight):
-        template = read_template(pair.model.path, read_object_if_there(pair.model.path / "tokenizer_config.json"))
+        template = read_own_template(pair.model.path)
         if pair.weight > 0 and template and all(known.get(t) == i for t, i in _control_tokens(pair.model, template)):
             return template, pair
     return None
@@ -205,7 +205,6 @@ def spoken_ends(pair: ModelPair) -> list[int]:
     return [ends] if isinstance(ends, int) else list(ends or [])
 
 
-def spoken_prompt(pair: ModelPair) -> str | None:
-    """The system prompt that the pair's model was tuned with, where its card says so."""
-    prompt = read_card(pair.model.path).get("system_prompt")
-    return prompt if isinstance(prompt, str) else None
+def spoken_form(pair: ModelPair) -> dict[str, Any]:
+    """What the card of the pair's model says of how it is asked."""
+    return {key: value for key, value in read_card(pair.model.path).items() if key in FORM_KEYS}

@@ -7,6 +7,7 @@ import torch
 
 from cqlora.base import CARD, Base, fingerprint_tokenizer, fingerprint_weights, read_card, read_token_ids
 from cqlora.config.choices import AdapterMethod, MergeOnto, Precision, Quantization
+from cqlora.data.templates import FORM_KEYS, ChatForm, form_of_card
 from cqlora.errors import ModelError
 from cqlora.lineage import check_fingerprints
 from cqlora.system.documents import shorten, take
@@ -115,10 +116,10 @@ def check_foreign_tokenizer(adapter: Adapter, base: Base) -> None:
             )
 
 
-def tuned_prompt(adapters: list[Adapter]) -> str | None:
-    """The system prompt that the last instruction-tuned adapter was trained with, empty for none; None: none is."""
-    tuned = [adapter.card for adapter in adapters if adapter.card.get("trained_on", {}).get("stage") == "sft"]
-    return tuned[-1].get("system_prompt", "") if tuned else None
+def tuned_form(adapters: list[Adapter]) -> ChatForm | None:
+    """How the last instruction-tuned adapter writes conversations; None: none is."""
+    tuned = [adapter for adapter in adapters if adapter.card.get("trained_on", {}).get("stage") == "sft"]
+    return form_of_card(tuned[-1].card, tuned[-1].folder / CARD) if tuned else None
 
 
 def merged_card(
@@ -132,9 +133,10 @@ def merged_card(
     history = history_of(base)
     for step in [adapters] if averaged else [[adapter] for adapter in adapters]:
         history = add_to_history(history, step, onto, weight)
-    prompt = tuned_prompt(adapters)
-    if prompt is not None:
-        card["system_prompt"] = prompt
+    form = tuned_form(adapters)
+    if form is not None:
+        card = {key: value for key, value in card.items() if key not in FORM_KEYS}
+        card |= {"system_prompt": form.system_prompt} | form.describe()
     return card | {
         "base": base.path.name,
         "tokenizer_sha256": fingerprint_tokenizer(base.path),

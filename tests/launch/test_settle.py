@@ -74,7 +74,7 @@ def presets() -> list[RunConfig]:
 
 
 def test_every_choice_that_may_be_auto_is_settled_or_named_as_settled_elsewhere():
-    may_be = {key for key, value in choices(composed("stage=pretrain")).items() if "auto" in type(value).__members__}
+    may_be = {key for key, value in choices(composed("stage=sft")).items() if "auto" in type(value).__members__}
     assert may_be == (SETTLED_KEYS | NOT_SETTLED) - {"hardware.gradient_scaler"}
 
 
@@ -237,7 +237,8 @@ def test_run_yaml_holds_no_auto_and_an_older_folder_with_auto_goes_on_bit_by_bit
     whole, old = tmp_path / "whole", tmp_path / "old"
     assert finish_run(config, whole) == 0
     written = OmegaConf.load(whole / "run.yaml")
-    assert all(OmegaConf.select(written, key) not in ("auto", None) for key in SETTLED_KEYS)
+    of_tuning = {"stage.template"}
+    assert all(OmegaConf.select(written, key) not in ("auto", None) for key in SETTLED_KEYS - of_tuning)
     last = whole / "checkpoints" / "step-00000004"
     assert read_earlier(str(last), whole)["hardware.precision"] == config.hardware.precision.name
     assert read_state(last)["identity"]["hardware.gradient_scaler"] is False

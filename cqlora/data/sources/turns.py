@@ -6,7 +6,7 @@ from cqlora.data.records import Conversation, RowError, Turn
 from cqlora.data.sources.fields import UNUSED
 
 
-def close_conversation(turns: list[Turn], counts: Counter[str]) -> Conversation:
+def close_conversation(turns: list[Turn], counts: Counter[str], tools: str = "") -> Conversation:
     """End on an assistant's turn: what a user said after it has no answer to learn.
 
     Raises:
@@ -19,7 +19,7 @@ def close_conversation(turns: list[Turn], counts: Counter[str]) -> Conversation:
         raise RowError("no assistant turn")
     if last + 1 < len(turns):
         counts["trailing turns without an answer cut"] += 1
-    return Conversation(turns[: last + 1])
+    return Conversation(turns[: last + 1], tools=tools)
 
 
 def put_system(system: str, turns: list[Turn], counts: Counter[str]) -> list[Turn]:
@@ -45,11 +45,12 @@ def drop_leading_answers(turns: list[Turn], counts: Counter[str]) -> list[Turn]:
 
 
 def join_repeated_roles(turns: list[Turn], counts: Counter[str]) -> list[Turn]:
-    """Turns that follow one of the same role become part of it, after an empty line."""
+    """Turns that follow one of the same role become part of it, after an empty line; results of tools stay apart."""
     joined: list[Turn] = []
     for turn in turns:
-        if joined and joined[-1].role == turn.role:
-            joined[-1] = Turn(turn.role, f"{joined[-1].text}\n\n{turn.text}")
+        if joined and joined[-1].role == turn.role != "tool" and not joined[-1].calls:
+            said = "\n\n".join(text for text in (joined[-1].text, turn.text) if text)
+            joined[-1] = Turn(turn.role, said, turn.calls)
         else:
             joined.append(turn)
     if len(joined) < len(turns):

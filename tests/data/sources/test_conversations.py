@@ -1,13 +1,25 @@
 """Every conversational source: its formats, its mendings and their counts."""
 
+import json
 from collections import Counter
 from typing import Any
 
 import pytest
 
 from cqlora.config.choices import OasstPaths, SourceKind
-from cqlora.config.schema import SourceConfig
-from cqlora.data.records import Conversation, Document, RawRow, Record, RowDropped, RowError, Turn
+from cqlora.config.schema import CleanConfig, SourceConfig
+from cqlora.data.clean import Cleaner
+from cqlora.data.records import (
+    Conversation,
+    Document,
+    RawRow,
+    Record,
+    RowDropped,
+    RowError,
+    Turn,
+    dump_record,
+    load_record,
+)
 from cqlora.data.sources import PARSERS
 from cqlora.data.sources.oasst1 import group_messages
 
@@ -417,3 +429,66 @@ def test_auto_reads_each_row_as_its_own_kind_does_and_counts_what_it_took_it_for
 def test_auto_rejects_what_it_does_not_know(row: Any, reason: str):
     with pytest.raises(RowError, match=reason):
         parse(SourceKind.auto, row)
+
+
+CALL = {"name": "get_weather", "arguments": {"city": "北京"}}
+SCHEMA = {"name": "get_weather", "parameters": {"type": "object"}}
+USED = Conversation(
+    [Turn(U, "天气?"), Turn(A, "", json.dumps([CALL], ensure_ascii=False)), Turn("tool", "晴"), Turn(A, "晴天。")],
+    tools=json.dumps([{"type": "function", "function": SCHEMA}]),
+)
+OPENAI_CALL = {"id": "x", "type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+
+
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([SCHEMA]), [{"type": "function", "function": SCHEMA}]])
+@pytest.mark.parametrize("call", [CALL, [CALL], OPENAI_CALL])
+def test_calls_of_tools_in_sharegpt_rows(tools, call):
+    turns = [("human", "天气?"), ("function_call", json.dumps(call)), ("observation", "晴"), ("gpt", "晴天。")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": tools}
+    assert parse(SourceKind.sharegpt, row) == ([USED], Counter())
+
+
+@pytest.mark.parametrize("calling", [{"tool_calls": [OPENAI_CALL]}, {"function_call": OPENAI_CALL["function"]}])
+@pytest.mark.parametrize("words", [{"content": None}, {"content": ""}, {}])
+def test_calls_of_tools_in_openai_messages(calling, words):
+    messages = [{"role": U, "content": "天气?"}, {"role": A, **words, **calling},
+                {"role": "tool", "tool_call_id": "x", "content": "晴"}, {"role": A, "content": "晴天。"}]  # fmt: skip
+    assert parse(SourceKind.messages, {"messages": messages, "tools": [SCHEMA]}) == ([USED], Counter())
+
+
+def test_words_before_a_call_belong_to_it_and_results_in_a_row_stay_apart():
+    turns = [("human", "q"), ("gpt", "I look."), ("function_call", json.dumps(CALL)), ("observation", "1"),
+             ("observation", "2"), ("gpt", "a")]  # fmt: skip
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    ((found,), counts) = parse(SourceKind.sharegpt, row)
+    said = [(turn.role, turn.text) for turn in found.turns]
+    assert said == [(U, "q"), (A, "I look."), ("tool", "1"), ("tool", "2"), (A, "a")]
+    assert found.turns[1].calls and counts == {"repeated roles joined": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"tools": "[{"}, "field tools is no JSON"),
+        ({"tools": {"name": "x"}}, "field tools is an object, not a list"),
+        ({"tools": [{"parameters": {}}]}, "field tools holds a tool without a name"),
+        ({"call": "get_weather()"}, "tool call is no JSON"),
+        ({"call": "{}"}, "tool call without a name"),
+        ({"call": "3"}, "tool call is a number, not an object"),
+    ],
+)
+def test_tools_and_calls_that_are_none_reject_the_row(changed, reason):
+    call = changed.get("call", json.dumps(CALL))
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": call}]
+    with pytest.raises(RowError, match=f"^{reason}$"):
+        parse(SourceKind.sharegpt, {"conversations": turns, "tools": changed.get("tools", [SCHEMA])})
+
+
+def test_calls_are_cleaned_text_by_text_and_survive_the_spool():
+    secret = Turn(A, "", json.dumps([{"name": "mail", "arguments": {"to": ["Ａ@b.com"], "n": 13800138000}}]))
+    cleaner = Cleaner(CleanConfig(mask_personal_data=True), "")
+    cleaned = cleaner.clean(Conversation([secret], tools=USED.tools), Counter())
+    assert json.loads(cleaned.turns[0].calls) == [{"name": "mail", "arguments": {"to": ["<EMAIL>"], "n": 13800138000}}]
+    for record in (cleaned, USED, talk((U, "q"), (A, "a"))):
+        assert load_record(dump_record(record)) == record
+    assert dump_record(talk((U, "q"), (A, "a"))) == b'C[["user", "q"], ["assistant", "a"]]'

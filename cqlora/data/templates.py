@@ -1,0 +1,169 @@
+"""Which template a run, an adapter or a model's folder means, as its text; empty is ChatML, written turn by turn."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqlora.base import CARD, read_card
+from cqlora.config.choices import Template, Thinking
+from cqlora.config.schema import StageConfig
+from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, chat_template
+from cqlora.data.rendered import TemplateEncoder, open_typesetter
+from cqlora.data.tokenizer import PlainTokenizer
+from cqlora.errors import ModelError
+from cqlora.system.documents import read_object_if_there, read_text, take
+
+logger = logging.getLogger(__name__)
+
+FORM_KEYS = ("system_prompt", "chat_template", "thinking")
+"""What a card says of how conversations were written in training; a key is left out where it says nothing new."""
+
+_KNOWN = Path(__file__).parent / "chat_templates"
+_OPEN_WITH = (
+    "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
+    "{%- endif -%}"
+)
+_ANSWER_AT_ONCE = "{%- set enable_thinking = enable_thinking if enable_thinking is defined else false -%}"
+
+
+def read_own_template(folder: Path) -> str:
+    """The chat template of a model's folder; empty where it has none, the default one where it has several."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return read_text(file)
+    template = read_object_if_there(folder / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):
+        named = [each for each in template if isinstance(each, dict)]
+        template = next((each.get("template") for each in named if each.get("name") == "default"), "")
+    return template if isinstance(template, str) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatForm:
+    """How conversations are written, in training and whenever the model is asked."""
+
+    name: Template = Template.chatml
+    source: str = ""
+    """The template in Jinja; empty is ChatML, which is written turn by turn."""
+    thinking: Thinking = Thinking.train
+    system_prompt: str = ""
+    """Put first where a conversation brings no system message."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a card says of it, under FORM_KEYS."""
+        said: dict[str, Any] = {"system_prompt": self.system_prompt} if self.system_prompt else {}
+        if self.source:
+            said["chat_template"] = {"name": self.name.name, "source": self.source}
+        return said | ({} if self.thinking is Thinking.train else {"thinking": self.thinking.name})
+
+    def write(self, folder: Path) -> str:
+        """The template as other programs are given it for the tokenizer in a folder: its system prompt is its default,
+        and so is whether to think."""
+        if not self.source:
+            return chat_template(self.system_prompt)
+        written = self.source
+        if self.system_prompt.strip():
+            written = _OPEN_WITH.replace("PROMPT", json.dumps(self.system_prompt, ensure_ascii=False)) + written
+        at_once = self.thinking is Thinking.drop and open_typesetter(folder, self.source).skips_thought
+        return (_ANSWER_AT_ONCE if at_once else "") + written
+
+    def open(self, tokenizer: PlainTokenizer, folder: Path) -> ChatEncoder | TemplateEncoder:
+        """What encodes prompts for the tokenizer in a folder.
+
+        Raises:
+            ModelError: the tokenizer lacks the template's control tokens.
+        """
+        return TemplateEncoder(tokenizer, folder, self.source, self.thinking) if self.source else ChatEncoder(tokenizer)
+
+    def fits(self, tokenizer: PlainTokenizer) -> bool:
+        """Whether the tokenizer has the tokens of a conversation's turns; another template has been proven."""
+        special = tokenizer.special
+        return bool(self.source) or (special.turn_start is not None and special.turn_end is not None)
+
+
+def form_of_stage(stage: StageConfig, folder: Path) -> ChatForm:
+    """How a stage on the base in `folder` writes conversations; pretraining writes ChatML.
+
+    Raises:
+        ModelError: stage.template=base, and the base has no template.
+    """
+    name: Template = getattr(stage, "template", Template.chatml)
+    if name is Template.auto:
+        name = choose_by_base(folder)
+    thinking: Thinking = getattr(stage, "thinking", Thinking.train)
+    return ChatForm(name, find_source(name, folder), thinking, getattr(stage, "system_prompt", ""))
+
+
+def find_source(name: Template, folder: Path) -> str:
+    """The text of a template that was chosen by name.
+
+    Raises:
+        ModelError: it is the base's own, and there is none.
+    """
+    if name is Template.chatml:
+        return ""
+    if name is not Template.base:
+        return read_text(_KNOWN / f"{name.name}.jinja")
+    source = read_own_template(folder)
+    if not source:
+        raise ModelError(f"{folder} has no chat template of its own; use stage.template=chatml, or another by name.")
+    return "" if source == CHAT_TEMPLATE else source
+
+
+def form_of_card(card: Mapping[str, Any], file: Path) -> ChatForm:
+    """What a card says.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    prompt, template, thinking = (
+        card.get(key, default) for key, default in zip(FORM_KEYS, ("", {}, "train"), strict=True)
+    )
+    if not isinstance(prompt, str):
+        raise ModelError(f"{file} has system_prompt={prompt!r}, which is no text; merge or train again.")
+    try:
+        name, source = (template["name"], template["source"]) if template else ("chatml", "")
+        return ChatForm(Template[name], str(source), Thinking[thinking], prompt)
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{file} has a damaged chat_template or thinking; merge or train again.") from error
+
+
+def form_of_adapter(folder: Path, base: Path) -> ChatForm:
+    """How an adapter's model is asked: as the adapter was tuned, else as its base is."""
+    return form_of_tuning(folder) or form_of_model(base)
+
+
+def form_of_tuning(folder: Path) -> ChatForm | None:
+    """How conversations were written in the instruction tuning that a card tells of; None where it tells of none."""
+    card, file = read_card(folder), folder / CARD
+    tuned = take(card, "trained_on", file, dict, default={}).get("stage") == "sft"
+    return form_of_card(card, file) if tuned or any(key in card for key in FORM_KEYS) else None
+
+
+def form_of_model(folder: Path) -> ChatForm:
+    """How a whole model is asked: as its card says, else in its own template where that passes, else in ChatML."""
+    told = form_of_tuning(folder)
+    if told is not None:
+        return told
+    name = choose_by_base(folder)
+    return ChatForm(name, find_source(name, folder))
+
+
+def choose_by_base(folder: Path) -> Template:
+    """What template=auto comes to: the base's own where a conversation can be learned in it, else ChatML.
+
+    Why a base's own is passed over is said in the log.
+    """
+    source = read_own_template(folder)
+    if source in ("", CHAT_TEMPLATE):
+        return Template.chatml
+    try:
+        TemplateEncoder(PlainTokenizer(folder), folder, source)
+    except ModelError as error:
+        logger.warning("%s has a chat template that is passed over for ChatML: %s", folder, error)
+        return Template.chatml
+    return Template.base
