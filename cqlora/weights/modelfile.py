@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cqlora.data.templates import read_own_template
 from cqlora.data.tokenizer import read_special_names
-from cqlora.vocab.files import read_tokenizer_files
-from cqlora.weights.gguf_vocabulary import begins_with, read_template
+from cqlora.weights.gguf_vocabulary import begins_with
 
 MODELFILE = "Modelfile"
 Messages = Sequence[Mapping[str, str]]
@@ -103,7 +103,7 @@ def write_modelfile(folder: Path, model: str, base: Path, config: dict[str, Any]
     `base` holds the tokenizer, `config` is config.json; `template` stands in place of the base's own.
     """
     tokens = {f"{kind}_token": text for kind, text in read_special_names(base).items()}
-    jinja = template or read_template(base, read_tokenizer_files(base).settings)
+    jinja = template or read_own_template(base)
     found = recognise(jinja, tokens)
     if found is None:
         return False
