@@ -56,11 +56,14 @@ site: $(INSTALLED)
 	$(BIN)/python -m sphinx -E -W --keep-going -q -t chinese docs site/zh-CN
 	$(BIN)/python docs/check_links.py site
 
+# Of what is installed a third is ever imported, and is compiled then.
+INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python $(INSTALL) torch
+	$(BIN)/python $(INSTALL) --editable '.[dev]'
 	touch $@
 
 clean:

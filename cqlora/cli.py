@@ -40,6 +40,8 @@ _FLAGS = _FLAGS_WITH_VALUE | {
     "--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m", "--shell-completion",
     "-sc", "--info", "-i",
 }  # fmt: skip
+_MODES = {"-r": "--run", "-m": "--multirun", "-c": "--cfg", "-i": "--info", "-sc": "--shell-completion"}
+"""Flags of which Hydra takes one."""
 _NOBODY_READS = 128 + signal.SIGPIPE
 _FULL_WIDTH = "＝“”‘’「」"
 _VALUE_WORD = re.compile(r"[^,\[\]\s][^,\[\]]*")
@@ -158,11 +160,15 @@ def check_words(arguments: list[str]) -> None:
     """Refuse what is no override and no flag of Hydra's, before Hydra says so over ten lines.
 
     Raises:
-        ConfigError: a flag of another program's, a word without `=`, full-width signs, an empty folder.
+        ConfigError: a flag of another program's, two that exclude each other, a word without `=`, full-width signs,
+            an empty folder.
     """
     values = {
         number + 1 for number, argument in enumerate(arguments) if argument in _FLAGS_WITH_VALUE | {"--info", "-i"}
     }
+    modes = {_MODES.get(argument, argument) for argument in arguments} & set(_MODES.values())
+    if len(modes) > 1:
+        raise ConfigError(f"{' and '.join(sorted(modes))} cannot be had at once; leave out all but one of them.")
     for number, argument in enumerate(arguments):
         key, equals, value = argument.partition("=")
         if number in values or (argument.startswith("-") and key in _FLAGS):

@@ -121,6 +121,8 @@ def test_chinese_values_and_paths_need_no_quotes_of_their_own(typed: str, passed
         (["“stage.max_steps=2”"], "full-width"),
         (["stage=sft", "hydra.run.dir="], "hydra.run.dir= is empty"),
         (["hydra.sweep.dir=''"], "hydra.sweep.dir= is empty"),
+        (["--multirun", "seed=1,2", "--cfg", "job"], "--cfg and --multirun cannot be had at once"),
+        (["-m", "-r"], "--multirun and --run cannot be had at once"),
     ],
 )
 def test_what_is_neither_override_nor_flag_is_refused_in_one_sentence(arguments: list[str], words: str) -> None:
@@ -130,7 +132,8 @@ def test_what_is_neither_override_nor_flag_is_refused_in_one_sentence(arguments:
 
 
 def test_overrides_flags_and_their_values_pass() -> None:
-    check_words(["stage=sft", "+a.b=1", "~tracking", "--config-dir", "mine", "--cfg", "job", "-m", "--info", "all"])
+    for mode in (["--cfg", "job"], ["-m"], ["--info", "all"]):
+        check_words(["stage=sft", "+a.b=1", "~tracking", "--config-dir", "mine", *mode])
     check_words(["--config-dir=mine", "data.sources.t.path=语料＝一.txt", "hydra.run.dir=outputs/x"])
 
 
