@@ -89,7 +89,7 @@ def test_every_two_choices_of_two_groups_compose_and_type_together():
 def test_every_experiment_types_on_every_hardware(experiment):
     for hardware in choices("hardware"):
         config = to_schema(put_together({"hardware": hardware}, f"experiment={experiment}"), RunConfig)
-        assert config.model.name == "llama_65b"
+            assert config.model.name == ("smollm2_135m" if "smollm2" in experiment else "llama_65b")
         assert config.stage.sequence_length == 2048
         assert config.stage.global_batch_size == 32
 

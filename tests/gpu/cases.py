@@ -1,10 +1,11 @@
 """What is asked of `server.py`: programs on GPUs that are not there, and what is told of each, as JSON has it."""
 
+import functools
 import gc
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import cqlora.train.trainer
 from cqlora.config.schema import RunConfig
 from cqlora.engine import LlamaEngine
 from cqlora.model.fused.mlp import FusedMLP
+from cqlora.model.throughput import measure_matmul_flops
 from cqlora.plan.memory import plan_memory
 from cqlora.system.metrics import read_metrics
 from cqlora.train import distributed, run
@@ -105,6 +107,34 @@ def open_engine(quantization: str, capability: tuple[int, int]) -> dict[str, Any
         return {"form": engine.form, "on_gpu": meter.kernels[quantise], "on_host": gpu.on_host[quantise]}
 
 
+def try_the_meter() -> dict[str, Any]:
+    """Each kind of wait once, what is refused, the types of a product that mixes them, the bytes of a small tensor."""
+    meter = Meter()
+    with fake_gpus(Card(), meter):
+        there, here = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
+        alive = meter.alive[0]
+        there.sum().item(), there.cpu(), here.copy_(there), here.to("cuda"), torch.cuda.synchronize()
+        here.pin_memory().to("cuda", non_blocking=True)
+        torch.mm(there, there.bfloat16())
+        refused = fails(there.nonzero), fails(lambda x: x[x > 0], there), fails(torch.add, there, here)
+        del there
+        return {
+            "waits": sorted([kind, times] for (_, _, kind), times in meter.waits.items()),
+            "refused": refused,
+            "types": [types for _, types in meter.products],
+            "alive": [alive, meter.alive[0]],
+        }
+
+
+def fails(call: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a call is refused."""
+    try:
+        call(*arguments)
+    except Exception:  # noqa: BLE001 - whatever torch raises
+        return True
+    return False
+
+
 PLANTED_BYTES = 2**36
 """Allocated and freed before a run's first step."""
 SHORT_RUN = (
@@ -165,6 +195,8 @@ def watched(meter: Meter) -> Iterator[None]:
     enter(Trainer, "evaluate", "evaluation")
     enter(Trainer, "commit", "checkpoint")
     enter(run, "save_final", "end")
+    # Of no use to runs that are no longer than that.
+    cqlora.train.trainer.measure_matmul_flops = functools.partial(measure_matmul_flops, seconds=0.01)
     cqlora.base.hash_tensors = lambda tensors: {tensor.name: tensor.name for tensor in tensors}
     distributed.join_workers = join_nobody
     yield
