@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo recipe coverage test test-fast test-processors test-slurm test-llama-cpp check site clean
+.PHONY: demo recipe coverage test test-fast test-processors test-gpu test-slurm test-llama-cpp check site clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
@@ -31,6 +31,10 @@ test-fast: $(INSTALLED)
 # whichever this one is not.
 test-processors: $(INSTALLED)
 	$(BIN)/python -m tests.processors $(PARALLEL)
+
+# Needs one NVIDIA GPU or more, and ends in a block of text to paste into an issue. Without one it says what it skips.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu -rs
 
 # Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
 test-slurm: $(INSTALLED)

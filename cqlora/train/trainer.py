@@ -102,6 +102,12 @@ class Trainer:
         )
         self.metrics.rewind(self.counters.step)
         self.metrics.event(self.counters.step, "resumed", checkpoint=start.checkpoint.name)
+        if self.worker.gpus:
+            logger.info(
+                "going on from %s with every bit that it holds; a GPU's kernels add in no fixed order, so that later "
+                "losses are those of a run that never stopped but for their rounding",
+                start.checkpoint.name,
+            )
 
     def fit(self) -> None:
         """Train to the last step, evaluating and committing on the way and at the end.

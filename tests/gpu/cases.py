@@ -1,8 +1,10 @@
 """What is asked of `server.py`: programs on GPUs that are not there, and what is told of each, as JSON has it."""
 
 import gc
+import io
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +64,9 @@ def measure_step(*overrides: str) -> dict[str, Any]:
 
 def train_whole(*overrides: str, capability: tuple[int, int] = (9, 0)) -> dict[str, Any]:
     """A run from its first check to its adapter, stopped after two of its three steps and resumed."""
-    meter = Meter()
+    meter, said = Meter(), io.StringIO()
+    cqlora.train.trainer.logger.setLevel(logging.INFO)
+    cqlora.train.trainer.logger.addHandler(logging.StreamHandler(said))
     with tempfile.TemporaryDirectory() as folder, watched(meter):
         cache = f"data.cache_dir={folder}/cache"
         config = compose_hollow(Path(folder, "base"), cache, *SHORT_RUN, *overrides)
@@ -78,6 +82,7 @@ def train_whole(*overrides: str, capability: tuple[int, int] = (9, 0)) -> dict[s
         adapter = load_file(run_folder / "adapter" / "adapter_model.safetensors")
         return {
             "events": [row["event"] for row in rows if row["kind"] == "event"],
+            "said": said.getvalue().splitlines(),
             "steps": [row["step"] for row in rows if row["kind"] == "train"],
             "peak_memory_gib": [row["peak_memory_gib"] for row in rows if row["kind"] == "train"],
             "planted_gib": PLANTED_BYTES / 2**30,
@@ -98,6 +103,34 @@ def open_engine(quantization: str, capability: tuple[int, int]) -> dict[str, Any
             engine = LlamaEngine(folder, "", use_lora=False, quantization=quantization, device="cuda")
         quantise = "bitsandbytes.quantize_4bit.default"
         return {"form": engine.form, "on_gpu": meter.kernels[quantise], "on_host": gpu.on_host[quantise]}
+
+
+def try_the_meter() -> dict[str, Any]:
+    """Each kind of wait once, what is refused, the types of a product that mixes them, the bytes of a small tensor."""
+    meter = Meter()
+    with fake_gpus(Card(), meter):
+        there, here = torch.ones(4, 4, device="cuda"), torch.ones(4, 4)
+        alive = meter.alive[0]
+        there.sum().item(), there.cpu(), here.copy_(there), here.to("cuda"), torch.cuda.synchronize()
+        here.pin_memory().to("cuda", non_blocking=True)
+        torch.mm(there, there.bfloat16())
+        refused = fails(there.nonzero), fails(lambda x: x[x > 0], there), fails(torch.add, there, here)
+        del there
+        return {
+            "waits": sorted([kind, times] for (_, _, kind), times in meter.waits.items()),
+            "refused": refused,
+            "types": [types for _, types in meter.products],
+            "alive": [alive, meter.alive[0]],
+        }
+
+
+def fails(call: Callable[..., Any], *arguments: Any) -> bool:
+    """Whether a call is refused."""
+    try:
+        call(*arguments)
+    except Exception:  # noqa: BLE001 - whatever torch raises
+        return True
+    return False
 
 
 PLANTED_BYTES = 2**36

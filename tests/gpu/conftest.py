@@ -1,4 +1,4 @@
-"""GPUs that are not there, for tests that ask `cases.py` what programs do on them."""
+"""GPUs for tests: such that are not there, with `cases.py` to ask what programs do on them; and real ones."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,8 @@ import pytest
 
 from tests.gpu.guard import why_no_fake_gpu
 from tests.gpu.server import Server
+
+FIGURES = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,24 @@ def fake_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("fake-gpu"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What is told at the end of the tests on real GPUs, in one block."""
+    return request.config.stash.setdefault(FIGURES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the block, where any test has put a figure into it."""
+    told = config.stash.get(FIGURES, {})
+    if not told:
+        return
+    from tests.gpu.real import describe
+
+    outcomes = {
+        outcome: [report.nodeid.partition("::")[2] for report in terminalreporter.stats.get(outcome, [])]
+        for outcome in ("passed", "failed", "skipped")
+    }
+    terminalreporter.section("paste this into an issue")
+    terminalreporter.write_line(describe(told, outcomes))

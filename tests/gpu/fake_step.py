@@ -79,14 +79,14 @@ def compose_hollow(folder: Path, *overrides: str) -> RunConfig:
     return config
 
 
-def build_module(config: RunConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build_module(config: RunConfig, device: torch.device = DEVICE) -> tuple[nn.Module, torch.optim.Optimizer]:
     """What `train.run.train_as` makes of a configuration, between its checks and its trainer."""
     base, dtype = read_base(config.model.path), COMPUTE_DTYPES[config.hardware.precision]
-    frozen, fill = open_model(base, config.model, config.hardware, DEVICE, dtype)
+    frozen, fill = open_model(base, config.model, config.hardware, device, dtype)
     model = attach_adapter(frozen, base, config.lora, config.stage.embeddings, "")
     checkpoint_activations(model, config.hardware.activation_checkpointing)
     fused = fuse_blocks(model, config.hardware.kernels)
-    module = place(Objective(model, dtype, autocast=not fused), config.hardware, DEVICE, fill)
+    module = place(Objective(model, dtype, autocast=not fused), config.hardware, device, fill)
     return module.train(), build_optimizer(module, config.stage, config.lora.b_learning_rate_ratio)
 
 
@@ -99,19 +99,26 @@ def begin_second_step(module: nn.Module, optimizer: torch.optim.Optimizer) -> li
     return trained
 
 
-def end_step(config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The step's last micro batch, and the update."""
+def end_step(
+    config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device = DEVICE
+) -> None:
+    """A later step's last micro batch, and the update."""
     trained = begin_second_step(module, optimizer)
-    take_micro_batch(config, module)
+    take_micro_batch(config, module, device=device)
     nn.utils.clip_grad_norm_(trained, config.stage.max_grad_norm)
     optimizer.step()
     module.zero_grad(set_to_none=True)
 
 
-def take_micro_batch(config: RunConfig, module: nn.Module, after_forward: Callable[[], Any] = lambda: None) -> None:
+def take_micro_batch(
+    config: RunConfig,
+    module: nn.Module,
+    after_forward: Callable[[], Any] = lambda: None,
+    device: torch.device = DEVICE,
+) -> None:
     """Forward and backward of a step's only micro batch."""
     packs = [full_pack(config.stage.sequence_length)] * config.hardware.micro_batch_size
     with adapters_cast_once(module, COMPUTE_DTYPES[config.hardware.precision]):
-        loss, _ = module(build_batch(packs, DEVICE), 1.0)
+        loss, _ = module(build_batch(packs, device), 1.0)
         after_forward()
         (loss * config.hardware.world_size).backward()

@@ -52,7 +52,9 @@ class Meter:
         self.kernels[name] += 1
         self.casts += is_cast(name, args)
         if name.startswith(PRODUCTS):
-            self.products[name, str(next(tensors_of(args)).dtype).removeprefix("torch.")] += 1
+            # Attention's backward pass also takes sums that are float32 whatever it multiplies.
+            factors = args[:3] if "attention" in name else args
+            self.products[name, name_types(factors)] += 1
 
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor's memory until it is freed."""
@@ -87,6 +89,12 @@ def is_cast(name: str, args: tuple[Any, ...]) -> bool:
     if name.startswith("aten._to_copy"):
         return True
     return name.startswith("aten.copy_") and args[0].dtype is not args[1].dtype
+
+
+def name_types(args: tuple[Any, ...]) -> str:
+    """The one type of a product's numbers; several, joined, where it mixes them, which no kernel of a GPU does."""
+    numbers = {tensor.dtype for tensor in tensors_of(args) if tensor.is_floating_point()}
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in numbers))
 
 
 def tensors_of(values: Any) -> Any:

@@ -33,6 +33,7 @@ def test_a_run_on_gpus_is_stopped_resumed_and_saved_and_waits_where_it_is_listed
     older = "older" in name
     found = fake_gpu.ask("train_whole", *LAYOUTS[name], capability=[7, 5] if older else [9, 0])
     assert found["steps"] == [1, 2, 3] and found["events"] == ["checkpoint", "resumed", "checkpoint"]
+    assert any("step-00000002 with every bit" in line and "but for their rounding" in line for line in found["said"])
     assert found["files"] == FILES
     assert found["adapter_types"] == ["torch.float32"] and found["adapter_numbers"] > 0
     assert found["types"] == ["float16" if older else "bfloat16"]

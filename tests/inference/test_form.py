@@ -72,7 +72,8 @@ def test_a_type_that_is_asked_for_is_taken_and_another_is_refused(machine):
         choose(False, "int3")
 
 
-def test_nf4_is_unpacked_on_a_gpu(machine):
+def test_nf4_is_unpacked_on_a_gpu(machine, monkeypatch):
     machine(gib=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choose(True, device=torch.device("cuda")) == (Layout.dense, torch.bfloat16)
     assert choose(False, device=torch.device("cuda")) == (Layout.dense, torch.bfloat16)
