@@ -16,7 +16,7 @@ from tests.runs import finish_run, typed_run
 
 DRY = os.environ.get("CQLORA_GPU_TESTS") == "dry"
 DEVICE = torch.device("cpu") if DRY else torch.device("cuda", 0)
-PACKAGES = ("cqlora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "flash-attn")
+PACKAGES = ("cqlora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "flash-attn", "triton")
 RUN = ("stage=pretrain", "lora.dropout=0", "stage.schedule=constant", "stage.max_steps=4", "stage.learning_rate=1e-3")
 ON_GPU = (f"hardware.device={DEVICE.type}",)
 

@@ -74,7 +74,7 @@ def test_paged_states_are_paged_again_once_loaded():
     assert DRY or held.is_paged
 
 
-@pytest.mark.parametrize("choice", [Attention.documents, Attention.flash])
+@pytest.mark.parametrize("choice", [Attention.documents, Attention.flash, Attention.varlen])
 def test_attention_keeps_documents_apart_with_the_numbers_of_each_alone(choice, figures):
     try:
         name = name_attention(choice, DEVICE.type)
