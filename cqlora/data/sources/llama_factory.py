@@ -12,6 +12,7 @@ from cqlora.data.sources.fields import count_unused, kind_of, optional_text, tex
 from cqlora.data.sources.files import decode_body
 from cqlora.data.sources.preference import parse_preference
 from cqlora.data.sources.sharegpt import read_turns
+from cqlora.data.sources.tools import read_tools
 from cqlora.data.sources.turns import close_conversation, drop_leading_answers, join_repeated_roles, put_system
 
 
@@ -55,9 +56,10 @@ def parse_turns(entry: Entry, told: dict[str, Any], source: SourceConfig, counts
     if entry.ranking:
         yield from parse_preference(row, source, counts)
         return
-    count_unused(row, ("conversations", "system"), counts)
+    count_unused(row, ("conversations", "system", "tools"), counts)
     turns = put_system(optional_text(row, "system"), read_turns(row.get("conversations"), "messages", counts), counts)
-    yield close_conversation(join_repeated_roles(drop_leading_answers(turns, counts), counts), counts)
+    turns = join_repeated_roles(drop_leading_answers(turns, counts), counts)
+    yield close_conversation(turns, counts, read_tools(row.get("tools")))
 
 
 def rename(entry: Entry, value: Any) -> Any:

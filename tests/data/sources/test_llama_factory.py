@@ -138,7 +138,7 @@ def test_rows_with_pictures_are_rejected_and_those_without_are_not(part: str, tm
     write_rows(tmp_path, "data.jsonl", [{"q": "q", "a": "a", "media": ["x.png"]}, {"q": "q2", "a": "a2", "media": []}])
     source = source_of(tmp_path)
     rows = list(read_rows(locate_source("m", source, ""), source))
-    batch = collect_batch(source, '[{"deduplicate": "none"}, "zh"]', rows)
+    batch = collect_batch(source, '[{"deduplicate": "none"}, "zh"]', None, rows)
     assert batch.rejected == [("data.jsonl", 1, f"has {part}, which a model of text cannot take")]
     assert len(batch.index) == 1
 
@@ -213,3 +213,15 @@ def test_a_folder_of_an_entry_is_read_without_the_file_that_describes_it(tmp_pat
     write_rows(tmp_path, "data.json", [{"instruction": "q", "output": "a"}])
     location: Location = locate_source("mine", source_of(tmp_path), "")
     assert [file.path.name for file in location.files] == ["data.json"]
+
+
+def test_tools_and_calls_are_those_of_the_same_row_as_sharegpt_has_it(tmp_path: Path):
+    call = json.dumps({"name": "weather", "arguments": {"city": "北京"}})
+    turns = [("human", "天气?"), ("function_call", call), ("observation", "晴"), ("gpt", "晴天。")]
+    tools = json.dumps([{"name": "weather", "description": "", "parameters": {}}])
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": tools}
+    columns = {"messages": "conversations", "tools": "tools"}
+    write_info(tmp_path, file_name="data.jsonl", formatting="sharegpt", columns=columns)
+    write_rows(tmp_path, "data.jsonl", [row])
+    told = list(PARSERS[SourceKind.sharegpt](row, SourceConfig(kind=SourceKind.sharegpt, path="x"), Counter()))
+    assert parse_all(tmp_path) == (told, Counter()) and told[0].tools
