@@ -182,7 +182,7 @@ def missing_tensor(base, adapter, tmp_path):
 def other_architecture(base, adapter, tmp_path):
     changed = copy(base, tmp_path)
     config = json.loads((changed / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    (changed / "config.json").write_text(json.dumps(config | {"model_type": "granite"}))
     return changed, "", False
 
 
@@ -205,7 +205,7 @@ MISTAKES = [
     (no_weights, "has no .*safetensors"),
     (truncated, "truncated"),
     (missing_tensor, "up_proj"),
-    (other_architecture, "qwen2 model; the engine runs llama only"),
+    (other_architecture, "granite model; the engine runs llama, mistral, qwen2"),
     (lambda base, adapter, tmp_path: (base, base, True), "holds no adapter"),
     (lambda base, adapter, tmp_path: (adapter, "", True), "needs its base"),
     (lambda base, adapter, tmp_path: (adapter, "", False), "is an adapter and no whole model"),
