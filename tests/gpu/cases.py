@@ -1,5 +1,6 @@
 """What is asked of `server.py`: programs on GPUs that are not there, and what is told of each, as JSON has it."""
 
+import functools
 import gc
 import io
 import logging
@@ -18,6 +19,7 @@ import cqlora.train.trainer
 from cqlora.config.schema import RunConfig
 from cqlora.engine import LlamaEngine
 from cqlora.model.fused.mlp import FusedMLP
+from cqlora.model.throughput import measure_matmul_flops
 from cqlora.plan.memory import plan_memory
 from cqlora.system.metrics import read_metrics
 from cqlora.train import distributed, run
@@ -193,6 +195,8 @@ def watched(meter: Meter) -> Iterator[None]:
     enter(Trainer, "evaluate", "evaluation")
     enter(Trainer, "commit", "checkpoint")
     enter(run, "save_final", "end")
+    # Of no use to runs that are no longer than that.
+    cqlora.train.trainer.measure_matmul_flops = functools.partial(measure_matmul_flops, seconds=0.01)
     cqlora.base.hash_tensors = lambda tensors: {tensor.name: tensor.name for tensor in tensors}
     distributed.join_workers = join_nobody
     yield

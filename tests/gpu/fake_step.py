@@ -1,4 +1,4 @@
-"""A training step on GPUs that are not there, of a model that is loaded, adapted, fused and placed as a run's is."""
+"""A training step of a model that is loaded, adapted, fused and placed as a run's is, on GPUs that are not there."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -24,7 +24,6 @@ SETTINGS = {
     "7B, kept": ("model=llama_7b", ONE, blocks(3), KEPT, batch(2)),
     "7B, recomputed, rank 64": ("model=llama_7b", ONE, blocks(3), AGAIN, batch(4), "lora.rank=64"),
     "7B, dropout": ("model=llama_7b", ONE, blocks(2), KEPT, batch(1), "lora.dropout=0.1"),
-    "7B, 16 bit": ("model=llama_7b", ONE, blocks(2), KEPT, batch(1), "model.quantization=none"),
     "13B, recomputed": ("model=llama_13b", "hardware=1x4090", blocks(2), AGAIN, batch(1), "lora.rank=128"),
     "70B, 4,096 tokens": ("model=llama2_70b", ONE, blocks(2), AGAIN, batch(1), "stage.sequence_length=4096"),
     "7B, 16 bit, fsdp": ("model=llama_7b", FOUR, FSDP, blocks(2), KEPT, batch(1), "model.quantization=none"),
@@ -34,7 +33,6 @@ SETTINGS = {
     "65B, fsdp, recomputed": ("model=llama_65b", EIGHT, FSDP, blocks(2), AGAIN, batch(2), "lora.rank=64"),
     "70B, fsdp, kept": ("model=llama2_70b", EIGHT, FSDP, blocks(2), KEPT, batch(1)),
     "7B, layers": ("model=llama_7b", FOUR, *LAYERS, blocks(4), KEPT, batch(2)),
-    "70B, layers": ("model=llama2_70b", FOUR, *LAYERS, blocks(4), AGAIN, batch(1)),
 }
 WHOLE = {"7B whole": ("model=llama_7b", ONE, KEPT, batch(2), "lora.rank=64")}
 

@@ -45,8 +45,8 @@ def test_a_run_on_gpus_is_stopped_resumed_and_saved_and_waits_where_it_is_listed
     assert 0 < first <= second < found["planted_gib"] and third == pytest.approx(second, rel=1e-3)
 
 
-@pytest.mark.parametrize("capability, form", [([9, 0], "bfloat16"), ([7, 5], "float16"), ([6, 1], "float32")])
-def test_the_engine_holds_what_a_gpu_multiplies_fastest(capability, form, fake_gpu):
+@pytest.mark.parametrize("capability, form", [([7, 5], "float16"), ([6, 1], "float32")])
+def test_the_engine_holds_what_an_older_gpu_multiplies_fastest(capability, form, fake_gpu):
     found = fake_gpu.ask("open_engine", "auto", capability)
     assert found["form"] == f"matrices in {form} on cuda"
     assert found["on_gpu"] == found["on_host"] == 0
