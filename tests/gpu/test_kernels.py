@@ -6,15 +6,12 @@ MOST_KERNELS = 4_100
 MOST_CASTS = 300
 
 
-def test_a_micro_batch_of_7b_asks_for_no_more_kernels_than_it_may_and_recomputing_for_one_more_forward(fake_gpu):
+def test_a_micro_batch_of_7b_asks_for_no_more_kernels_and_casts_than_it_may(fake_gpu):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    kept = fake_gpu.ask("count_kernels")
-    assert kept["forward"] < kept["total"] <= MOST_KERNELS
-    assert kept["casts"] <= MOST_CASTS
-    assert sum(kept["operators"].values()) == kept["total"] and min(kept["operators"].values()) > 0
-    again = fake_gpu.ask("count_kernels", "hardware.activation_checkpointing=full")
-    assert again["forward"] == kept["forward"]
-    assert kept["total"] < again["total"] < kept["total"] + kept["forward"]
+    found = fake_gpu.ask("count_kernels")
+    assert found["forward"] < found["total"] <= MOST_KERNELS
+    assert found["casts"] <= MOST_CASTS
+    assert sum(found["operators"].values()) == found["total"] and min(found["operators"].values()) > 0
 
 
 def test_without_triton_adapters_are_cast_once_all_the_same(fake_gpu):
