@@ -8,17 +8,20 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cqlora.base import ADAPTER_CONFIG as CONFIG
 from cqlora.base import ADAPTER_WEIGHTS as WEIGHTS
 from cqlora.base import CARD, Base, read_card
 from cqlora.config.choices import AdapterMethod, Embeddings, RopeScaling
 from cqlora.config.schema import RunConfig, SftConfig
-from cqlora.data.templates import ChatForm, form_of_stage, form_of_tuning
 from cqlora.errors import ConfigError, ModelError
 from cqlora.plan.shapes import adapted_matrices, block_matrices
 from cqlora.positions import read_positions
+
+if TYPE_CHECKING:
+    # Brings numpy, which a plan does without.
+    from cqlora.data.templates import ChatForm
 
 _EMBEDDING_MODULES = {"embed_tokens", "lm_head"}
 
@@ -38,7 +41,7 @@ class Fixed:
     """Rows of the embedding matrices that train, under `new_rows`."""
     positions: tuple[RopeScaling, float] = (RopeScaling.none, 1.0)
     """How the base's positions were scaled, and by what factor."""
-    form: ChatForm | None = None
+    form: "ChatForm | None" = None
     """How conversations were written, where it was instruction-tuned."""
 
 
@@ -104,8 +107,10 @@ def _list_template(config: RunConfig, fixed: Fixed) -> list[tuple[str, bool, str
     return [("stage.template", ours is theirs, theirs.name, ours.name)]
 
 
-def check_form(config: RunConfig, form: ChatForm, base: Base, folder: Path) -> None:
+def check_form(config: RunConfig, form: "ChatForm", base: Base, folder: Path) -> None:
     """Raise ConfigError where a template of the same name is another text than the adapter was tuned in."""
+    from cqlora.data.templates import form_of_stage
+
     ours = form_of_stage(config.stage, base.path)
     if isinstance(config.stage, SftConfig) and ours.source != form.source:
         raise ConfigError(
@@ -120,6 +125,8 @@ def read_fixed(folder: Path) -> Fixed:
     Raises:
         ModelError: no adapter, or files that are damaged.
     """
+    from cqlora.data.templates import form_of_tuning
+
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(f"stage.init_adapter={folder} has no {name}; give the adapter/ folder of a finished run.")

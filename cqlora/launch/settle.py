@@ -19,7 +19,6 @@ from cqlora.architectures import Part, require_known
 from cqlora.base import Base, read_base
 from cqlora.config.choices import Attention, Device, Embeddings, Kernels, Optimizer, Precision, Strategy, Template
 from cqlora.config.schema import SETTLED_KEYS, HardwareConfig, RunConfig, SftConfig, StageConfig
-from cqlora.data.templates import choose_by_base
 from cqlora.errors import CheckpointError, ModelError
 from cqlora.launch.cluster import find_rank_environment
 from cqlora.launch.continuation import Fixed, read_fixed
@@ -144,7 +143,12 @@ def check_base(part: Part, config: RunConfig, base: Base) -> None:
 def find_template(stage: StageConfig, base: Base | None) -> Template:
     """What stage.template=auto is by the base alone; not looked for where it is not asked for."""
     asked = isinstance(stage, SftConfig) and stage.template is Template.auto
-    return choose_by_base(base.path) if asked and base is not None else Template.chatml
+    if not asked or base is None:
+        return Template.chatml
+    # Brings numpy, which no other plan needs.
+    from cqlora.data.templates import choose_by_base
+
+    return choose_by_base(base.path)
 
 
 def probe_for(hardware: HardwareConfig) -> Machine:

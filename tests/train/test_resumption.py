@@ -248,7 +248,9 @@ def test_what_changes_no_result_may_change_between_stop_and_resume(workspace, tm
         "data.workers=1",
     )
     assert finish_run(typed_run(workspace, "stage=pretrain", *SHORT, *changed), folder) == 0
-    assert_same_run(folder, uninterrupted)
+    # Not the card: it tells what the last evaluation measured, which was on other text.
+    assert losses(folder) == losses(uninterrupted)
+    assert adapter_sha256(folder) == adapter_sha256(uninterrupted)
 
 
 def test_a_record_that_was_damaged_is_told_before_anything_changes_and_can_be_moved_away(

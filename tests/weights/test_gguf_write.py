@@ -85,7 +85,10 @@ def test_padding_rows_are_marked_unused_and_the_template_goes_along(tmp_path):
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rotary scaling yarn"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16}},
+            "this model has beta_fast=16",
+        ),
         (
             {"model_type": "granite", "residual_multiplier": 0.22},
             "a granite model; format=gguf writes llama, mistral, qwen2, qwen3 and smollm3 only",

@@ -84,7 +84,7 @@ def test_base_and_plain_adapter_have_the_logits_of_what_was_given_and_are_as_vll
     expected = logits(attach(load(base), adapter))
     folder = part(base, adapter, tmp_path / "served")
     assert (expected - together(folder)).abs().max() < 1e-4
-    assert (expected - logits(load(folder / "base"))).abs().max() > 1e-2
+    assert (expected - logits(load(folder / "base"))).abs().max() > 1e-3
     assert not refusals_of_vllm(folder / "adapter", 8)
     assert {file.name for file in (folder / "adapter").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "cqlora.json", "README.md",
