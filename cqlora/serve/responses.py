@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DONE = "data: [DONE]\n\n"
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+"""Of Unicode's, those that JSON leaves as they are: readers of lines, httpx among them, would end an event there."""
 
 
 @dataclass(slots=True)
@@ -68,4 +70,4 @@ class Answer:
 
 def event(body: Mapping[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(body, ensure_ascii=False).translate(_LINE_ENDS)}\n\n"
