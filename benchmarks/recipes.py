@@ -5,11 +5,11 @@
         [--trl-python TRL_VENV/bin/python] [--write docs] [--smoke]
 
 A budget is a time (60s, 15min) or a number of characters (300000ch). Time is that of the steps alone: a few steps of
-every recipe are measured in turn before any is trained, the least of some rounds is what a step takes (paces.jsonl),
-and the recipe gets as many as the budget holds, whatever else the machine does later; loading, extending and
-evaluating are not counted. A tenth of each file is held out, by a hash of the document, and held_out.txt lists the
-hashes. Every result is a line of results.jsonl and is not computed again; the table and the plot are of all lines.
-TRL's environment is that of benchmarks/train_step.py.
+every recipe are measured in turn before any is trained, all but the first, which prepares what the others use; the
+least of some rounds is what a step takes (paces.jsonl), and the recipe gets as many as the budget holds, whatever
+else the machine does later; loading, extending and evaluating are not counted. A tenth of each file is held out, by a
+hash of the document, and held_out.txt lists the hashes. Every result is a line of results.jsonl and is not computed
+again; the table and the plot are of all lines. TRL's environment is that of benchmarks/train_step.py.
 """
 
 import argparse
@@ -39,8 +39,8 @@ COMMON = (
     "data.val_fraction=0", "hardware=cpu", "tracking=none", "stage.sequence_length=512",
     "stage.checkpoint_every_steps=100000",
 )  # fmt: skip
-PACE_STEPS, PACE_ROUNDS = 4, 2
-"""Of every recipe, in turn."""
+PACE_STEPS, PACE_ROUNDS = 5, 2
+"""Of every recipe, in turn; the first step of a round is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,21 @@ class Trained:
     """What a training cost and what came of it."""
 
     adapter: Path
-    steps: int
-    seconds: dict[str, float]
-    """Of the steps, by clock: wall and processor."""
+    step_seconds: list[float]
+    """Of each step, by the wall clock."""
+    busy: float
+    """Processor seconds of a wall second."""
     characters: float
+
+    @property
+    def steps(self) -> int:
+        """How many."""
+        return len(self.step_seconds)
+
+    def seconds(self, first: int = 0) -> dict[str, float]:
+        """Of the steps from this one on, by clock: wall and processor."""
+        wall = sum(self.step_seconds[first:])
+        return {"wall": wall, "processor": wall * self.busy}
 
 
 def main() -> None:
@@ -83,7 +94,7 @@ def main() -> None:
     parser.add_argument("--budget", type=Budget.parse, default=Budget(900.0, "s"))
     parser.add_argument("--clock", choices=["processor", "wall"], default="processor")
     parser.add_argument("--recipes", nargs="+")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1], help="none: only what a step takes")
     parser.add_argument("--folder", type=Path, default=Path("outputs/recipes"))
     parser.add_argument("--characters", type=int, default=20_000, help="held-out characters of each language to score")
     parser.add_argument("--sequences", type=int, default=4, help="in a step, of 512 tokens")
@@ -103,6 +114,8 @@ def main() -> None:
             key |= {} if name in recipes else {"budget": "", "clock": ""}
             if not find_line(results, key):
                 add_line(results, key | compare(options, name, recipes.get(name), seed))
+    if not options.seeds:
+        return
     table = show_table(read_lines(results))
     print(table)
     plot(read_lines(results), options.folder / "recipes.svg")
@@ -157,7 +170,7 @@ def compare(options: argparse.Namespace, name: str, recipe: dict[str, Any] | Non
     steps = max(1, round(options.budget.amount / read_pace(options, name)))
     done = train(options, recipe, base, seed, steps, folder)
     found = evaluate(options, f"{base}+{done.adapter}", folder.name)
-    seconds = {f"{clock}_seconds": round(value, 1) for clock, value in done.seconds.items()}
+    seconds = {f"{clock}_seconds": round(value, 1) for clock, value in done.seconds().items()}
     return {"steps": done.steps, "characters": round(done.characters), **seconds, **found}
 
 
@@ -170,8 +183,8 @@ def measure_pace(options: argparse.Namespace, name: str, recipe: dict[str, Any],
     folder = options.folder / "paces" / name
     shutil.rmtree(folder, ignore_errors=True)
     done = train(options, recipe, extend(options, name, recipe), 1, PACE_STEPS, folder)
-    spent = {"ch": done.characters, **done.seconds}
-    add_line(options.folder / PACES, key | {unit: amount / done.steps for unit, amount in spent.items()})
+    pace = {clock: seconds / (done.steps - 1) for clock, seconds in done.seconds(first=1).items()}
+    add_line(options.folder / PACES, key | {"ch": done.characters / done.steps} | pace)
 
 
 def read_pace(options: argparse.Namespace, name: str) -> float:
@@ -215,10 +228,9 @@ def train_with_cqlora(
     )  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if line["kind"] == "train"]
-    wall = sum(line["seconds"] for line in trained)
-    # Of the program's processor seconds, the steps' share of its wall clock.
-    seconds = {"wall": wall, "processor": spent["processor"] * wall / spent["wall"]}
-    return Trained(folder / "adapter", steps, seconds, trained[-1]["tokens"] * characters_per_token(folder))
+    step_seconds = [line["seconds"] for line in trained]
+    characters = trained[-1]["tokens"] * characters_per_token(folder)
+    return Trained(folder / "adapter", step_seconds, spent["processor"] / spent["wall"], characters)
 
 
 def characters_per_token(run: Path) -> float:
@@ -242,8 +254,7 @@ def train_with_trl(
     worker = [ROOT / "benchmarks" / "recipes_trl.py", base, texts, folder, steps, seed, length, json.dumps(settings)]
     spent = start([options.trl_python, *map(str, worker)])
     told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
-    seconds = {"wall": told["seconds"], "processor": spent["processor"] * told["seconds"] / spent["wall"]}
-    return Trained(folder / "adapter", steps, seconds, told["characters"])
+    return Trained(folder / "adapter", told["step_seconds"], spent["processor"] / spent["wall"], told["characters"])
 
 
 def evaluate(options: argparse.Namespace, model: str, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ SFTTrainer with LoRA as TRL's command line gives it (rank 16, alpha 32, dropout 
 and `rank`, `alpha` and `target_modules` of LoraConfig.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Train, save the adapter, and tell how long the steps took and how many characters they read."""
+    """Train, save the adapter, and tell how long each step took and how many characters they read."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -58,9 +59,12 @@ def main() -> None:
         callbacks=[Clock()],
     )
     trainer.train()
-    seconds = time.monotonic() - began[0]
+    times = [*began, time.monotonic()]
     trainer.save_model(f"{folder}/adapter")
-    told = {"seconds": seconds, "characters": steps * settings.per_device_train_batch_size * count_characters(trainer)}
+    told = {
+        "step_seconds": [after - before for before, after in itertools.pairwise(times)],
+        "characters": steps * settings.per_device_train_batch_size * count_characters(trainer),
+    }
     (Path(folder) / "told.json").write_text(json.dumps(told))
 
 
