@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from cqlora.config.secrets import guard_environment, raise_refusal, refuse_secret_values, refuse_secrets
 from cqlora.errors import ConfigError, CqloraError, DoesNotFit, Preempted
+from cqlora.system.documents import escape_controls
 from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import INTERRUPTED, Stopped
 
@@ -322,7 +323,7 @@ def describe_job() -> str:
 
 def stop(error: CqloraError) -> NoReturn:
     """End with an error's sentence and exit code."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {escape_controls(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
 
 

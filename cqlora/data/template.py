@@ -1,34 +1,30 @@
-"""A chat template in Jinja, in the sandbox that transformers runs it in, with a bound on what it may do.
+"""A chat template in Jinja, run by a process of its own within bounds that it cannot get around.
 
-Templates come along with models from anywhere: one that fails, loops or asks for what the sandbox denies ends in one
-sentence. What they see is what transformers shows them, but for the clock: `strftime_now` formats one fixed day, so
-that the same data gives the same tokens tomorrow.
+Templates come along with models from anywhere: one that fails, never ends, or asks for what the sandbox denies ends in
+one sentence.
 """
 
+import atexit
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from threading import local
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
 from cqlora.errors import ModelError
-from cqlora.system.documents import first_words
+from cqlora.system.documents import one_line
 
-TODAY = datetime(2024, 7, 26)
-"""What templates are told of the date: the day that Llama 3's own takes where there is no clock."""
+MOST_SECONDS = 5.0
+"""Of processor time, for one text; a conversation of a thousand turns takes some milliseconds."""
+MOST_BYTES = 1 << 30
+"""Of address space, Python's own included."""
 
-_MOST_STEPS = 1_000_000
-"""Passes through loops in one rendering; a conversation of a thousand turns needs a few thousand."""
-_MOST_CHARACTERS = 1 << 26
-_MOST_BITS = 1 << 16
+_PROGRAM = Path(__file__).with_name("template_process.py")
 
 Message = Mapping[str, Any]
 
@@ -38,21 +34,21 @@ class TemplateRefusal(Exception):
 
 
 class ChatTemplate:
-    """A compiled template.
+    """A template that has been compiled.
 
     Raises:
-        ModelError: it is no Jinja, or larger than any template.
+        ModelError: it is no Jinja, or cannot be compiled within the bounds.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         try:
-            self._template = compile_bounded(source)
-        except (jinja2.TemplateError, MemoryError, RecursionError, SyntaxError, ValueError) as error:
+            _PROCESS.ask([source])
+        except TemplateRefusal as refusal:
             raise ModelError(
-                f"a chat template cannot be read as Jinja ({first_words(error)}); mend it, or choose another with "
+                f"a chat template cannot be read as Jinja ({refusal}); mend it, or choose another with "
                 "stage.template=NAME."
-            ) from error
+            ) from refusal
 
     def render(
         self,
@@ -72,104 +68,81 @@ class ChatTemplate:
             switches: what a template of this kind reads beside, such as `enable_thinking`.
 
         Raises:
-            TemplateRefusal: the template raised, or exceeded its bounds.
+            TemplateRefusal: the template raised.
+            ModelError: it exceeded its bounds.
         """
-        _STEPS.left = _MOST_STEPS
-        try:
-            text = self._template.render(
-                messages=list(messages),
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **names,
-                **switches,
-            )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
-                TypeError, ValueError) as error:  # fmt: skip
-            raise TemplateRefusal(first_words(error)) from error
-        if len(text) > _MOST_CHARACTERS:
-            raise TemplateRefusal(f"it writes more than {_MOST_CHARACTERS:,} characters")
-        return text
+        values = {
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **names,
+            **switches,
+        }
+        return _PROCESS.ask([self.source, values])
 
 
-@lru_cache(maxsize=32)
-def compile_bounded(source: str) -> jinja2.Template:
-    """The template, each pass through a loop of it counted."""
-    environment = _Sandbox()
-    tree = environment.parse(source)
-    for loop in list(tree.find_all(nodes.For)):
-        counted = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
-        counted.set_environment(environment)
-        loop.iter = counted
-    return jinja2.Template.from_code(environment, environment.compile(tree), environment.globals)
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}`, by which transformers marks replies: its body, as it is."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
-
-
-class _NamesWithoutUnderscores(Namespace):
-    """Jinja's `namespace`, into which nothing of Python's internals can be put."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace takes no name such as {name!r}")
-        super().__setitem__(name, value)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """transformers' environment of chat templates, in which products and powers are bounded too."""
-
-    intercepted_binops = frozenset({"*", "**"})
+class _Process:
+    """The process of template_process.py, started where one is asked for, anew where the last one was ended."""
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-        self.filters |= {"tojson": _to_json, "counted": _count_steps}
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": TODAY.strftime,
-            "namespace": _NamesWithoutUnderscores,
-        }
+        self.lock = Lock()
+        self.child: subprocess.Popen[bytes] | None = None
+        self.owner = 0
+        """A process that was forked has not its parent's child."""
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for value, times in ((left, right), (right, left)):
-            if isinstance(times, int) and hasattr(value, "__len__") and len(value) * times > _MOST_CHARACTERS:
-                raise OverflowError("it repeats a text too often")
-        are_integers = isinstance(left, int) and isinstance(right, int)
-        if operator == "**" and are_integers and left.bit_length() * right > _MOST_BITS:
-            raise OverflowError("it computes a number too large")
-        return super().call_binop(context, operator, left, right)
+    def ask(self, request: list[Any]) -> str:
+        """The answer to a request.
+
+        Raises:
+            TemplateRefusal: the template raised.
+            ModelError: it exceeded its bounds.
+        """
+        with self.lock:
+            answer = self._exchange(json.dumps(request).encode() + b"\n")
+        text, *wrong = json.loads(answer)
+        if not wrong:
+            return str(text)
+        kind, reason = wrong
+        if kind == "memory":
+            raise ModelError(_out_of_bounds(f"takes more than {MOST_BYTES >> 30} GiB of memory"))
+        raise TemplateRefusal(one_line(reason))
+
+    def _exchange(self, request: bytes) -> bytes:
+        if self.child is None or self.owner != os.getpid():
+            self._start()
+        assert self.child is not None and self.child.stdin is not None and self.child.stdout is not None
+        answer = b""
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.write(request)
+            self.child.stdin.flush()
+            answer = self.child.stdout.readline()
+        if answer.endswith(b"\n"):
+            return answer
+        ended, self.child = self.child.wait(), None
+        if ended == -signal.SIGPROF:
+            raise ModelError(_out_of_bounds(f"computes for more than {MOST_SECONDS:g} seconds"))
+        raise ModelError(_out_of_bounds(f"ended the process that it runs in (code {ended})"))
+
+    def _start(self) -> None:
+        # A session of its own: Ctrl-C at a terminal is for the program that asks. It ends with its input.
+        self.child = subprocess.Popen(
+            [sys.executable, "-P", _PROGRAM, str(MOST_BYTES), str(MOST_SECONDS)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        self.owner = os.getpid()
+
+    def close(self) -> None:
+        """End the process."""
+        with self.lock:
+            if self.child is not None and self.owner == os.getpid():
+                self.child.communicate()
+            self.child = None
 
 
-class _Steps(local):
-    """Passes through loops that the rendering of this thread may still make."""
-
-    left = _MOST_STEPS
+_PROCESS = _Process()
+atexit.register(_PROCESS.close)
 
 
-_STEPS = _Steps()
-
-
-def _count_steps(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        _STEPS.left -= 1
-        if _STEPS.left < 0:
-            raise TemplateRefusal(f"it loops more than {_MOST_STEPS:,} times")
-        yield value
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """As transformers has it: Jinja's own escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _out_of_bounds(what: str) -> str:
+    return f"the chat template {what} to write one text; mend it, or choose another with stage.template=NAME."

@@ -123,7 +123,19 @@ def first_words(error: BaseException) -> str:
     """What an error says, on one line and cut where it is long."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return " ".join(str(error).split())[:120]
+    return one_line(str(error))
+
+
+def one_line(text: str) -> str:
+    """Text from elsewhere as an error quotes it: on one line, cut where it is long, see escape_controls."""
+    return escape_controls(" ".join(text.split()))[:120]
+
+
+def escape_controls(text: str) -> str:
+    """Text whose control characters, which would move a terminal's cursor or worse, are written as `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def copy_inside(file: Path, target: Path) -> None:

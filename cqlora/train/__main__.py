@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cqlora.errors import CqloraError
+from cqlora.system.documents import escape_controls
 from cqlora.system.handover import write_failure
 from cqlora.system.refusals import described_as_sentence
 from cqlora.system.signals import INTERRUPTED, die_with, preempt_on_signals
@@ -26,7 +27,7 @@ def main() -> None:
             train_from(run_file)
     except CqloraError as error:
         if not write_failure(str(error)):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

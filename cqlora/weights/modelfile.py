@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from cqlora.data.template import ChatTemplate, TemplateRefusal
 from cqlora.data.templates import read_own_template
 from cqlora.data.tokenizer import read_special_names
+from cqlora.errors import ModelError
 from cqlora.weights.gguf_vocabulary import begins_with
 
 MODELFILE = "Modelfile"
@@ -143,9 +142,7 @@ def own_system(form: PromptForm, plain: str) -> str | None:
 
 def render(jinja: str, tokens: Mapping[str, str], messages: Messages) -> str | None:
     """A conversation as a chat template writes it; None where it refuses it."""
-    options: dict[str, Any] = {"chat_template": jinja, "add_generation_prompt": True, **tokens}
     try:
-        rendered: Any = render_jinja_template([[dict(message) for message in messages]], **options)
-    except TemplateError:
+        return ChatTemplate(jinja).render(messages, tokens, add_generation_prompt=True)
+    except (ModelError, TemplateRefusal):
         return None
-    return str(rendered[0][0])

@@ -1,7 +1,12 @@
 """Templates that models carry: ids equal to transformers', labels decode to the assistant's words and end tokens."""
 
+import gc
 import json
+import multiprocessing
+import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cqlora.config.choices import SourceKind, Template, Thinking
 from cqlora.config.schema import SourceConfig
+from cqlora.data import template
 from cqlora.data.encode import EncodeSettings, RecordEncoder
 from cqlora.data.layout import Typesetter
 from cqlora.data.records import Conversation, RowError, Turn
@@ -323,26 +329,86 @@ def test_a_template_whose_mask_cannot_be_proven_is_refused_with_the_reason(turn,
     typeset(LOOP.replace("TURN", "{{ 'A' if m.role == 'assistant' else 'U' }}: {{ m.content }}</s>")).prove()
 
 
-HOSTILE = {
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "loops more than",
+REFUSED = {
     "{{ ''.__class__.__mro__ }}": "unsafe",
     "{{ messages.append(1) }}": "",
-    "{{ 'x' * 10 ** 10 }}": "repeats a text too often",
-    "{{ 9 ** 99999999 }}": "computes a number too large",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "nested too deeply",
     "{% set n = namespace() %}{% set n.__init__ = 1 %}": "",
     "{{ raise_exception('Nobody speaks.\nNobody.') }}": "Nobody speaks. Nobody.",
+    "{{ raise_exception('\x1b[2J\x07red \u202e你') }}": "\\x1b[2J\\x07red \\u202e你",
+    "{{ raise_exception('') }}": "TemplateError",
     "{{ 1 // 0 }}": "",
     "{{ nothing.at.all }}": "",
     "{% include 'x' %}": "",
+    "{{ lipsum(n=100000000) }}": "'lipsum' is undefined",
+    "{{ 9 ** (9999 * messages | length) }}": "4300 digits",
 }
 
 
-@pytest.mark.parametrize("source", HOSTILE)
-def test_a_hostile_template_ends_in_one_sentence(source):
+@pytest.mark.parametrize("source", REFUSED)
+def test_a_template_that_asks_for_what_it_may_not_have_ends_in_one_sentence(source):
     with pytest.raises(TemplateRefusal) as refused:
         ChatTemplate(source).render([{"role": "user", "content": "a"}], {})
-    assert HOSTILE[source] in str(refused.value) and "\n" not in str(refused.value)
+    assert REFUSED[source] in str(refused.value) and str(refused.value).isprintable() and str(refused.value)
+
+
+ENDLESS = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(x) %}{% if x %}{{ f(x - 1) }}{{ f(x - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x == [n.x] }}"
+    "{{ n.x }}",
+    "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{{ 'x' * 10 ** 10 }}",
+    "{{ 9 ** 999999999 }}",
+    "{{ 9 ** (9 ** 9 ** 9) }}",
+    "{{ '%9000000000d' % 1 }}",
+    "{{ '{:>9000000000}'.format(1) }}",
+    "{{ 'a'.center(9000000000) }}",
+    "{{ 'a' | center(9000000000) }}",
+    "{{ (['a' * 60000] * 60000) | join }}",
+    "{{ (5).to_bytes(9000000000, 'big') }}",
+    "{{ strftime_now('%s%Z' * 1000000000) }}",
+    "{{ [1] | tojson(indent=9000000000) }}",
+]
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_no_template_gets_past_its_bounds(source, monkeypatch):
+    monkeypatch.setattr(template, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(template, "_PROCESS", template._Process())
+    with pytest.raises(ModelError) as refused:
+        ChatTemplate(source).render([{"role": "user", "content": "a"}], {})
+    template._PROCESS.close()
+    assert re.search(r"computes for more than 0.5 seconds|takes more than 1 GiB of memory", str(refused.value))
+    assert str(refused.value).endswith("to write one text; mend it, or choose another with stage.template=NAME.")
+
+
+def test_after_a_template_that_was_ended_others_are_written():
+    with pytest.raises(ModelError, match="GiB of memory"):
+        ChatTemplate("{{ 'a' | center(9000000000) }}").render([], {})
+    kept = ChatTemplate("{{ messages[0].content }}")
+    template._PROCESS.child.kill()
+    with pytest.raises(ModelError, match=r"ended the process that it runs in \(code -9\)"):
+        kept.render([{"content": "a"}], {})
+    assert kept.render([{"content": "你\ud800\u2028\n"}], {}) == "你\ud800\u2028\n"
+
+
+def test_templates_are_written_at_once_from_threads_and_from_a_process_that_was_forked():
+    written = ChatTemplate("{{ messages[0].content }}")
+
+    def write(name):
+        return all(written.render([{"content": name}], {}) == name for _ in range(50))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(write, "abcd"))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2, initializer=gc.disable) as forked:
+        assert forked.map(partial(render_often, written), "ef") == [True, True]
+    assert write("g")
+
+
+def render_often(written, name):
+    return all(written.render([{"content": name}], {}) == name for _ in range(50))
 
 
 NO_JINJA = [
