@@ -73,7 +73,7 @@ def _read_shape(folder: Path, *_: object) -> dict[str, Any]:
         "vocab_size": first if type(first) is int and first > 0 else config["vocab_size"],
         "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": find_head_dim(config),
-        "max_position_embeddings": config.get("max_position_embeddings") or 2048,
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
         "tie_word_embeddings": ties_embeddings(config),
         "biases": find_biases(config),
         "head_norms": has_head_norms(config),

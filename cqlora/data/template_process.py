@@ -11,7 +11,6 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -95,10 +94,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "strftime_now": TODAY.strftime,
             "namespace": _NamesWithoutUnderscores,
         }
-        known: list[dict[str, Callable[..., Any]]] = [self.filters, self.globals]
-        for names in known:
-            for name in _BY_CHANCE:
-                names.pop(name, None)
+        for name in _BY_CHANCE:
+            self.filters.pop(name, None)
+            self.globals.pop(name, None)
 
 
 def _raise_exception(message: str) -> None:

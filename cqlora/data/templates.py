@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, chat_template
 from cqlora.data.rendered import TemplateEncoder, open_typesetter
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object_if_there, read_text, take
+from cqlora.system.documents import read_object_if_there, read_text, shorten, take
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +32,35 @@ _ANSWER_AT_ONCE = "{%- set enable_thinking = enable_thinking if enable_thinking 
 
 
 def read_own_template(folder: Path) -> str:
-    """The chat template of a model's folder; empty where it has none, the default one where it has several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+    """The chat template of a model's folder; empty where it has none, the default one where it has several.
+
+    As transformers reads it, a file of its own comes before tokenizer_config.json.
+
+    Raises:
+        ModelError: what stands in its place is neither a text nor named texts of which one is the default.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if os.path.lexists(file):
         return read_text(file)
-    template = read_object_if_there(folder / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(template, list):
-        named = [each for each in template if isinstance(each, dict)]
-        template = next((each.get("template") for each in named if each.get("name") == "default"), "")
-    return template if isinstance(template, str) else ""
+    template = read_object_if_there(config).get("chat_template")
+    if template is None or isinstance(template, str):
+        return template or ""
+    named = (
+        template.items()
+        if isinstance(template, dict)
+        else map(_name_and_text, template if isinstance(template, list) else [])
+    )
+    defaults = [text for name, text in named if name == "default"]
+    if len(defaults) == 1 and isinstance(defaults[0], str):
+        return defaults[0]
+    raise ModelError(
+        f"{config} has chat_template={shorten(template)} where a text belongs, or named texts of which one is the "
+        "default; correct it or fetch it again."
+    )
+
+
+def _name_and_text(entry: Any) -> tuple[Any, Any]:
+    return (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
 
 
 @dataclass(frozen=True, slots=True)

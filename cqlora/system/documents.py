@@ -1,5 +1,6 @@
 """JSON and small files of a model's or an adapter's folder, checked, since users and disks damage them."""
 
+import errno
 import json
 import math
 import shutil
@@ -172,4 +173,11 @@ def _describe_other(path: Path) -> str:
         return "is a folder and no file"
     if path.exists():
         return "is no plain file"
-    return f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "does not exist"
+    if not path.is_symlink():
+        return "does not exist"
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return f"is a link to {path.readlink()}, which leads back to it"
+    return f"is a link to {path.readlink()}, which does not exist"

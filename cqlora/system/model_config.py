@@ -17,9 +17,9 @@ _SIZES = {
 }  # fmt: skip
 _OPTIONAL_SIZES = {
     "num_key_value_heads": 1 << 16, "head_dim": 1 << 16, "max_position_embeddings": 1 << 31,
-    "no_rope_layer_interval": 10_000,
+    "no_rope_layer_interval": 10_000, "sliding_window": 1 << 31,
 }  # fmt: skip
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _ROPE_NUMBERS = (
     "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
     "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
@@ -43,6 +43,8 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         take_number(config, key, file, 1, high)
     for key, high in _OPTIONAL_SIZES.items():
         take_number(config, key, file, 1, high, default=None)
+    if config.get("max_position_embeddings", 0) is None:
+        raise ModelError(f"{file} has max_position_embeddings=null where transformers needs a number; correct it.")
     take_number(config, "rms_norm_eps", file, 1e-12, 1.0, float, default=None)
     take(config, "hidden_act", file, str, default=None)
     take(config, "quantization_config", file, dict, default=None)

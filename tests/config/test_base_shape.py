@@ -69,8 +69,9 @@ def test_a_folder_is_read_once_for_all_keys_and_again_once_it_changed(tmp_path, 
 @pytest.mark.parametrize(
     "make, told",
     [(lambda file: file.mkdir(), "is a folder and no file"), (os.mkfifo, "is no plain file"),
-     (lambda file: file.symlink_to("gone.json"), "is a link to gone.json, which does not exist")],
-    ids=["folder", "pipe", "broken link"],
+     (lambda file: file.symlink_to("gone.json"), "is a link to gone.json, which does not exist"),
+     (lambda file: file.symlink_to("config.json"), "is a link to config.json, which leads back to it")],
+    ids=["folder", "pipe", "broken link", "loop"],
 )  # fmt: skip
 def test_what_stands_in_the_place_of_config_json_is_told(make, told, tmp_path):
     file = tmp_path / "config.json"
@@ -79,6 +80,23 @@ def test_what_stands_in_the_place_of_config_json_is_told(make, told, tmp_path):
         (tmp_path / "tokenizer.json").write_text("{}")
         with pytest.raises(error, match=f"{re.escape(str(file))} {told}; give the folder"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("sliding_window", "x"), ("sliding_window", 0), ("sliding_window", 1.5), ("use_sliding_window", "no"),
+     ("max_position_embeddings", None)],
+)  # fmt: skip
+def test_a_number_that_transformers_would_not_take_is_told_with_file_key_and_value(key, value, tmp_path):
+    MistralConfig(**SMALL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=f"{re.escape(str(file))} has {key}={shorten_json(value)} where "):
+        typed("model=auto", f"model.path={tmp_path}")
+
+
+def shorten_json(value):
+    return "null" if value is None else re.escape(repr(value))
 
 
 def test_a_frozen_configuration_holds_the_numbers_and_no_longer_reads_the_folder(tmp_path):

@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import re
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -489,6 +490,32 @@ def test_auto_is_the_bases_own_template_where_it_passes_else_chatml(family, tmp_
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
     assert read_own_template(folder) == "y"
+
+
+DEFAULT = {"name": "default", "template": "y"}
+
+
+@pytest.mark.parametrize("kept", [{"default": "y", "rag": "x"}, "y", [DEFAULT]])
+def test_a_template_is_read_as_transformers_reads_it(kept, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept}))
+    assert read_own_template(tmp_path) == "y"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert read_own_template(tmp_path) == "file"
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [5, True, 0, ["x"], [], [DEFAULT, DEFAULT], [{"name": "rag", "template": "x"}], {"rag": "x"}, {"default": 1}],
+)
+def test_what_is_no_template_is_refused_and_not_taken_for_none(kept, bases, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(bases("chatml").path, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": kept}))
+    for read in (read_own_template, choose_by_base, partial(find_source, Template.base)):
+        with pytest.raises(ModelError, match=r"tokenizer_config.json has chat_template=.* where a text belongs"):
+            read(folder)
 
 
 def test_a_template_of_tokens_that_the_base_has_not_is_refused(bases):
