@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
+from cqlora.model.transfer import send
 from cqlora.system.machine import has_varlen_attention
 
 DOCUMENTS = "cqlora_documents"
@@ -80,7 +81,7 @@ def document_kwargs(
             f"document lengths {rows} must be at least 1 and have the same sum in every row; pad the shorter "
             "rows with a last document."
         )
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device, non_blocking=True)
+    bounds = send(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), device)
     return {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,

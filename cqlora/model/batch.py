@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from cqlora.model.attention import document_kwargs
+from cqlora.model.transfer import send
 
 
 class PackOfDocuments(Protocol):
@@ -57,20 +58,14 @@ def build_batch(packs: Sequence[PackOfDocuments], device: torch.device) -> Batch
     sources = np.repeat([source for pack in packs for source in pack.source_ids], lengths)
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
     return Batch(
-        input_ids=_send(tokens, device)[None],
-        position_ids=_send(positions, device)[None],
-        label_positions=_send(labels, device),
-        targets=_send(tokens[labels], device),
+        input_ids=send(torch.from_numpy(tokens), device)[None],
+        position_ids=send(torch.from_numpy(positions), device)[None],
+        label_positions=send(torch.from_numpy(labels), device),
+        targets=send(torch.from_numpy(tokens[labels]), device),
         label_sources=torch.from_numpy(sources[labels].astype(np.int64)),
         document_lengths=lengths,
         attention=document_kwargs(lengths, device),
     )
-
-
-def _send(numbers: NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """`numbers` on `device`; only from pinned memory does a GPU copy while the host goes on."""
-    tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def count_labels(packs: Sequence[PackOfDocuments]) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cqlora.model.transfer import send
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingNoise:
@@ -27,4 +29,4 @@ class EmbeddingNoise:
         magnitude = (self.alpha / torch.sqrt(lengths * embeddings.shape[-1])).repeat_interleave(
             lengths, output_size=embeddings.shape[1]
         )
-        return embeddings + noise * magnitude[:, None].to(noise.device, noise.dtype, non_blocking=True)
+        return embeddings + noise * send(magnitude[:, None].to(noise.dtype), noise.device)
