@@ -17,6 +17,8 @@ from cqlora.system.tensor_files import INDEX
 
 MODELFILE = "Modelfile"
 """For Ollama, beside a GGUF file."""
+PATIENCE_SECONDS = 120.0
+"""How long the hub may say nothing."""
 _BEGINNINGS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _NAMES = {README, CARD, ADAPTER_CONFIG, "config.json", "tokenizer.json", INDEX, MODELFILE, *COMPANIONS}
 _WEIGHTS = (".safetensors", ".gguf", ".model")
@@ -174,12 +176,13 @@ def upload(found: Publication, repo: str, endpoint: str, private: bool, message:
         ConfigError: there is no token.
         ModelError: the hub cannot be reached or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token
 
     token = get_token()
     if not token:
         raise ConfigError("there is no token for the hub; log in by `hf auth login`, or set HF_TOKEN.")
+    # The client waits for ever of itself.
+    get_session().timeout = PATIENCE_SECONDS
     api = HfApi(endpoint=endpoint, token=token)
     operations = [
         CommitOperationAdd(name, found.rewritten.get(name) or str(found.folder / name)) for name in found.names
@@ -187,7 +190,9 @@ def upload(found: Publication, repo: str, endpoint: str, private: bool, message:
     try:
         address = api.create_repo(repo, private=private or None, exist_ok=True)
         api.create_commit(repo, operations, commit_message=message)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        told = first_words(error).replace(token, "…")
-        raise ModelError(f"{repo} cannot be written at {endpoint} ({told}); nothing of it was changed.") from None
+    except Exception as error:  # noqa: BLE001 - the client's, its own client's, and what answers of no hub lead to
+        told = (first_words(error) or type(error).__name__).replace(token, "…")
+        raise ModelError(
+            f"{repo} cannot be written at {endpoint} ({told}); the commit is there whole or not at all, so try again."
+        ) from None
     return str(address)

@@ -1,12 +1,17 @@
 """`cqlora push`: what a hub would get, what is refused, and what is sent, to a hub that is none."""
 
 import json
+import socket
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
+from cqlora import publication
 from cqlora.base import read_card, verify_adapter
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model_card import page_of_merge
@@ -189,6 +194,86 @@ def test_without_a_token_and_with_a_hub_that_refuses_one_sentence_is_said_withou
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ConfigError, match="no token for the hub; log in by `hf auth login`, or set HF_TOKEN"):
         push(config(adapter))
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """The hub's client goes to the network, and has a token."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def lying_hub(online):
+    """A server that says what it is told to, or nothing; the heads of what it was asked."""
+    server = HTTPServer(("127.0.0.1", 0), LyingHub)
+    server.asked, server.answer = [], None
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class LyingHub(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.server.asked.append(dict(self.headers))
+        if self.server.answer is None:
+            time.sleep(1)
+            return
+        status, headers, body = self.server.answer
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "answer", [None, (500, {}, b"boom"), (200, JSON, b"[1, 2]"), (200, JSON, b"{"),
+               (403, JSON, b'{"error": "\\u001b[2J"}')],
+    ids=["silence", "an error", "another answer", "half an answer", "control bytes"],
+)  # fmt: skip
+def test_a_hub_that_answers_otherwise_is_one_sentence(answer, adapter, lying_hub, monkeypatch):
+    monkeypatch.setattr(publication, "PATIENCE_SECONDS", 0.2 if answer is None else 60)
+    lying_hub.answer = answer
+    endpoint = f"http://127.0.0.1:{lying_hub.server_port}"
+    with pytest.raises(ModelError, match=f"^me/zh cannot be written at {endpoint} ") as refused:
+        push(config(adapter, endpoint=endpoint))
+    assert str(refused.value).isprintable() and TOKEN not in str(refused.value) and lying_hub.asked
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(adapter, online):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ModelError, match="Connection refused"):
+            push(config(adapter, endpoint=endpoint))
+
+
+def test_the_token_does_not_follow_to_another_host(adapter, lying_hub):
+    lying_hub.answer = (307, {"Location": f"http://localhost:{lying_hub.server_port}/elsewhere"}, b"")
+    with pytest.raises(ModelError, match="cannot be written"):
+        push(config(adapter, endpoint=f"http://127.0.0.1:{lying_hub.server_port}"))
+    first, *others = lying_hub.asked
+    assert TOKEN in str(first) and others and TOKEN not in str(others)
+
+
+def test_what_a_card_says_does_not_move_the_cursor(adapter, hub, capsys):
+    (adapter / "README.md").write_text(PAGE + "\x1b[2J\x07", encoding="utf-8")
+    push(config(adapter, dry_run=True))
+    told = capsys.readouterr().out
+    assert "\\x1b[2J\\x07" in told and "\x1b" not in told
 
 
 @pytest.mark.parametrize(
