@@ -39,8 +39,8 @@ def read_dataset(location: Location) -> Iterator[RawRow]:
             split = _SPLITS[name] if len(names) > 1 else None
             for number, row in enumerate(streams[name], start=1):
                 yield RawRow(f"{location.dataset}/{name}", number, row, split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise nowhere(location, first_line(error)) from None
+    except Exception as error:  # noqa: BLE001 - the client's, its own client's, and what answers of no hub lead to
+        raise nowhere(location, first_line(error) or type(error).__name__) from None
 
 
 def require_hub(location: Location) -> None:

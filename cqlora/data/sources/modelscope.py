@@ -5,7 +5,6 @@ project uses.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,9 @@ from cqlora.errors import DataError
 SECONDS = 60.0
 """In which the hub must go on answering."""
 PAGE = 200
+_MOST_BYTES = 64 << 20
+"""Of a page that lists files."""
+_MOST_FILES = 1_000_000
 ReadFile = Callable[[SourceFile, SourceConfig], Iterator[RawRow]]
 
 
@@ -40,11 +42,9 @@ def read_modelscope(location: Location, source: SourceConfig, read_file: ReadFil
         with tempfile.TemporaryDirectory(prefix="cqlora-") as folder:
             file = Path(folder) / Path(path).name
             try:
-                download(location, path, file)
+                download(location, path, file, size)
             except (OSError, ValueError) as error:
                 raise nowhere(location, f"{path}: {first_line(error)}") from None
-            if size is not None and file.stat().st_size != size:
-                raise nowhere(location, f"{path} ends after {file.stat().st_size} of {size} bytes")
             for row in read_file(SourceFile(file, split), source):
                 yield row._replace(file=f"{location.dataset}/{path}")
 
@@ -55,16 +55,36 @@ def repository(location: Location) -> str:
 
 
 def list_blobs(location: Location) -> list[dict[str, Any]]:
-    """Every file of the repository, page after page."""
+    """Every file of the repository, page after page.
+
+    Raises:
+        OSError, ValueError: the hub does not answer, or not with such a list.
+    """
     found: list[dict[str, Any]] = []
-    while True:
+    while len(found) < _MOST_FILES:
         query = {"Revision": "master", "Recursive": "True", "PageNumber": len(found) // PAGE + 1, "PageSize": PAGE}
         with urlopen(f"{repository(location)}/tree?{urlencode(query)}", timeout=SECONDS) as answer:
-            data = json.load(answer).get("Data") or {}
-        page = data if isinstance(data, list) else data.get("Files") or []
+            page = read_page(answer.read(_MOST_BYTES + 1))
         found += page
         if len(page) < PAGE:
             return [each for each in found if each.get("Type") != "tree"]
+    raise ValueError(f"it lists more than {_MOST_FILES:,} files")
+
+
+def read_page(answer: bytes) -> list[dict[str, Any]]:
+    """The files of one page.
+
+    Raises:
+        ValueError: it is not a hub's.
+    """
+    if len(answer) > _MOST_BYTES:
+        raise ValueError(f"its list of files has more than {_MOST_BYTES >> 20} MiB")
+    document = json.loads(answer)
+    data = (document.get("Data") or {}) if isinstance(document, dict) else None
+    page = (data.get("Files") or []) if isinstance(data, dict) else data
+    if not isinstance(page, list) or not all(isinstance(each, dict) and each.get("Path") for each in page):
+        raise ValueError("its answer is no list of files")
+    return page
 
 
 def choose_files(
@@ -83,8 +103,19 @@ def choose_files(
     return [(str(path), paths[str(path)], split) for path, split in splits]
 
 
-def download(location: Location, path: str, file: Path) -> None:
-    """Fetch a file of the repository."""
+def download(location: Location, path: str, file: Path, size: int | None) -> None:
+    """Fetch a file of the repository, which has so many bytes.
+
+    Raises:
+        OSError, ValueError: it is another, or breaks off.
+    """
     query = urlencode({"Revision": "master", "FilePath": path})
     with urlopen(f"{repository(location)}?{query}", timeout=SECONDS) as answer, file.open("wb") as stream:
-        shutil.copyfileobj(answer, stream, 1 << 20)
+        fetched = 0
+        while block := answer.read(1 << 20):
+            stream.write(block)
+            fetched += len(block)
+            if size is not None and fetched > size:
+                raise ValueError(f"it goes on after its {size} bytes")
+    if size is not None and fetched != size:
+        raise ValueError(f"it ends after {fetched} of {size} bytes")

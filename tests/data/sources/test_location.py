@@ -1,11 +1,13 @@
 """Where a source is found, in which order, and what is said when it is not."""
 
 import json
+import re
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import pytest
 
 from cqlora.config.choices import SourceKind
@@ -187,6 +189,19 @@ def test_a_hub_that_answers_is_asked_for_the_dataset(
             with pytest.raises(DataError, match=THREE_PLACES.format("503")):
                 hub.require_hub(Location(dataset="a/b", name="wiki"))
         server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("'list' object has no attribute 'get'"), LookupError(), BufferError("x")]
+)
+def test_whatever_the_hubs_client_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=THREE_PLACES.format(re.escape(str(error) or type(error).__name__))):
+        list(hub.read_dataset(Location(dataset="a/b", name="wiki")))
 
 
 def test_an_address_that_nobody_listens_at_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch, no_proxies):

@@ -26,6 +26,8 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.cut: set[str] = set()
+        self.longer = b""
+        self.listing: bytes | None = None
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def do_GET(self) -> None:
             address, query = urlsplit(self.path), {k: v[0] for k, v in parse_qs(urlsplit(self.path).query).items()}
             known.asked.append(address.path)
-            if address.path == "/api/v1/datasets/org/zh/repo/tree":
+            if address.path.endswith("/tree") and known.listing is not None:
+                self.answer(known.listing)
+            elif address.path == "/api/v1/datasets/org/zh/repo/tree":
                 entries = [{"Path": "data", "Type": "tree"}]
                 entries += [{"Path": path, "Type": "blob", "Size": len(body)} for path, body in known.files.items()]
                 first = (int(query["PageNumber"]) - 1) * int(query["PageSize"])
@@ -47,6 +51,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
                 self.answer(json.dumps({"Code": 200, "Data": {"Files": page}}).encode())
             elif address.path == "/api/v1/datasets/org/zh/repo" and query["FilePath"] in known.files:
                 body = known.files[query["FilePath"]]
+                body += known.longer
                 self.answer(body[: len(body) // 2] if query["FilePath"] in known.cut else body)
             else:
                 self.send_error(404)
@@ -111,7 +116,7 @@ def test_a_subset_is_a_folder_of_the_repository(hub: Hub):
 def test_what_breaks_off_is_no_end_and_an_unknown_dataset_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     hub.files, hub.cut = {"x.jsonl": lines(ROWS)}, {"x.jsonl"}
     size = len(hub.files["x.jsonl"])
-    with pytest.raises(DataError, match=rf"x\.jsonl ends after {size // 2} of {size} bytes.*MODELSCOPE_ENDPOINT"):
+    with pytest.raises(DataError, match=rf"x\.jsonl: it ends after {size // 2} of {size} bytes.*MODELSCOPE_ENDPOINT"):
         list(read_rows(located(), source()))
     other = SourceConfig(kind=SourceKind.alpaca, dataset="modelscope://org/other")
     with pytest.raises(DataError, match=r"modelscope://org/other cannot be streamed \(HTTP Error 404"):
@@ -119,3 +124,26 @@ def test_what_breaks_off_is_no_end_and_an_unknown_dataset_one_sentence(hub: Hub,
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match="cannot be streamed"):
         require_hub(located())
+
+
+@pytest.mark.parametrize(
+    "listing, why",
+    [(b"[1, 2]", "no list of files"), (b"{", "Expecting property name"), (b'{"Data": 5}', "no list of files"),
+     (b'{"Data": {"Files": [{"Size": 5}]}}', "no list of files"), (b'{"Data": {"Files": "x"}}', "no list of files"),
+     (b" " * 5000, "has more than"),
+     (json.dumps({"Data": [{"Path": "a.jsonl"}] * modelscope.PAGE}).encode(), "lists more")],
+    ids=range(7),
+)  # fmt: skip
+def test_an_answer_that_is_no_hubs_or_has_no_end_is_one_sentence(listing, why, hub: Hub, monkeypatch):
+    monkeypatch.setattr(modelscope, "_MOST_BYTES", 4500)
+    monkeypatch.setattr(modelscope, "_MOST_FILES", 1000)
+    hub.listing = listing
+    with pytest.raises(DataError, match=f"cannot be streamed \\(.*{why}.*MODELSCOPE_ENDPOINT"):
+        list(read_rows(located(), source()))
+
+
+def test_a_file_longer_than_the_hub_lists_it_is_not_fetched_to_its_end(hub: Hub):
+    hub.files["x.jsonl"] = b"{}"
+    hub.longer = b" " * 100
+    with pytest.raises(DataError, match=r"x\.jsonl: it goes on after its 2 bytes"):
+        list(read_rows(located(), source()))
