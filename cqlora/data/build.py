@@ -122,11 +122,13 @@ def build_cache(
         settings = replace(settings, fast=proof is not None and proof.result())
         count = partial(count_tokens, settings, workers)
         chosen = choose_records(gathered, config.data, sizes, config.seed, count, drop_near)
-        description = CacheWriter(chosen, settings, staging, config.seed, workers, progress).write()
+        writer = CacheWriter(chosen, settings, staging, config.seed, workers, progress)
+        description = writer.write()
     if not description["splits"]["train"]["documents"]:
+        losses = summarize_losses(chosen, writer.totals)
         raise DataError(
             f"data={config.data.name} leaves nothing to train on: of "
-            f"{sum(each.read for each in gathered)} rows none is kept ({summarize_losses(chosen)}); "
+            f"{sum(each.read for each in gathered)} rows none is kept ({losses}); "
             "loosen data.clean or name other sources."
         )
     for each in gathered:
@@ -195,11 +197,12 @@ def count_task(settings: EncodeSettings, task: EncodeTask) -> np.ndarray:
     return np.bincount(batch.records, weights=batch.lengths, minlength=len(task.offsets)).astype(np.int64)
 
 
-def summarize_losses(chosen: list[Chosen]) -> str:
+def summarize_losses(chosen: list[Chosen], totals: list[SourceTotals]) -> str:
     """Reasons and numbers over all sources."""
     losses: Counter[str] = Counter()
-    for each in chosen:
+    for each, written in zip(chosen, totals, strict=True):
         losses += each.gathered.rejected + each.gathered.dropped + each.left_out
+        losses.update({reason: number for reason, number in written.counts.items() if reason.endswith("left out")})
     return ", ".join(f"{reason} {number}" for reason, number in losses.most_common(6)) or "there was none"
 
 

@@ -20,7 +20,9 @@ from cqlora.errors import ModelError
 from cqlora.system.documents import one_line
 
 MOST_SECONDS = 5.0
-"""Of processor time, for one text; a conversation of a thousand turns takes some milliseconds."""
+"""Of processor time, beyond what each text is allowed."""
+SECONDS_EACH = 0.02
+"""For a text, however short; a conversation of a thousand turns takes less."""
 MOST_BYTES = 1 << 30
 """Of address space, Python's own included."""
 
@@ -121,13 +123,15 @@ class _Process:
             return answer
         ended, self.child = self.child.wait(), None
         if ended == -signal.SIGPROF:
-            raise ModelError(_out_of_bounds(f"computes for more than {MOST_SECONDS:g} seconds"))
+            raise ModelError(
+                _out_of_bounds(f"computes for {MOST_SECONDS:g} seconds more than {SECONDS_EACH:g} for each text")
+            )
         raise ModelError(_out_of_bounds(f"ended the process that it runs in (code {ended})"))
 
     def _start(self) -> None:
         # A session of its own: Ctrl-C at a terminal is for the program that asks. It ends with its input.
         self.child = subprocess.Popen(
-            [sys.executable, "-P", _PROGRAM, str(MOST_BYTES), str(MOST_SECONDS)],
+            [sys.executable, "-P", _PROGRAM, str(MOST_BYTES), str(MOST_SECONDS), str(SECONDS_EACH)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         self.owner = os.getpid()
@@ -145,4 +149,4 @@ atexit.register(_PROCESS.close)
 
 
 def _out_of_bounds(what: str) -> str:
-    return f"the chat template {what} to write one text; mend it, or choose another with stage.template=NAME."
+    return f"the chat template {what}; mend it, or choose another with stage.template=NAME."

@@ -1,5 +1,5 @@
 """The process that chat templates run in: Jinja in the sandbox that transformers has for them, with a bound on
-memory and, for each text, on processor time.
+memory and on processor time.
 
 A template comes along with a model from anywhere, and no list of what it may not do is whole: it can double a text,
 format a number to a billion places, or call itself twice. What the operating system bounds ends whatever it does.
@@ -25,6 +25,9 @@ TODAY = datetime(2024, 7, 26)
 """What templates are told of the date: the day that Llama 3's own takes where there is no clock, so that the same data
 gives the same tokens tomorrow."""
 
+_SECONDS_A_BYTE = 1e-6
+"""Of what a template is given; it takes a hundredth of that."""
+_MOST_OF_A_REASON = 1000
 _BY_CHANCE = ("lipsum", "random")
 """What Jinja draws by chance: the same data would give other tokens."""
 
@@ -34,15 +37,17 @@ def main() -> None:
 
     A request is [source] or [source, values]; the answer is [text] or, with the reason, [null, kind, reason].
     """
-    most_bytes, most_seconds = int(sys.argv[1]), float(sys.argv[2])
+    most_bytes, most_seconds, seconds_each = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     compiled: dict[str, jinja2.Template] = {}
+    seconds_left = most_seconds
     for line in sys.stdin.buffer:
+        seconds_left = min(most_seconds, seconds_left + seconds_each + len(line) * _SECONDS_A_BYTE)
         # SIGPROF ends the process, in the middle of an operation too.
-        signal.setitimer(signal.ITIMER_PROF, most_seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds_left)
         answer = _answer(compiled, line)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        seconds_left, _ = signal.setitimer(signal.ITIMER_PROF, 0)
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.buffer.write(answer + b"\n")
             sys.stdout.buffer.flush()
@@ -61,7 +66,7 @@ def _answer(compiled: dict[str, jinja2.Template], line: bytes) -> bytes:
     except RecursionError:
         return json.dumps([None, kind, "it is nested too deeply"]).encode()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the template's
-        return json.dumps([None, kind, str(error) or type(error).__name__]).encode()
+        return json.dumps([None, kind, str(error)[:_MOST_OF_A_REASON] or type(error).__name__]).encode()
 
 
 class _GenerationBlock(Extension):

@@ -6,10 +6,12 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import pytest
 import torch
 
 from cqlora.base import Base
-from cqlora.config.choices import SourceKind
+from cqlora.config.choices import SourceKind, Template
 from cqlora.config.schema import RunConfig, SourceConfig
 from cqlora.data import build, cache, collect, digests, store, workers
 from cqlora.data.cache import TokenCache, prepare_cache, unevaluated_sources
+from cqlora.data.chat import CHAT_TEMPLATE
 from cqlora.data.digests import MEMORY, hash_files
 from cqlora.errors import DataError
 from cqlora.system.sealed import read_sealed
@@ -284,6 +287,18 @@ def test_too_many_bad_rows_stop_with_a_summary_of_reasons(tmp_path: Path, byte_b
     assert not list(cache_dir.glob("*.rejected.jsonl"))
 
 
+def test_conversations_that_are_all_too_long_are_said_to_be(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
+    folder = tmp_path / "base"
+    shutil.copytree(byte_base.path, folder)
+    (folder / "chat_template.jinja").write_text("many words " * 99 + CHAT_TEMPLATE)
+    turns = [{"from": "human", "value": "长江"}, {"from": "gpt", "value": "黄河"}]
+    file = write_jsonl(tmp_path / "t.jsonl", [{"conversations": turns}] * 3)
+    config = make_config({"t": SourceConfig(kind=SourceKind.sharegpt, path=str(file))}, stage="sft")
+    config.stage.template = Template.base
+    with pytest.raises(DataError, match=r"none is kept \(.*exchanges too long left out 1"):
+        prepare_cache(config, replace(byte_base, path=folder))
+
+
 def test_nothing_left_to_train_on_is_said_with_the_reasons(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "tiny"}] * 3)
     with pytest.raises(DataError, match=r"nothing to train on.*too short 3"):
@@ -376,9 +391,10 @@ def test_only_the_first_worker_of_a_node_reads_the_whole_cache(monkeypatch: pyte
 
 PROGRAM = """
 import json, os, signal, sys
+from dataclasses import replace
 from pathlib import Path
 from cqlora.base import Base
-from cqlora.config.choices import SourceKind
+from cqlora.config.choices import SourceKind, Template
 from cqlora.config.schema import *
 from cqlora.data import build, cache as caches, collect
 from cqlora.data.cache import prepare_cache

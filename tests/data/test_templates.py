@@ -380,8 +380,18 @@ def test_no_template_gets_past_its_bounds(source, monkeypatch):
     with pytest.raises(ModelError) as refused:
         ChatTemplate(source).render([{"role": "user", "content": "a"}], {})
     template._PROCESS.close()
-    assert re.search(r"computes for more than 0.5 seconds|takes more than 1 GiB of memory", str(refused.value))
-    assert str(refused.value).endswith("to write one text; mend it, or choose another with stage.template=NAME.")
+    assert re.search(r"computes for 0.5 seconds more than|takes more than 1 GiB of memory", str(refused.value))
+    assert str(refused.value).endswith("; mend it, or choose another with stage.template=NAME.")
+
+
+def test_a_template_that_is_slow_for_each_text_is_ended_after_some(monkeypatch):
+    monkeypatch.setattr(template, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(template, "_PROCESS", template._Process())
+    slow = ChatTemplate("{% for i in range(messages[0].content) %}{% for j in range(9999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(ModelError, match=r"computes for 0\.5 seconds more than 0\.02 for each text"):
+        for number in range(1000):
+            slow.render([{"content": 999 if number else 0}], {})
+    template._PROCESS.close()
 
 
 def test_after_a_template_that_was_ended_others_are_written():
