@@ -27,6 +27,7 @@ _ROPE_NUMBERS = (
 _ROPE_NEEDS = {
     "linear": ("factor",), "yarn": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")
 }  # fmt: skip
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 _LARGEST = 1e12
 
 
@@ -133,8 +134,19 @@ def _check_rope(config: dict[str, Any], file: Path) -> None:
         for key in ("type", "rope_type"):
             take(values, key, file, str, default=None)
         take(values, "truncate", file, bool, default=None)
+    if all(scalings) and scalings[0] != scalings[1]:
+        raise ModelError(
+            f"{file} scales positions by rope_scaling and by rope_parameters, of which programs take one or the other; "
+            "leave one of them out."
+        )
     for values in scalings:
-        kind = values.get("rope_type", values.get("type"))
+        kind = values.get("rope_type", values.get("type", "default"))
+        by_layer = any(isinstance(value, dict) for value in values.values())
+        if kind not in _ROPE_KINDS or values.get("type", kind) != kind or by_layer:
+            raise ModelError(
+                f"{file} scales positions by {shorten(values)}, which is none of {', '.join(_ROPE_KINDS)} for the "
+                "whole model; correct it, or give a model of another kind."
+            )
         needed = _ROPE_NEEDS.get(kind, ())
         for key in needed:
             take_number(values, key, file, 1e-6, _LARGEST, float)

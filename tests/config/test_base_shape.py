@@ -95,6 +95,23 @@ def test_a_number_that_transformers_would_not_take_is_told_with_file_key_and_val
         typed("model=auto", f"model.path={tmp_path}")
 
 
+@pytest.mark.parametrize(
+    "scaling, told",
+    [({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "scales positions by .*mrope.* which is none of"),
+     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "which is none"),
+     ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "for the whole model"),
+     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+      "by rope_scaling and by rope_parameters")],
+    ids=["unknown", "two kinds", "by layer", "two places"],
+)  # fmt: skip
+def test_positions_that_two_programs_would_scale_otherwise_are_refused(scaling, told, tmp_path):
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scaling))
+    with pytest.raises(ConfigError, match=told):
+        typed("model=auto", f"model.path={tmp_path}")
+
+
 def shorten_json(value):
     return "null" if value is None else re.escape(repr(value))
 

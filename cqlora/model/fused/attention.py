@@ -14,6 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
 from cqlora.model.fused import plain
 from cqlora.model.fused.linear import (
@@ -71,8 +73,7 @@ class _FusedAttention:
             )
         matrices = [AdaptedMatrix.of_layer(layer) for layer in layers]
         query, key, value = multiply_adapted(cast_input(hidden_states), matrices)
-        cos, sin = (angles.view(-1, self.head_dim) for angles in position_embeddings or ())
-        query, key = _Rotation.apply(query, key, cos, sin, self.elementwise)  # type: ignore[no-untyped-call]
+        query, key = self.turn(query, key, position_embeddings)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
@@ -85,6 +86,14 @@ class _FusedAttention:
             **kwargs,
         )
         return self.o_proj(output.flatten(-2)), weights
+
+    def turn(
+        self: Any, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they attend, turned by their positions."""
+        cos, sin = (angles.view(-1, self.head_dim) for angles in position_embeddings or ())
+        query, key = _Rotation.apply(query, key, cos, sin, self.elementwise)  # type: ignore[no-untyped-call]
+        return query, key
 
     def window(self) -> dict[str, Any]:
         """What the stock forward tells the attention of a sliding window."""
@@ -111,15 +120,49 @@ class FusedQwen2Attention(_FusedAttention, Qwen2Attention):
         return {"sliding_window": self.sliding_window}
 
 
+class FusedQwen3Attention(_FusedAttention, Qwen3Attention):
+    """Qwen 3's attention, which normalises the queries and keys of each head."""
+
+    def turn(
+        self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalised before they are turned."""
+        heads = (*query.shape[:-1], -1, self.head_dim)
+        return super().turn(self.q_norm(query.view(heads)), self.k_norm(key.view(heads)), position_embeddings)
+
+    def window(self) -> dict[str, Any]:
+        """The layer's window."""
+        return {"sliding_window": self.sliding_window}
+
+
+class FusedSmolLM3Attention(_FusedAttention, SmolLM3Attention):
+    """SmolLM3's attention, in some of whose layers a position counts for nothing."""
+
+    def turn(
+        self, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """As they are, where the layer has no rotary embedding."""
+        return super().turn(query, key, position_embeddings) if self.use_rope else (query, key)
+
+    def window(self) -> dict[str, Any]:
+        """The layer's window."""
+        return {"sliding_window": self.sliding_window}
+
+
 _FUSED: dict[type, Any] = {
     LlamaAttention: FusedLlamaAttention,
     MistralAttention: FusedMistralAttention,
     Qwen2Attention: FusedQwen2Attention,
+    Qwen3Attention: FusedQwen3Attention,
+    SmolLM3Attention: FusedSmolLM3Attention,
 }
 
 
 class _Rotation(torch.autograd.Function):
-    """Queries (N, H * d) and keys (N, K * d) turned by their positions, in place; see `plain.rotate`."""
+    """Queries (N, H * d) and keys (N, K * d), or (N, H, d) and (N, K, d), turned by their positions, in place.
+
+    See `plain.rotate`.
+    """
 
     @staticmethod
     def forward(
@@ -128,7 +171,7 @@ class _Rotation(torch.autograd.Function):
         ctx.elementwise = elementwise
         ctx.mark_dirty(query, key)
         ctx.save_for_backward(cos, sin)
-        elementwise.rotate(query, key, cos, sin)
+        elementwise.rotate(*map(_by_token, (query, key)), cos, sin)
         return query, key
 
     @staticmethod
@@ -136,5 +179,9 @@ class _Rotation(torch.autograd.Function):
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         # Turned in place: attention has made them for nobody else.
         grads = grad_query.contiguous(), grad_key.contiguous()
-        ctx.elementwise.rotate(*grads, *ctx.saved_tensors, back=True)
+        ctx.elementwise.rotate(*map(_by_token, grads), *ctx.saved_tensors, back=True)
         return *grads, None, None, None
+
+
+def _by_token(states: Tensor) -> Tensor:
+    return states.view(len(states), -1)
