@@ -98,7 +98,8 @@ def test_a_number_that_transformers_would_not_take_is_told_with_file_key_and_val
 @pytest.mark.parametrize(
     "scaling, told",
     [({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "scales positions by .*mrope.* which is none of"),
-     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "which is none"),
+     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
+      "which is none"),
      ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "for the whole model"),
      ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
       "by rope_scaling and by rope_parameters")],
