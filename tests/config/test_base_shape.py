@@ -101,7 +101,7 @@ def test_a_number_that_transformers_would_not_take_is_told_with_file_key_and_val
      ({"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}},
       "which is none"),
      ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "for the whole model"),
-     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+     ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
       "by rope_scaling and by rope_parameters")],
     ids=["unknown", "two kinds", "by layer", "two places"],
 )  # fmt: skip
