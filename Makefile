@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo recipe coverage test test-fast test-processors test-gpu test-slurm test-llama-cpp test-tracking check site clean
+.PHONY: demo recipe coverage test test-fast test-processors test-gpu test-slurm test-llama-cpp test-tracking check site site-en site-zh clean
 
 # A real pretrained model learns Chinese on this machine's processor, in minutes; no account, PyPI only.
 demo: $(INSTALLED)
@@ -60,9 +60,14 @@ check: $(INSTALLED)
 
 # The pages and the Python reference in both languages, in site/; a warning is an error, and every link is followed.
 site: $(INSTALLED)
-	$(BIN)/python -m sphinx -E -W --keep-going -q docs site
-	$(BIN)/python -m sphinx -E -W --keep-going -q -t chinese docs site/zh-CN
+	$(MAKE) --jobs=2 site-en site-zh
 	$(BIN)/python docs/check_links.py site
+
+site-en:
+	$(BIN)/python -m sphinx -E -W --keep-going -q docs site
+
+site-zh:
+	$(BIN)/python -m sphinx -E -W --keep-going -q -t chinese docs site/zh-CN
 
 # Of what is installed a third is ever imported, and is compiled then.
 INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt

@@ -100,11 +100,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="in a step, of 512 tokens")
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--write", type=Path, help="folder with recipes.md and recipes.zh-CN.md to put the table into")
-    parser.add_argument("--smoke", action="store_true", help="small sequences, for a model and a budget of seconds")
+    parser.add_argument("--smoke", action="store_true", help="small sequences and one round, for a budget of seconds")
     options = parser.parse_args()
     recipes, results = read_recipes(options.recipes), options.folder / "results.jsonl"
     split_text(options)
-    for turn in range(PACE_ROUNDS):
+    for turn in range(1 if options.smoke else PACE_ROUNDS):
         for name, recipe in recipes.items():
             measure_pace(options, name, recipe, turn)
     for seed in options.seeds:
