@@ -90,8 +90,8 @@ class _Process:
     def __init__(self) -> None:
         self.lock = Lock()
         self.child: subprocess.Popen[bytes] | None = None
-        self.owner = 0
-        """A process that was forked has not its parent's child."""
+        # A process that was forked has not its parent's child, and a thread that it lacks may have held the lock.
+        os.register_at_fork(after_in_child=self.forget)
 
     def ask(self, request: list[Any]) -> str:
         """The answer to a request.
@@ -111,37 +111,54 @@ class _Process:
         raise TemplateRefusal(one_line(reason))
 
     def _exchange(self, request: bytes) -> bytes:
-        if self.child is None or self.owner != os.getpid():
-            self._start()
-        assert self.child is not None and self.child.stdin is not None and self.child.stdout is not None
+        child = self.child = self.child or self._start()
+        assert child.stdin is not None and child.stdout is not None
         answer = b""
-        with contextlib.suppress(BrokenPipeError):
-            self.child.stdin.write(request)
-            self.child.stdin.flush()
-            answer = self.child.stdout.readline()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(request)
+                child.stdin.flush()
+                answer = child.stdout.readline()
+        except BaseException:
+            # Interrupted: what it answers yet is for nobody.
+            self._end(child)
+            raise
         if answer.endswith(b"\n"):
             return answer
-        ended, self.child = self.child.wait(), None
-        if ended == -signal.SIGPROF:
+        if self._end(child) == -signal.SIGPROF:
             raise ModelError(
                 _out_of_bounds(f"computes for {MOST_SECONDS:g} seconds more than {SECONDS_EACH:g} for each text")
             )
-        raise ModelError(_out_of_bounds(f"ended the process that it runs in (code {ended})"))
+        raise ModelError(_out_of_bounds(f"ended the process that it runs in (code {child.returncode})"))
 
-    def _start(self) -> None:
+    def _end(self, child: subprocess.Popen[bytes]) -> int:
+        """End a process that has not ended by itself, and return its code."""
+        self.child = None
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=1)
+        child.kill()
+        return child.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
         # A session of its own: Ctrl-C at a terminal is for the program that asks. It ends with its input.
-        self.child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", _PROGRAM, str(MOST_BYTES), str(MOST_SECONDS), str(SECONDS_EACH)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        self.owner = os.getpid()
+
+    def forget(self) -> None:
+        """Leave the process to whoever started it."""
+        self.lock, self.child = Lock(), None
 
     def close(self) -> None:
         """End the process."""
         with self.lock:
-            if self.child is not None and self.owner == os.getpid():
-                self.child.communicate()
-            self.child = None
+            if self.child is not None:
+                self._end(self.child)
 
 
 _PROCESS = _Process()

@@ -404,6 +404,23 @@ def test_after_a_template_that_was_ended_others_are_written():
     assert kept.render([{"content": "你\ud800\u2028\n"}], {}) == "你\ud800\u2028\n"
 
 
+def test_an_interrupted_text_is_not_taken_for_the_next_one(monkeypatch):
+    written = ChatTemplate("{{ messages[0].content }}")
+    assert written.render([{"content": "a"}], {}) == "a"
+    answers = template._PROCESS.child.stdout
+
+    class Interrupted:
+        close = answers.close
+
+        def readline(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(template._PROCESS.child, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        written.render([{"content": "b"}], {})
+    assert written.render([{"content": "c"}], {}) == "c"
+
+
 def test_templates_are_written_at_once_from_threads_and_from_a_process_that_was_forked():
     written = ChatTemplate("{{ messages[0].content }}")
 
