@@ -53,8 +53,14 @@ class Wording:
 
 @lru_cache(maxsize=4)
 def open_setter(wording: Wording) -> Typesetter:
-    """The template of a wording; a process holds the last ones."""
-    return open_typesetter(Path(wording.folder), wording.template, wording.thinking)
+    """The template of a wording, proven before a row is tried; a process holds the last ones.
+
+    Raises:
+        ModelError: nothing can be learned in it.
+    """
+    setter = open_typesetter(Path(wording.folder), wording.template, wording.thinking)
+    setter.prove()
+    return setter
 
 
 def drop_thoughts(conversation: Conversation, counts: Counter[str]) -> Conversation:
