@@ -31,13 +31,18 @@ def kept_per_token(model: ModelConfig, lora: LoraConfig, program: Program) -> in
 
 
 def _kept_by_attention(model: ModelConfig, program: Program) -> int:
-    """Rotated queries and keys, values, the output, and a float32 log-sum of exponentials per head."""
+    """Rotated queries and keys, values, the output, and a float32 log-sum of exponentials per head.
+
+    Where the heads are normalised, queries and keys before that too, with a float32 root mean square of each.
+    """
     queries = query_size(model)
     keys = queries if program.repeats_keys else key_size(model)
     numbers = queries + 2 * keys + program.attention_copies * queries
     if program.fused_projections:
         numbers += queries + key_size(model)
-    return program.compute_bytes * numbers + 4 * model.num_attention_heads
+    heads = model.num_attention_heads
+    normed = program.saved_norm_bytes * (queries + keys) + 4 * (heads + model.num_key_value_heads)
+    return program.compute_bytes * numbers + 4 * heads + normed * model.head_norms
 
 
 def _kept_input(

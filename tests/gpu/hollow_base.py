@@ -21,12 +21,16 @@ def write_hollow_base(model: ModelConfig, folder: Path) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     llama_config(model, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    if model.head_norms:
+        file = folder / "config.json"
+        kind = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | kind))
     write_hole(list_tensors(model), folder / "model.safetensors")
     return folder
 
 
 def list_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a LLaMA of this shape."""
+    """Every tensor of a LLaMA of this shape, or of a Qwen 3 where its heads are normalised."""
     rows = (model.vocab_size, model.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": rows, "model.norm.weight": rows[1:]}
     if not model.tie_word_embeddings:
@@ -38,6 +42,8 @@ def list_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.{part}.{name}.weight"] = (matrix.outputs, matrix.inputs)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{prefix}.{norm}.weight"] = rows[1:]
+        for norm in ("q_norm", "k_norm") if model.head_norms else ():
+            shapes[f"{prefix}.self_attn.{norm}.weight"] = (model.head_size,)
     return shapes
 
 

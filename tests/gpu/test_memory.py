@@ -9,6 +9,7 @@ BOUND = 0.08
 ONE, FOUR, EIGHT = "hardware=1xa100", "hardware=4xa100", "hardware=8xa100"
 KEPT, AGAIN = "hardware.activation_checkpointing=none", "hardware.activation_checkpointing=full"
 FSDP, OFFLOAD = "hardware.strategy=fsdp", "hardware.cpu_offload=true"
+QWEN3_8B = ("model=llama3_8b", "model.intermediate_size=12288", "model.vocab_size=151936", "model.head_norms=true")
 LAYERS = ("hardware.strategy=layers", "hardware.gpus_per_node=4", "hardware.processes_per_node=1")
 
 
@@ -32,6 +33,7 @@ SETTINGS = {
     "33B, fsdp, kept": ("model=llama_33b", EIGHT, FSDP, blocks(2), KEPT, batch(1)),
     "65B, fsdp, recomputed": ("model=llama_65b", EIGHT, FSDP, blocks(2), AGAIN, batch(2), "lora.rank=64"),
     "70B, fsdp, kept": ("model=llama2_70b", EIGHT, FSDP, blocks(2), KEPT, batch(1)),
+    "Qwen 3 8B, kept": (*QWEN3_8B, ONE, blocks(3), KEPT, batch(2)),
     "7B, layers": ("model=llama_7b", FOUR, *LAYERS, blocks(4), KEPT, batch(2)),
 }
 WHOLE = {"7B whole": ("model=llama_7b", ONE, KEPT, batch(2), "lora.rank=64")}
