@@ -112,15 +112,19 @@ class FusedMistralAttention(_FusedAttention, MistralAttention):
         return {"sliding_window": getattr(self.config, "sliding_window", None)}
 
 
-class FusedQwen2Attention(_FusedAttention, Qwen2Attention):
-    """Qwen 2's attention, whose projections have biases."""
+class _FusedAttentionOfLayers(_FusedAttention):
+    """Of models whose layers may have different windows."""
 
-    def window(self) -> dict[str, Any]:
+    def window(self: Any) -> dict[str, Any]:
         """The layer's window."""
         return {"sliding_window": self.sliding_window}
 
 
-class FusedQwen3Attention(_FusedAttention, Qwen3Attention):
+class FusedQwen2Attention(_FusedAttentionOfLayers, Qwen2Attention):
+    """Qwen 2's attention, whose projections have biases."""
+
+
+class FusedQwen3Attention(_FusedAttentionOfLayers, Qwen3Attention):
     """Qwen 3's attention, which normalises the queries and keys of each head."""
 
     def turn(
@@ -130,12 +134,8 @@ class FusedQwen3Attention(_FusedAttention, Qwen3Attention):
         heads = (*query.shape[:-1], -1, self.head_dim)
         return super().turn(self.q_norm(query.view(heads)), self.k_norm(key.view(heads)), position_embeddings)
 
-    def window(self) -> dict[str, Any]:
-        """The layer's window."""
-        return {"sliding_window": self.sliding_window}
 
-
-class FusedSmolLM3Attention(_FusedAttention, SmolLM3Attention):
+class FusedSmolLM3Attention(_FusedAttentionOfLayers, SmolLM3Attention):
     """SmolLM3's attention, in some of whose layers a position counts for nothing."""
 
     def turn(
@@ -143,10 +143,6 @@ class FusedSmolLM3Attention(_FusedAttention, SmolLM3Attention):
     ) -> tuple[Tensor, Tensor]:
         """As they are, where the layer has no rotary embedding."""
         return super().turn(query, key, position_embeddings) if self.use_rope else (query, key)
-
-    def window(self) -> dict[str, Any]:
-        """The layer's window."""
-        return {"sliding_window": self.sliding_window}
 
 
 _FUSED: dict[type, Any] = {
