@@ -20,6 +20,10 @@ ROLES = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observ
 _TAGS = {"role_tag": "from", "content_tag": "value", **ROLES}
 _COMMON = ("system", "tools", "chosen", "rejected", "kto_tag")
 MEDIA = ("images", "videos", "audios")
+_KEYS = {
+    "hf_hub_url", "ms_hub_url", "om_hub_url", "file_name", "file_sha1", "formatting", "ranking", "subset", "split",
+    "num_samples", "columns", "tags",
+}  # fmt: skip
 _ELSEWHERE = {
     "script_url": "is made by a script, which is not run here",
     "cloud_file_name": "lies in a cloud",
@@ -38,6 +42,11 @@ class Entry:
     """The column of each part that rows may have."""
     tags: dict[str, str] = field(default_factory=dict)
     """What messages call role and content, and what each role."""
+
+    def required(self) -> list[str]:
+        """Parts without which a row is none."""
+        replies = ("chosen", "rejected") if self.ranking else ("response",)
+        return [part for part in ("prompt", "messages", *replies) if part in self.columns]
 
 
 def read_entry(file: Path, name: str, source: SourceConfig) -> tuple[Entry, dict[str, Any]]:
@@ -81,6 +90,8 @@ def describe(said: dict[str, Any], what: str) -> Entry:
 
 def refuse_elsewhere(said: dict[str, Any], file: Path, name: str, source: SourceConfig) -> None:
     """Raise DataError for an entry whose rows cannot be had, or of which part would have no effect."""
+    for key in sorted(said.keys() - _KEYS - _ELSEWHERE.keys()):
+        raise DataError(f"entry {name} of {file} has {key}, which is none of {', '.join(sorted(_KEYS))}; take it out.")
     for key, what in _ELSEWHERE.items():
         if said.get(key):
             raise DataError(

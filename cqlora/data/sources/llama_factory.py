@@ -31,6 +31,9 @@ def parse_described(described: Any, source: SourceConfig, counts: Counter[str]) 
             raise RowError(f"has {part}, which a model of text cannot take")
     count_unused(row, tuple(entry.columns.values()), counts)
     told = {part: row[column] for part, column in entry.columns.items() if column in row}
+    for part in entry.required():
+        if part not in told:
+            raise RowError(f"missing field {entry.columns[part]}")
     if told.pop("kto_tag", None) is False:
         raise RowDropped("reply marked as bad (kto_tag)")
     parse = parse_alpaca_like if entry.formatting == "alpaca" else parse_turns
@@ -70,7 +73,7 @@ def rename(entry: Entry, value: Any) -> Any:
         return value
     role, content = entry.tags["role_tag"], entry.tags["content_tag"]
     roles = {entry.tags[tag]: name for tag, name in ROLES.items()}
-    message = {key: each for key, each in value.items() if key not in (role, content)}
+    message = {key: each for key, each in value.items() if key not in (role, content, "from", "value")}
     if role in value:
         message["from"] = roles.get(value[role], value[role]) if isinstance(value[role], str) else value[role]
     return message | ({"value": value[content]} if content in value else {})

@@ -225,3 +225,28 @@ def test_tools_and_calls_are_those_of_the_same_row_as_sharegpt_has_it(tmp_path: 
     write_rows(tmp_path, "data.jsonl", [row])
     told = list(PARSERS[SourceKind.sharegpt](row, SourceConfig(kind=SourceKind.sharegpt, path="x"), Counter()))
     assert parse_all(tmp_path) == (told, Counter()) and told[0].tools
+
+
+SHAREGPTS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    "said, row, reason",
+    [({"columns": {"prompt": "问题", "response": "output"}}, {"instruction": "q", "output": "a"}, "missing field 问题"),
+     ({"columns": {"prompt": "instruction", "response": "答"}}, {"instruction": "q", "output": "a"}, "missing field 答"),
+     ({"columns": {"messages": "对话"}, "formatting": "sharegpt"}, {"conversations": SHAREGPTS}, "missing field 对话"),
+     ({"tags": {"role_tag": "role"}, "formatting": "sharegpt"}, {"conversations": SHAREGPTS}, "missing field role")],
+    ids=["prompt", "response", "messages", "role"],
+)  # fmt: skip
+def test_what_an_entry_names_and_a_row_lacks_is_told_by_its_name(said, row, reason, tmp_path: Path):
+    write_info(tmp_path, file_name="data.json", **said)
+    write_rows(tmp_path, "data.json", [row])
+    with pytest.raises(RowError, match=reason):
+        parse_all(tmp_path)
+
+
+def test_a_key_that_the_format_has_not_is_refused(tmp_path: Path):
+    write_info(tmp_path, file_name="data.json", colums={"prompt": "q"})
+    write_rows(tmp_path, "data.json", [{"q": "q"}])
+    with pytest.raises(DataError, match=r"entry zh of .*dataset_info\.json has colums, which is none of columns, "):
+        parse_all(tmp_path)
