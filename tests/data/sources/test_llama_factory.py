@@ -233,7 +233,7 @@ SHAREGPTS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 @pytest.mark.parametrize(
     "said, row, reason",
     [({"columns": {"prompt": "问题", "response": "output"}}, {"instruction": "q", "output": "a"}, "missing field 问题"),
-     ({"columns": {"prompt": "instruction", "response": "答"}}, {"instruction": "q", "output": "a"}, "missing field 答"),
+     ({"columns": {"prompt": "instruction", "response": "答"}}, {"instruction": "q"}, "missing field 答"),
      ({"columns": {"messages": "对话"}, "formatting": "sharegpt"}, {"conversations": SHAREGPTS}, "missing field 对话"),
      ({"tags": {"role_tag": "role"}, "formatting": "sharegpt"}, {"conversations": SHAREGPTS}, "missing field role")],
     ids=["prompt", "response", "messages", "role"],
