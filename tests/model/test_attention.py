@@ -358,7 +358,7 @@ def test_flash_with_its_package_is_called_past_transformers(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     assert name_attention(Attention.flash, "cuda") == FLASH
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    with pytest.raises(ModelError, match="capability 8.0"):
+    with pytest.raises(ModelError, match=r"capability 8\.0"):
         name_attention(Attention.flash, "cuda")
 
 
