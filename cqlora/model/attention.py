@@ -29,6 +29,9 @@ DOCUMENTS = "cqlora_documents"
 VARLEN = "cqlora_varlen"
 """Likewise of `attend_in_one_call`."""
 
+FLASH = "cqlora_packed"
+"""Likewise of `attend_by_flash`; transformers takes every name with "flash" in it for one of its own."""
+
 _STOCK = {Attention.sdpa: "sdpa", Attention.eager: "eager"}
 
 
@@ -44,7 +47,7 @@ def name_attention(choice: Attention, device_type: str) -> str:
         reason = _why_no_flash(device_type)
         if reason is not None:
             raise ModelError(f"model.attention=flash needs {reason}; use model.attention=documents.")
-        return "flash_attention_2"
+        return FLASH
     if choice is Attention.varlen:
         reason = _why_no_varlen(device_type)
         if reason is not None:
@@ -99,7 +102,7 @@ def mask_kwargs(decoder: nn.Module, device: torch.device) -> dict[str, Tensor]:
     it is.
     """
     config: Any = decoder.config
-    if config._attn_implementation not in (DOCUMENTS, VARLEN):
+    if config._attn_implementation not in (DOCUMENTS, VARLEN, FLASH):
         return {}
     return {"attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)}
 
@@ -208,6 +211,47 @@ def attend_in_one_call(
     return packed.view(batch, length, heads, width), None
 
 
+def attend_by_flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As `attend_in_one_call`, in the kernel of flash-attn, which knows dropout and windows.
+
+    transformers' own call of it looks at position_ids first, for which the host waits (see `mask_kwargs`).
+
+    Raises:
+        ModelError: as `attend_by_document`, but for documents that are longer than the window.
+    """
+    if document_lengths is None or cu_seq_lens_q is None or max_length_q is None:
+        return attend_by_document(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    from flash_attn import flash_attn_varlen_func
+
+    batch, heads, length, width = query.shape
+    _check_lengths(document_lengths, batch, length, None)
+    packed = flash_attn_varlen_func(
+        *(_lay_end_to_end(states) for states in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+    )
+    return packed.view(batch, length, heads, width), None
+
+
 def _check_lengths(document_lengths: list[int], batch: int, length: int, sliding_window: int | None) -> None:
     """Raise ModelError where documents do not fill the batch, or one is longer than the layer's window."""
     if sum(document_lengths) != batch * length:
@@ -306,3 +350,5 @@ ALL_ATTENTION_FUNCTIONS.register(DOCUMENTS, attend_by_document)
 ALL_MASK_ATTENTION_FUNCTIONS.register(DOCUMENTS, _document_mask)
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, attend_in_one_call)
 ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, _document_mask)
+ALL_ATTENTION_FUNCTIONS.register(FLASH, attend_by_flash)
+ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, _document_mask)

@@ -71,39 +71,68 @@ def cache_folder(kind: str) -> Path:
 
 
 def list_gpus() -> tuple[Gpu, ...]:
-    """Each NVIDIA GPU that this process may use, asked of the driver and not of torch."""
+    """Each NVIDIA GPU that this process may use, in CUDA's order, asked of the driver and not of torch."""
     if which("nvidia-smi") is None:
         return ()
     # Drivers that do not know compute_cap are too old for the torch that trains here.
-    query = ["nvidia-smi", "--query-gpu=uuid,memory.total,compute_cap,memory.free", "--format=csv,noheader,nounits"]
+    asked = "uuid,memory.total,compute_cap,memory.free,mig.mode.current"
+    query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return ()
     rows = [[cell.strip() for cell in row.split(",")] for row in answer.stdout.splitlines() if row.strip()]
-    found = [
-        (uuid, Gpu(memory_gib=_number(memory) / 1024, capability=_pair(cap), free_gib=_number(free) / 1024))
-        for uuid, memory, cap, free in rows
-    ]
-    if "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-        found = list_parts(dict(found))
-    elif os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+    found = {
+        uuid: Gpu(memory_gib=_number(memory) / 1024, capability=_pair(cap), free_gib=_number(free) / 1024)
+        for uuid, memory, cap, free, _ in rows
+    }
+    whole = [(uuid, found[uuid]) for uuid, *_, divided in rows if divided != "Enabled"]
+    if not whole or "MIG-" in os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+        # CUDA shows a process one part, however many there are.
+        return _choose_visible(list_parts(found))[:1]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         # CUDA's own order is by speed, the driver's by slot.
-        found.sort(key=lambda each: each[1].capability, reverse=True)
-    return tuple(gpu for index, (uuid, gpu) in enumerate(found) if _is_visible(str(index), uuid))
+        whole.sort(key=lambda each: each[1].capability, reverse=True)
+    return _choose_visible(whole)
 
 
 def list_parts(whole: dict[str, Gpu]) -> list[tuple[str, Gpu]]:
-    """Parts of GPUs that have been divided (MIG), by UUID; a part's profile tells its memory, as `3g.40gb` does."""
+    """Parts of GPUs that have been divided (MIG), by UUID, then the first part of each under the GPU's own.
+
+    A part's profile tells its memory, as `3g.40gb` does.
+    """
     answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    parts, capability = [], (0, 0)
+    parts: list[tuple[str, Gpu]] = []
+    first: dict[str, Gpu] = {}
+    parent = ""
     for line in answer.stdout.splitlines():
         uuid = re.search(r"\(UUID: ([^)]+)\)", line)
-        profile = re.match(r"\s*MIG \d+g\.(\d+)gb", line)
-        if uuid and profile:
-            parts.append((uuid[1], Gpu(memory_gib=float(profile[1]), capability=capability)))
-        elif uuid and uuid[1] in whole:
-            capability = whole[uuid[1]].capability
-    return parts
+        # A part of a part has two numbers: `1c.3g.40gb`.
+        profile = re.match(r"\s*MIG (?:\d+c\.)?\d+g\.(\d+)gb", line)
+        if uuid and profile and parent in whole:
+            parts.append((uuid[1], Gpu(memory_gib=float(profile[1]), capability=whole[parent].capability)))
+            first.setdefault(parent, parts[-1][1])
+        elif uuid and not profile:
+            parent = uuid[1]
+    return [*parts, *first.items()]
+
+
+def _choose_visible(found: list[tuple[str, Gpu]]) -> tuple[Gpu, ...]:
+    """Those that CUDA_VISIBLE_DEVICES names, in its order, by number or by the beginning of a UUID; else all.
+
+    As in CUDA a name that is nobody's hides itself and all that follow.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return tuple(gpu for _, gpu in found)
+    chosen = []
+    for name in map(str.strip, visible.split(",")):
+        named = [
+            gpu for number, (uuid, gpu) in enumerate(found) if name and (name == str(number) or uuid.startswith(name))
+        ]
+        if not named:
+            break
+        chosen.append(named[0])
+    return tuple(chosen)
 
 
 def read_driver_version() -> str:
@@ -113,11 +142,6 @@ def read_driver_version() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.split("\n")[0].strip() if answer.returncode == 0 else ""
-
-
-def _is_visible(index: str, uuid: str) -> bool:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible is None or any(name and (name == index or uuid.startswith(name)) for name in visible.split(","))
 
 
 def _number(cell: str) -> float:

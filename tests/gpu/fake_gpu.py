@@ -5,6 +5,7 @@ kernels, so a program that would mix them on a GPU fails here as it would there.
 """
 
 import contextlib
+import sys
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+import cqlora.model.attention
 from tests.gpu.meter import Meter, tensors_of
 
 aten = torch.ops.aten
@@ -215,6 +218,7 @@ def pretend(card: Card, meter: Meter) -> FakeGpu:
     pretend_generators()
     pretend_storages(meter)
     pretend_attention(card)
+    pretend_flash_attn()
     pretend_norm()
     pretend_modules()
     pretend_kernels()
@@ -350,6 +354,20 @@ def pretend_attention(card: Card) -> None:
 
     on_host = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+
+
+def pretend_flash_attn() -> None:
+    """The package flash-attn, by torch's copy of its kernel."""
+
+    def attend(*arguments: Any, dropout_p: float, softmax_scale: Any, causal: bool, window_size: Any) -> Tensor:
+        query, key = arguments[:2]
+        assert causal and not dropout_p and window_size == (-1, -1)
+        options = {"scale": softmax_scale, "window_size": (-1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+        output: Tensor = varlen.varlen_attn(*arguments, **options)
+        return output
+
+    sys.modules["flash_attn"] = SimpleNamespace(flash_attn_varlen_func=attend)  # type: ignore[assignment]
+    cqlora.model.attention.is_flash_attn_2_available = lambda: True
 
 
 def pretend_modules() -> None:

@@ -18,7 +18,9 @@ LAYOUTS = {
     "fsdp, 16 bit, offload": (
         *FSDP, "model.quantization=none", "hardware.cpu_offload=true", "hardware.activation_checkpointing=full",
     ),
-    "layers": ("model=llama2_70b", "hardware=4xa100", *LAYERS, "stage.global_batch_size=2"),
+    "layers, flash-attn": (
+        "model=llama2_70b", "hardware=4xa100", *LAYERS, "stage.global_batch_size=2", "model.attention=flash",
+    ),
 }  # fmt: skip
 
 

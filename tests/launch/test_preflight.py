@@ -16,7 +16,7 @@ from tests.runs import typed_run
 
 def pretend_gpus(monkeypatch, *memory_mib: int) -> None:
     """Let nvidia-smi say that these GPUs are present."""
-    show_gpus(monkeypatch, "".join(f"GPU-{i}abc, {mib}, 8.0, {mib}\n" for i, mib in enumerate(memory_mib)))
+    show_gpus(monkeypatch, "".join(f"GPU-{i}abc, {mib}, 8.0, {mib}, [N/A]\n" for i, mib in enumerate(memory_mib)))
 
 
 def show_gpus(monkeypatch, rows: str) -> None:
@@ -78,36 +78,51 @@ def test_what_the_readme_runs_on_a_processor_is_never_refused(layout, workspace)
     typed_run(workspace, "stage=pretrain", *layout, "hardware.host_memory_gib=4")
 
 
-def test_only_visible_gpus_count(monkeypatch):
+def test_only_visible_gpus_count_in_the_order_that_names_them(monkeypatch):
     pretend_gpus(monkeypatch, 24576, 24576, 40960)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-2abc")
-    assert [gpu.memory_gib for gpu in list_gpus()] == [24.0, 40.0]
+    for visible, memory in (
+        ("0,GPU-2abc", [24.0, 40.0]),
+        ("2, 0", [40.0, 24.0]),
+        ("0,-1,2", [24.0]),
+        ("0,7,2", [24.0]),
+        ("GPU-9", []),
+        ("", []),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [gpu.memory_gib for gpu in list_gpus()] == memory, visible
 
 
 def test_gpus_are_numbered_as_cuda_does_and_what_the_driver_does_not_tell_is_no_traceback(monkeypatch):
-    show_gpus(monkeypatch, "GPU-a, 15360, 7.5, 15000\nGPU-b, [N/A], 9.0, [N/A]\n")
+    show_gpus(monkeypatch, "GPU-a, 15360, 7.5, 15000, [N/A]\nGPU-b, [N/A], 9.0, [N/A], Disabled\n")
     assert [(gpu.capability, gpu.memory_gib) for gpu in list_gpus()] == [((9, 0), 0.0), ((7, 5), 15.0)]
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     assert [gpu.capability for gpu in list_gpus()] == [(7, 5), (9, 0)]
 
 
-def test_a_part_of_a_gpu_counts_with_its_own_memory(monkeypatch):
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("MIG-2222", [71.0]), ("MIG-3333", []), ("MIG-2222,MIG-1111", [71.0]), ("MIG-4444", [35.0]),
+        # By number, or where nothing is said, CUDA takes the first part of a divided GPU.
+        (None, [18.0]), ("0", [18.0]), ("GPU-aa", [18.0]), ("GPU-bb", []),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_gpu_counts_alone_with_its_own_memory(visible, expected, monkeypatch):
     listed = (
         "GPU 0: NVIDIA H200 (UUID: GPU-aa)\n"
         "  MIG 1g.18gb     Device  0: (UUID: MIG-1111)\n  MIG 3g.71gb     Device  1: (UUID: MIG-2222)\n"
+        "  MIG 1c.2g.35gb  Device  2: (UUID: MIG-4444)\n"
     )
-    answers = {"-L": listed}
-    monkeypatch.setattr("cqlora.system.machine.which", lambda name: f"/usr/bin/{name}")
+    show_gpus(monkeypatch, "")
     monkeypatch.setattr(
         "cqlora.system.machine.subprocess.run",
         lambda words, **k: subprocess.CompletedProcess(
-            [], 0, stdout=answers.get(words[1], "GPU-aa, 143360, 9.0, 140000\n")
+            [], 0, stdout=listed if words[1] == "-L" else "GPU-aa, 143360, 9.0, 140000, Enabled\n"
         ),
     )
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2222")
-    assert [(gpu.memory_gib, gpu.capability) for gpu in list_gpus()] == [(71.0, (9, 0))]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-3333")
-    assert list_gpus() == ()
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [(gpu.memory_gib, gpu.capability) for gpu in list_gpus()] == [(each, (9, 0)) for each in expected]
 
 
 def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):

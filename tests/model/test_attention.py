@@ -1,8 +1,10 @@
 """Packed documents against separate runs of each, on every attention back end that runs here."""
 
 import importlib.util
+import sys
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from cqlora.config.choices import Attention
 from cqlora.errors import ModelError
 from cqlora.model.attention import (
     DOCUMENTS,
+    FLASH,
     VARLEN,
     attend_by_document,
+    attend_by_flash,
     attend_in_one_call,
     document_kwargs,
     name_attention,
@@ -136,21 +140,65 @@ def attend_plainly(
     return torch.cat(outputs)
 
 
+def attend_as_flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+) -> Tensor:
+    """flash_attn.flash_attn_varlen_func by its documentation, which shares key heads unasked."""
+    assert causal and dropout_p == 0 and window_size == (-1, -1)
+    bounds, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    shares = query.shape[1] != key.shape[1]
+    return attend_plainly(
+        query, key, value, *bounds, *longest, scale=softmax_scale, window_size=(-1, 0), enable_gqa=shares
+    )
+
+
+@pytest.mark.parametrize("name", [VARLEN, FLASH])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("pack", PACKS)
-def test_all_documents_in_one_call_equal_separate_runs(heads: str, pack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_documents_in_one_call_equal_separate_runs(
+    name: str, heads: str, pack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[int] = []
 
     def attend(*arguments: Any, **options: Any) -> Tensor:
         calls.append(len(arguments[3]) - 1)
-        return attend_plainly(*arguments, **options)
+        return (attend_plainly if name == VARLEN else attend_as_flash_attn)(*arguments, **options)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=attend))
     model = build_model("documents", heads)
-    model.set_attn_implementation(VARLEN)
+    model.set_attn_implementation(name)
     assert_packed_equals_separate(model, pack)
     # Once a layer, whatever the documents' lengths; runs of one document go the other way.
     assert calls == [len([length for row in PACKS[pack] for length in row])] * 2
+
+
+def test_flash_attn_is_told_of_windows_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def attend(query: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        told.update(options)
+        return query
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=attend))
+    states = [torch.randn(1, 2, 16, 8) for _ in range(3)]
+    packed = document_kwargs([12, 4], "cpu")
+    output, _ = attend_by_flash(torch.nn.Module(), *states, None, 0.1, 0.5, sliding_window=8, **packed)
+    # Its bounds are inclusive: a window of 8 is the token itself and 7 before it.
+    assert told == {"window_size": (7, 0), "dropout_p": 0.1, "softmax_scale": 0.5, "causal": True}
+    assert torch.equal(output, states[0].transpose(1, 2))
+    with pytest.raises(ModelError, match="add up to 16 where the batch has 1 rows of 15"):
+        attend_by_flash(torch.nn.Module(), *(each[:, :, 1:] for each in states), None, **packed)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for documents of all lengths needs a GPU")
@@ -305,6 +353,15 @@ def test_flash_without_its_package_is_refused_with_what_to_install() -> None:
         name_attention(Attention.flash, "cuda")
 
 
+def test_flash_with_its_package_is_called_past_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cqlora.model.attention.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    assert name_attention(Attention.flash, "cuda") == FLASH
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(ModelError, match=r"capability 8\.0"):
+        name_attention(Attention.flash, "cuda")
+
+
 @pytest.mark.parametrize(
     "capability, torch_version, needs",
     [((9, 0), "2.13.0", ""), ((7, 5), "2.13.0", "a GPU of compute capability 8.0"), ((9, 0), "2.9.1", "torch 2.13")],
@@ -312,7 +369,7 @@ def test_flash_without_its_package_is_refused_with_what_to_install() -> None:
 def test_one_call_needs_a_torch_and_a_gpu_that_have_it(
     capability: tuple[int, int], torch_version: str, needs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr("cqlora.system.machine.version", lambda package: torch_version)
     if needs:
         with pytest.raises(ModelError, match=needs):
