@@ -32,9 +32,10 @@ test-fast: $(INSTALLED)
 test-processors: $(INSTALLED)
 	$(BIN)/python -m tests.processors $(PARALLEL)
 
-# Needs one NVIDIA GPU or more, and ends in a block of text to paste into an issue. Without one it says what it skips.
+# Needs one NVIDIA GPU or more, which all other targets hide from the tests, and ends in a block of text to paste into an
+# issue. Without one it says what it skips.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu -rs
+	CQLORA_GPU_TESTS=$${CQLORA_GPU_TESTS:-real} $(BIN)/python -m pytest -m gpu tests/gpu tests/model -rs
 
 # Needs root, and Debian's slurm-wlm and munge: starts a Slurm of one node on loopback.
 test-slurm: $(INSTALLED)

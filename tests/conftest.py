@@ -24,6 +24,9 @@ HANG_SECONDS = 3600
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"
+if os.environ.get("CQLORA_GPU_TESTS") != "real":
+    # What `auto` comes to is written down for processors, and no process that is forked could use a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 REAL_DATA = os.environ.get("CQLORA_DATA", "")
 """Folder of real sources for the tests that ask for it by this name; no other sees it."""
 for variable in ("WANDB_API_KEY", "CQLORA_DATA", "HF_TOKEN"):

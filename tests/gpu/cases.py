@@ -26,8 +26,9 @@ from cqlora.train import distributed, run
 from cqlora.train.trainer import Trainer
 from tests.gpu import count_kernels as counting
 from tests.gpu.fake_gpu import Card
-from tests.gpu.fake_step import build_module, compose_hollow, end_step, fake_gpus, join_nobody, take_place
+from tests.gpu.fake_step import fake_gpus, join_nobody, take_place
 from tests.gpu.meter import Meter
+from tests.gpu.step import build_module, compose_hollow, end_step
 
 
 def count_kernels(*overrides: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """GPUs for tests: such that are not there, with `cases.py` to ask what programs do on them; and real ones."""
 
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -8,6 +10,13 @@ from tests.gpu.guard import why_no_fake_gpu
 from tests.gpu.server import Server
 
 FIGURES = pytest.StashKey[dict[str, str]]()
+STARTED = pytest.StashKey[float]()
+OUTCOMES = ("passed", "failed", "error", "skipped")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note when it began."""
+    config.stash[STARTED] = time.monotonic()
 
 
 @pytest.fixture(scope="session")
@@ -28,15 +37,24 @@ def figures(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the block, where any test has put a figure into it."""
-    told = config.stash.get(FIGURES, {})
-    if not told:
+    """Print the block, where any of the tests on real GPUs has begun, however it ended."""
+    told = config.stash.get(FIGURES, None)
+    if told is None:
         return
     from tests.gpu.real import describe
 
     outcomes = {
-        outcome: [report.nodeid.partition("::")[2] for report in terminalreporter.stats.get(outcome, [])]
-        for outcome in ("passed", "failed", "skipped")
+        name: [tell(each) for each in terminalreporter.stats.get(name, []) if "gpu" in each.keywords]
+        for name in OUTCOMES
     }
     terminalreporter.section("paste this into an issue")
-    terminalreporter.write_line(describe(told, outcomes))
+    terminalreporter.write_line(describe(told, outcomes, time.monotonic() - config.stash[STARTED]))
+
+
+def tell(report: Any) -> str:
+    """A test's name, and where it did not pass the first line of why."""
+    name = report.nodeid.partition("::")[2]
+    if report.outcome == "skipped":
+        return f"{name}: {report.longrepr[2].removeprefix('Skipped: ')}"
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return f"{name}: {crash.message.splitlines()[0]}" if crash and crash.message else name

@@ -74,7 +74,7 @@ def count_kernels(*overrides: str, blocks: int = BLOCKS) -> Kernels:
 
 def count_micro_batch(meter: "Meter", *overrides: str) -> Kernels:
     """Kernels of the first micro batch of a step."""
-    from tests.gpu.fake_step import build_module, compose_hollow, take_micro_batch
+    from tests.gpu.step import build_module, compose_hollow, take_micro_batch
 
     forward: list[int] = []
     with tempfile.TemporaryDirectory() as folder:

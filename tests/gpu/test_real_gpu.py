@@ -14,12 +14,13 @@ from cqlora.plan.estimate import GIB
 from cqlora.plan.memory import plan_memory
 from cqlora.train.optimizer import load_optimizer
 from tests.gpu import real
-from tests.gpu.fake_step import build_module, compose_hollow, end_step, take_micro_batch
-from tests.gpu.real import DEVICE, DRY, ON_GPU, RUN, difference, train, why_no_gpu
-from tests.runs import finish_workers, typed_run
+from tests.gpu.real import DEVICE, DRY, ON_GPU, difference, train, train_on_nodes, why_no_bfloat16, why_no_gpu
+from tests.gpu.step import build_module, compose_hollow, end_step, take_micro_batch
 
-pytestmark = pytest.mark.skipif(why_no_gpu() is not None, reason=str(why_no_gpu()))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_no_gpu() is not None, reason=str(why_no_gpu()))]
 two_gpus = pytest.mark.skipif(why_no_gpu(2) is not None, reason=str(why_no_gpu(2)))
+four_gpus = pytest.mark.skipif(why_no_gpu(4) is not None, reason=str(why_no_gpu(4)))
+bfloat16_gpu = pytest.mark.skipif(why_no_bfloat16() is not None, reason=str(why_no_bfloat16()))
 
 SIXTEEN_BITS = 0.02
 """How far a loss in 16 bits may be from the processor's in float32, as a share of it."""
@@ -33,30 +34,46 @@ SMALL_SHAPE = (
 )  # fmt: skip
 
 
+IN_BFLOAT16 = (*ON_GPU, "hardware.precision=bfloat16")
+
+
 @pytest.fixture(scope="module")
 def of_processor(workspace, tmp_path_factory):
     """Losses of the run that the others are compared with."""
     return train(workspace, tmp_path_factory.mktemp("cpu"), "hardware.precision=float32")
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_a_run_in_16_bits_has_the_processors_losses(precision, of_processor, workspace, tmp_path, figures):
-    scaled = ("hardware.gradient_scaler=true",) if precision == "float16" else ()
-    ours = train(workspace, tmp_path, *ON_GPU, f"hardware.precision={precision}", *scaled)
-    apart = difference(ours, of_processor)
-    figures[f"losses in {precision} beside the processor's"] = f"at most {apart:.1e} apart"
+@pytest.fixture(scope="module")
+def of_one_gpu(workspace, tmp_path_factory):
+    """Losses of the same run on one GPU."""
+    return train(workspace, tmp_path_factory.mktemp("gpu"), *IN_BFLOAT16)
+
+
+def test_a_run_in_bfloat16_has_the_processors_losses(of_processor, of_one_gpu, figures):
+    apart = difference(of_one_gpu, of_processor)
+    figures["losses in bfloat16 beside the processor's"] = f"at most {apart:.1e} apart"
     assert apart < SIXTEEN_BITS
 
 
+def test_a_run_in_float16_with_a_scaler_has_the_processors_losses(of_processor, workspace, tmp_path, figures):
+    scaled = ("hardware.precision=float16", "hardware.gradient_scaler=true")
+    apart = difference(train(workspace, tmp_path, *ON_GPU, *scaled), of_processor)
+    figures["losses in float16 beside the processor's"] = f"at most {apart:.1e} apart"
+    assert apart < SIXTEEN_BITS
+
+
+def test_the_same_run_twice_has_the_same_losses_but_for_rounding(of_one_gpu, workspace, tmp_path, figures):
+    apart = difference(train(workspace, tmp_path, *IN_BFLOAT16), of_one_gpu)
+    figures["the same run twice"] = f"losses at most {apart:.1e} apart"
+    assert apart < SAME_KERNELS
+
+
 @pytest.mark.parametrize("optimizer", ["adamw"] if DRY else ["adamw", "paged_adamw", "paged_adamw_8bit"])
-def test_a_resumed_run_goes_on_as_one_that_never_stopped(optimizer, workspace, tmp_path, figures):
-    options = (*ON_GPU, "hardware.precision=bfloat16", f"stage.optimizer={optimizer}")
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    expected = train(workspace, whole, *options)
-    again = train(workspace, tmp_path / "again", *options)
-    figures[f"the same run twice, {optimizer}"] = f"losses at most {difference(again, expected):.1e} apart"
-    train(workspace, stopped, *options, "stage.max_steps=2")
-    steps = train(workspace, stopped, *options)[:4]
+def test_a_resumed_run_goes_on_as_one_that_never_stopped(optimizer, of_one_gpu, workspace, tmp_path, figures):
+    options = (*IN_BFLOAT16, f"stage.optimizer={optimizer}")
+    expected = of_one_gpu if optimizer == "adamw" else train(workspace, tmp_path / "whole", *options)
+    train(workspace, tmp_path / "stopped", *options, "stage.max_steps=2")
+    steps = train(workspace, tmp_path / "stopped", *options)[:4]
     apart = difference(steps, expected[:4])
     figures[f"stopped and resumed, {optimizer}"] = f"losses at most {apart:.1e} apart"
     assert apart < SAME_KERNELS
@@ -97,34 +114,39 @@ def test_attention_keeps_documents_apart_with_the_numbers_of_each_alone(choice, 
 
 @two_gpus
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_workers_have_the_losses_of_one(strategy, workspace, tmp_path, figures):
-    options, two = (*ON_GPU, "hardware.precision=bfloat16"), tmp_path / "two"
-    expected = train(workspace, tmp_path / "one", *options)
+def test_two_workers_have_the_losses_of_one(strategy, of_one_gpu, workspace, tmp_path, figures):
     workers = ("hardware.processes_per_node=2", f"hardware.strategy={strategy}")
-    assert finish_workers(typed_run(workspace, *RUN, *options, *workers), two) == [0, 0], real.read_end(two)
-    apart = difference(real.read_losses(two), expected)
+    apart = difference(train(workspace, tmp_path, *IN_BFLOAT16, *workers), of_one_gpu)
     figures[f"two workers under {strategy} beside one"] = f"losses at most {apart:.1e} apart"
     assert apart < SIXTEEN_BITS
 
 
+@four_gpus
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_two_nodes_that_hold_a_model_each_have_the_losses_of_one_gpu(offload, workspace, tmp_path, figures):
+    nodes = ("hardware.nodes=2", "hardware.processes_per_node=2", "hardware.strategy=fsdp", "stage.global_batch_size=4")
+    alone = train(workspace, tmp_path / "one", *IN_BFLOAT16, "stage.global_batch_size=4")
+    ours = train_on_nodes(workspace, tmp_path / "four", *IN_BFLOAT16, *nodes, f"hardware.cpu_offload={offload}")
+    figures[f"fsdp, two nodes of two GPUs, offload {offload}"] = f"losses at most {difference(ours, alone):.1e} apart"
+    assert difference(ours, alone) < SIXTEEN_BITS
+
+
 @two_gpus
 @pytest.mark.skipif(DRY, reason="spreads blocks over GPUs alone")
-def test_layers_over_two_gpus_have_the_losses_of_one(workspace, tmp_path, figures):
-    options = (*ON_GPU, "hardware.precision=bfloat16")
-    expected = train(workspace, tmp_path / "one", *options)
-    ours = train(workspace, tmp_path / "two", *options, "hardware.strategy=layers", "hardware.gpus_per_node=2")
-    figures["layers over two GPUs beside one"] = f"losses at most {difference(ours, expected):.1e} apart"
-    assert difference(ours, expected) < SIXTEEN_BITS
+def test_layers_over_two_gpus_have_the_losses_of_one(of_one_gpu, workspace, tmp_path, figures):
+    ours = train(workspace, tmp_path, *IN_BFLOAT16, "hardware.strategy=layers", "hardware.gpus_per_node=2")
+    figures["layers over two GPUs beside one"] = f"losses at most {difference(ours, of_one_gpu):.1e} apart"
+    assert difference(ours, of_one_gpu) < SIXTEEN_BITS
 
 
+@bfloat16_gpu
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_a_step_of_7bs_shape_takes_the_planned_memory_and_some_time(checkpointing, tmp_path, figures):
     shape = ("hardware=cpu", *SMALL_SHAPE) if DRY else ("hardware=1xa100",)
     chosen = f"hardware.activation_checkpointing={checkpointing}"
     config = compose_hollow(tmp_path, "model=llama_7b", *shape, *SHAPE, chosen)
     module, optimizer = build_module(config, DEVICE)
-    if not DRY:
-        torch.cuda.reset_peak_memory_stats(DEVICE)
+    real.free_memory()
     end_step(config, module, optimizer, DEVICE)
     (allocated, reserved), planned = real.peak_bytes(), plan_memory(config).worker
     seconds = time_micro_batches(config, module)

@@ -201,6 +201,7 @@ def test_flash_attn_is_told_of_windows_and_dropout(monkeypatch: pytest.MonkeyPat
         attend_by_flash(torch.nn.Module(), *(each[:, :, 1:] for each in states), None, **packed)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel for documents of all lengths needs a GPU")
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("pack", PACKS)
@@ -230,6 +231,7 @@ def test_one_call_refuses_a_window_that_documents_exceed_and_dropout(monkeypatch
         attend_in_one_call(torch.nn.Module(), *states, None, dropout=0.1, **packed)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     importlib.util.find_spec("flash_attn") is None or not torch.cuda.is_available(),
     reason="flash attention needs a GPU and the package flash-attn",

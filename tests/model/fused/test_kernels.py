@@ -91,6 +91,7 @@ def test_rotations_equal_transformers(
     torch.testing.assert_close((query, key), before, **TOLERANCE)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled kernels run on a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_equal_the_plain_formula_in_float32_and_round_no_worse_in_16_bits(dtype: torch.dtype) -> None:
