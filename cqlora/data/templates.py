@@ -45,12 +45,7 @@ def read_own_template(folder: Path) -> str:
     template = read_object_if_there(config).get("chat_template")
     if template is None or isinstance(template, str):
         return template or ""
-    named = (
-        template.items()
-        if isinstance(template, dict)
-        else map(_name_and_text, template if isinstance(template, list) else [])
-    )
-    defaults = [text for name, text in named if name == "default"]
+    defaults = [text for name, text in _list_named(template) if name == "default"]
     if len(defaults) == 1 and isinstance(defaults[0], str):
         return defaults[0]
     raise ModelError(
@@ -59,8 +54,12 @@ def read_own_template(folder: Path) -> str:
     )
 
 
-def _name_and_text(entry: Any) -> tuple[Any, Any]:
-    return (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+def _list_named(templates: Any) -> list[tuple[Any, Any]]:
+    """Names and texts, of an object or of a list of `{name, template}`."""
+    if isinstance(templates, dict):
+        return list(templates.items())
+    entries = templates if isinstance(templates, list) else []
+    return [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
 
 
 @dataclass(frozen=True, slots=True)

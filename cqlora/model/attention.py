@@ -6,7 +6,8 @@ and no mask is ever built. Where the boundaries lie is worked out once per batch
 every layer through the model's keyword arguments, under transformers' own names where it has any.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -148,7 +149,8 @@ def attend_by_document(
         )
         return output
     batch, heads, length, width = query.shape
-    _check_lengths(document_lengths, batch, length, sliding_window)
+    _check_lengths(document_lengths, batch, length)
+    _check_window(max(document_lengths), sliding_window)
     runs = [(size, len(list(group))) for size, group in groupby(document_lengths)]
     tokens = [size * count for size, count in runs]
     # The backward pass of a split is one concatenation; slices would each fill a whole gradient with zeros.
@@ -161,7 +163,8 @@ def attend_by_document(
     return packed.view(batch, length, heads, width), None
 
 
-def attend_in_one_call(
+def attend_packed(
+    call: Callable[..., Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -175,93 +178,80 @@ def attend_in_one_call(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `attend_by_document`, documents of all lengths in one kernel of torch's, for 16 bits on a GPU.
+    """As `attend_by_document`, documents of all lengths in one call of a kernel for 16 bits on a GPU.
 
     Rows that hold one document each, as in generation, are left to `attend_by_document`.
 
     Args:
+        call: `_call_varlen` or `_call_flash`.
         cu_seq_lens_q: where documents begin, and the end, from `document_kwargs`.
         max_length_q: tokens of the longest document.
 
     Raises:
-        ModelError: as `attend_by_document`; or attention drops out, which the kernel does not.
+        ModelError: the rows' lengths do not fill the batch, or the kernel cannot do what the layer asks for.
     """
     if document_lengths is None or cu_seq_lens_q is None or max_length_q is None:
         return attend_by_document(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    batch, heads, length, width = query.shape
+    _check_lengths(document_lengths, batch, length)
+    states = map(_lay_end_to_end, (query, key, value))
+    packed = call(*states, cu_seq_lens_q, max_length_q, dropout, scaling, sliding_window)
+    return packed.view(batch, length, heads, width), None
+
+
+def _call_varlen(
+    queries: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, longest: int, dropout: float, scaling: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """torch's kernel, which has no dropout, and is given no window."""
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn
-    batch, heads, length, width = query.shape
-    _check_lengths(document_lengths, batch, length, sliding_window)
+    _check_window(longest, window)
     if dropout:
         raise ModelError(
             f"model.attention=varlen drops nothing and the base's attention_dropout is {dropout}; use "
             "model.attention=documents."
         )
-    packed = attend(
-        *(_lay_end_to_end(states) for states in (query, key, value)),
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=heads != key.shape[1],
-    )
-    return packed.view(batch, length, heads, width), None
+    packed: Tensor = attend(
+        queries, keys, values, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )  # fmt: skip
+    return packed
 
 
-def attend_by_flash(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    document_lengths: list[int] | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """As `attend_in_one_call`, in the kernel of flash-attn, which knows dropout and windows.
-
-    transformers' own call of it looks at position_ids first, for which the host waits (see `mask_kwargs`).
-
-    Raises:
-        ModelError: as `attend_by_document`, but for documents that are longer than the window.
-    """
-    if document_lengths is None or cu_seq_lens_q is None or max_length_q is None:
-        return attend_by_document(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+def _call_flash(
+    queries: Tensor, keys: Tensor, values: Tensor, bounds: Tensor, longest: int, dropout: float, scaling: float | None,
+    window: int | None,
+) -> Tensor:  # fmt: skip
+    """flash-attn's kernel; transformers' own call of it looks at position_ids first, for which the host waits."""
     from flash_attn import flash_attn_varlen_func
 
-    batch, heads, length, width = query.shape
-    _check_lengths(document_lengths, batch, length, None)
-    packed = flash_attn_varlen_func(
-        *(_lay_end_to_end(states) for states in (query, key, value)),
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        dropout_p=dropout,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
-    )
-    return packed.view(batch, length, heads, width), None
+    packed: Tensor = flash_attn_varlen_func(
+        queries, keys, values, bounds, bounds, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+    )  # fmt: skip
+    return packed
 
 
-def _check_lengths(document_lengths: list[int], batch: int, length: int, sliding_window: int | None) -> None:
-    """Raise ModelError where documents do not fill the batch, or one is longer than the layer's window."""
+attend_in_one_call = partial(attend_packed, _call_varlen)
+attend_by_flash = partial(attend_packed, _call_flash)
+
+
+def _check_lengths(document_lengths: list[int], batch: int, length: int) -> None:
+    """Raise ModelError where documents do not fill the batch."""
     if sum(document_lengths) != batch * length:
         raise ModelError(
             f"document_lengths add up to {sum(document_lengths)} where the batch has {batch} rows of "
             f"{length} tokens; build document_kwargs from this batch."
         )
-    if sliding_window is not None and max(document_lengths) > sliding_window:
+
+
+def _check_window(longest: int, sliding_window: int | None) -> None:
+    """Raise ModelError where a document is longer than the layer's window."""
+    if sliding_window is not None and longest > sliding_window:
         raise ModelError(
-            f"a document of {max(document_lengths)} tokens is longer than the layer's window of {sliding_window}; cut "
+            f"a document of {longest} tokens is longer than the layer's window of {sliding_window}; cut "
             f"documents with stage.sequence_length={sliding_window}."
         )
 

@@ -90,8 +90,10 @@ def describe(said: dict[str, Any], what: str) -> Entry:
 
 def refuse_elsewhere(said: dict[str, Any], file: Path, name: str, source: SourceConfig) -> None:
     """Raise DataError for an entry whose rows cannot be had, or of which part would have no effect."""
-    for key in sorted(said.keys() - _KEYS - _ELSEWHERE.keys()):
-        raise DataError(f"entry {name} of {file} has {key}, which is none of {', '.join(sorted(_KEYS))}; take it out.")
+    if unknown := sorted(said.keys() - _KEYS - _ELSEWHERE.keys()):
+        raise DataError(
+            f"entry {name} of {file} has {unknown[0]}, which is none of {', '.join(sorted(_KEYS))}; take it out."
+        )
     for key, what in _ELSEWHERE.items():
         if said.get(key):
             raise DataError(
