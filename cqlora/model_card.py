@@ -161,7 +161,7 @@ def used_sources(config: RunConfig) -> dict[str, SourceConfig]:
 def describe_sources(config: RunConfig) -> Iterator[str]:
     """The sources of a run by name, with how much was taken of each."""
     for name, source in used_sources(config).items():
-        taken = [f"{source.sample:,} documents"] if source.sample else []
+        taken = [f"at most {source.sample:,} documents"] if source.sample else []
         taken += [f"{source.sample_tokens:,} tokens"] if source.sample_tokens else []
         taken += [f"× {source.weight:g}"] if source.weight != 1 else []
         yield " ".join([name, *taken])

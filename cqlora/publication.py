@@ -12,7 +12,7 @@ from cqlora.config.secrets import holds_secret
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model_card import edit_front, is_hub_name, read_front
 from cqlora.system.companions import COMPANIONS
-from cqlora.system.documents import first_words, read_object, read_text
+from cqlora.system.documents import escape_controls, first_words, read_object, read_text
 from cqlora.system.tensor_files import INDEX
 
 MODELFILE = "Modelfile"
@@ -155,7 +155,7 @@ def to_bytes(document: object) -> bytes:
 
 def tell(found: Publication) -> str:
     """The files with their sizes, what is left out, and the model card."""
-    return "\n".join(_lines(found))
+    return escape_controls("\n".join(_lines(found)))
 
 
 def _lines(found: Publication) -> Iterator[str]:

@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from cqlora.cli import run_program
 from cqlora.config.checks import check_fields, require_used
 from cqlora.errors import ConfigError
-from cqlora.system.documents import escape_controls
 
 HUB = "https://huggingface.co"
 _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -54,7 +53,7 @@ def push(config: PushConfig) -> None:
     from cqlora.publication import gather, tell, upload
 
     publication = gather(Path(config.folder), config.license, config.base_model)
-    print(escape_controls(tell(publication)))
+    print(tell(publication))
     if config.dry_run:
         print(f"dry run: nothing was sent to {config.endpoint}/{config.repo}.")
         return

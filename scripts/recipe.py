@@ -56,8 +56,9 @@ def main() -> None:
     runs = [load_run_yaml(options.folder / stage / "run.yaml") for stage in STAGES]
     (merged / README).write_text(merged_page(read_card(merged)["base"], runs, table), encoding="utf-8")
     print(table)
-    for page in ("README.md", "README.zh-CN.md") if options.write else ():
-        write_between_markers(ROOT / page, "recipe", table)
+    if options.write:
+        write_between_markers(ROOT / "README.md", "recipe", table)
+        write_between_markers(ROOT / "README.zh-CN.md", "recipe", translate(table))
     print(f"model   {merged}\nrecord  {options.folder / 'evaluation.json'}\ntalk    cqlora chat base={merged}")
 
 
@@ -115,6 +116,23 @@ def show_table(record: dict[str, Any]) -> str:
         cells = [share_in_language(model, language) for model in models]
         rows += [f"| replies in {told} where asked in it | {' | '.join(cells)} |"] if all(cells) else []
     return "\n".join(rows)
+
+
+_CHINESE = {
+    "| base | pretrained | then tuned |": "| 底座 | 预训练后 | 再微调后 |",
+    "Chinese, bits per character": "中文，每字符比特数", "English, bits per byte": "英文，每字节比特数",
+    "probe, translation": "探针，翻译", "probe, classification": "探针，分类", "probe, copying": "探针，复制",
+    ": gain in context": "：示例带来的改善",
+    "replies in Chinese where asked in it": "用中文提问时中文回答的比例",
+    "replies in English where asked in it": "用英文提问时英文回答的比例",
+}  # fmt: skip
+
+
+def translate(table: str) -> str:
+    """The table in Chinese."""
+    for english, chinese in _CHINESE.items():
+        table = table.replace(english, chinese)
+    return table
 
 
 def share_in_language(model: dict[str, Any], language: str) -> str:

@@ -198,8 +198,9 @@ def test_without_a_token_and_with_a_hub_that_refuses_one_sentence_is_said_withou
 
 @pytest.fixture
 def online(monkeypatch):
-    """The hub's client goes to the network, and has a token."""
+    """The hub's client goes to the network, for what it is asked alone, and has a token."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield
     huggingface_hub.close_session()
