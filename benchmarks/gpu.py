@@ -11,6 +11,7 @@ program logs. Memory is what the driver shows, sampled. `--dry-run` prints each 
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def count_flops_per_token(task: Task) -> float:
 
 
 def find_peak_tflops() -> float:
-    """The published throughput of the first GPU.
+    """The published throughput of the GPU.
 
     Raises:
         SystemExit: it is none of those known here.
@@ -241,9 +242,19 @@ def find_peak_tflops() -> float:
     raise SystemExit(f"the throughput of {name} is not known here; give it with --peak-tflops.")
 
 
+def name_gpu() -> str:
+    """The one GPU of every program, by number or UUID: the first that may be used."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() or "0"
+
+
+def environment() -> dict[str, str]:
+    """A program's: the others would take every GPU that they see, and CUDA would number them by speed."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": name_gpu(), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
 def ask_driver(what: str) -> str:
-    """What nvidia-smi tells of the first GPU."""
-    query = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    """What nvidia-smi tells of the GPU."""
+    query = ["nvidia-smi", "-i", name_gpu(), f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -263,7 +274,11 @@ def run(program: Program, task: Task) -> tuple[float, float]:
     with log.open("w") as output:
         started = time.monotonic()
         worker = subprocess.Popen(
-            program.command(program.executable, task), stdout=output, stderr=subprocess.STDOUT, cwd=ROOT
+            program.command(program.executable, task),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=environment(),
         )
         peaks = [0.0]
         watcher = threading.Thread(target=watch_memory, args=(worker, peaks))

@@ -12,10 +12,8 @@ from cqlora.config.checks import require_used
 from cqlora.engine_config import EngineConfig
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import Conversation, open_terminal, talk
-from cqlora.system.machine import list_gpus
 
 _DEFAULT = Sampling()
-LLAMA_CPP = "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file it reads."
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,15 +58,9 @@ def chat(config: ChatConfig) -> None:
     config.check_folders()
     with ThreadPoolExecutor(max_workers=1) as loader:
         engine = loader.submit(config.load_engine)
-        hint = LLAMA_CPP if computes_on_processor(config) else ""
-        talk(Conversation(config.system), engine.result, config.sampling(), open_terminal(), hint)
+        talk(Conversation(config.system), engine.result, config.sampling(), open_terminal(), config.name_faster())
         if not engine.done():
             leave()
-
-
-def computes_on_processor(config: ChatConfig) -> bool:
-    """Whether no GPU is asked for, or none is there; without torch, which is still being loaded."""
-    return config.device == "cpu" or (config.device == "auto" and not list_gpus())
 
 
 def leave() -> None:

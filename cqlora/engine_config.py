@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,13 @@ from cqlora.errors import ConfigError
 from cqlora.inference.damage import described_as_damage
 from cqlora.inference.requests import check_held
 from cqlora.lineage import check_fingerprints
+from cqlora.system.machine import list_gpus
 
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
+
+LLAMA_CPP = "For speed on a processor there is llama.cpp: `cqlora merge` with format=gguf writes the file it reads."
+VLLM = "For speed on GPUs, and many users, there is vLLM: "
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +66,20 @@ class EngineConfig:
                 f"adapter={adapter} has no adapter_config.json; give the adapter/ folder of a finished run."
             )
         check_fingerprints(adapter, fingerprint_tokenizer(base.path), fingerprint_weights(base.path))
+
+    def name_faster(self) -> str:
+        """The program that is faster with this model on its device, and how it gets the model, in one line.
+
+        Asked of the driver and not of torch, which may still be being imported.
+        """
+        if self.device == "cpu" or (self.device == "auto" and not list_gpus()):
+            return LLAMA_CPP
+        if not self.adapter:
+            return f"{VLLM}`vllm serve {shlex.quote(self.base)}`."
+        merge = shlex.join(
+            ["cqlora", "merge", f"base={self.base}", f"adapter={self.adapter}", "output_dir=models/merged"]
+        )
+        return f"{VLLM}`{merge}`, then `vllm serve models/merged`."
 
     def load_engine(self) -> "LlamaEngine":
         """The engine of these folders.

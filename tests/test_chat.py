@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 import cqlora.chat
-from cqlora.chat import LLAMA_CPP, ChatConfig, chat
+import cqlora.engine_config
+from cqlora.chat import ChatConfig, chat
 from cqlora.engine import LlamaEngine
+from cqlora.engine_config import LLAMA_CPP
 from cqlora.errors import DataError, ModelError
 from cqlora.inference.requests import Sampling
 from cqlora.inference.terminal import HELP, Conversation, PipedTerminal, printable, talk
@@ -193,17 +195,23 @@ def test_lines_from_a_pipe_are_answered(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "device, gpus, is_sent",
-    [("cpu", 1, True), ("auto", 0, True), ("auto", 1, False), ("cuda", 1, False), ("cuda:0", 1, False)],
+    "device, gpus, on_gpu", [("cpu", 1, False), ("auto", 0, False), ("auto", 1, True), ("cuda:0", 1, True)]
 )
-def test_who_computes_on_a_processor_is_sent_to_llama_cpp_in_one_line(device, gpus, is_sent, base, monkeypatch):
+def test_who_wants_speed_is_sent_to_llama_cpp_or_vllm_in_one_line(device, gpus, on_gpu, base, monkeypatch):
     terminal = Script()
     monkeypatch.setattr(ChatConfig, "load_engine", lambda config: Parrot())
-    monkeypatch.setattr(cqlora.chat, "list_gpus", lambda: ("a GPU",) * gpus)
+    monkeypatch.setattr(cqlora.engine_config, "list_gpus", lambda: ("a GPU",) * gpus)
     monkeypatch.setattr(cqlora.chat, "open_terminal", lambda: terminal)
     monkeypatch.setattr(cqlora.chat, "leave", lambda: None)
     chat(ChatConfig(base=str(base), device=device))
-    assert terminal.written == f"{HELP}\n" + f"{LLAMA_CPP}\n" * is_sent
+    vllm = f"For speed on GPUs, and many users, there is vLLM: `vllm serve {base}`."
+    assert terminal.written == f"{HELP}\n{vllm if on_gpu else LLAMA_CPP}\n"
+
+
+def test_an_adapter_is_merged_first_for_vllm():
+    told = ChatConfig(base="models/my base", adapter="outputs/chat/adapter", device="cuda").name_faster()
+    merge = "cqlora merge 'base=models/my base' adapter=outputs/chat/adapter output_dir=models/merged"
+    assert told.endswith(f"vLLM: `{merge}`, then `vllm serve models/merged`.")
 
 
 @pytest.mark.parametrize(

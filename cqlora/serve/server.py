@@ -22,6 +22,8 @@ from cqlora.system.signals import hear_signals
 if TYPE_CHECKING:
     from cqlora.engine import LlamaEngine
 
+logger = logging.getLogger(__name__)
+
 _SECONDS_TO_TELL_CLIENTS = 5
 _CONNECTIONS_PER_PLACE = 2
 _MORE_CONNECTIONS = 64
@@ -32,6 +34,7 @@ def run_server(config: ServeConfig, key: str, listener: socket.socket) -> None:
     """Load the model and serve it at `listener` until a signal; replies under way may finish first."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("cqlora").setLevel(logging.INFO)
+    logger.info(config.name_faster())
     server = Server(config.load_engine(), config, key)
     spare_from_collection()
     server.run(sockets=[listener])

@@ -1,5 +1,6 @@
 """What this machine has, asked of its driver and its system without torch; nothing is decided here."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ BFLOAT16_CAPABILITY = (8, 0)
 """GPUs from Ampere on multiply bfloat16, and flash attention's kernels need them."""
 FLOAT16_CAPABILITY = (7, 0)
 """GPUs from Volta on have matrix units for float16."""
+_CAPABILITY_ATTRIBUTES = (75, 76)
+"""cuda.h's numbers of the two parts of a compute capability."""
 _OLDEST_FLASH = (2, 3, 3)
 """transformers takes no older flash-attn."""
 _OLDEST_VARLEN = (2, 13)
@@ -73,7 +76,7 @@ def cache_folder(kind: str) -> Path:
 def list_gpus() -> tuple[Gpu, ...]:
     """Each NVIDIA GPU that this process may use, in CUDA's order, asked of the driver and not of torch."""
     if which("nvidia-smi") is None:
-        return ()
+        return ask_cuda()
     # Drivers that do not know compute_cap are too old for the torch that trains here.
     asked = "uuid,memory.total,compute_cap,memory.free,mig.mode.current"
     query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits"]
@@ -114,6 +117,28 @@ def list_parts(whole: dict[str, Gpu]) -> list[tuple[str, Gpu]]:
         elif uuid and not profile:
             parent = uuid[1]
     return [*parts, *first.items()]
+
+
+def ask_cuda() -> tuple[Gpu, ...]:
+    """Each GPU that CUDA itself counts: for containers that are given GPUs to compute alone, without nvidia-smi."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return ()
+    return tuple(_ask_cuda_of(cuda, number) for number in range(count.value))
+
+
+def _ask_cuda_of(cuda: ctypes.CDLL, number: int) -> Gpu:
+    """One GPU, in cuda.h's words."""
+    memory, gpu, capability = ctypes.c_size_t(), ctypes.c_int(), [ctypes.c_int(), ctypes.c_int()]
+    cuda.cuDeviceGet(ctypes.byref(gpu), number)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), gpu)
+    for value, attribute in zip(capability, _CAPABILITY_ATTRIBUTES, strict=True):
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, gpu)
+    return Gpu(memory_gib=memory.value / 2**30, capability=(capability[0].value, capability[1].value))
 
 
 def _choose_visible(found: list[tuple[str, Gpu]]) -> tuple[Gpu, ...]:

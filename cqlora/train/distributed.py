@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,8 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     group = join_workers(on_cpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     state = PartialState(cpu=on_cpu)
     gpus = () if on_cpu else list_gpus(hardware, state.device)
+    for gpu in gpus:
+        require_kernels(gpu)
     yield Worker(state.process_index, state.num_processes, state.device, group, gpus)
     if group is not None:
         dist.destroy_process_group()
@@ -118,6 +121,24 @@ def require_cuda() -> None:
         f"hardware.device=cuda, and torch {torch.__version__}, {built}, sees no GPU"
         f"{f' with the driver {driver}' if driver else ''}; install the torch that fits it, or use hardware=cpu."
     )
+
+
+def require_kernels(gpu: torch.device) -> None:
+    """Raise ConfigError where torch was built without code for a GPU, which would end its first operation.
+
+    Code for one GPU runs on others of its major version from its minor one on; PTX, for none yet, on all later ones.
+    """
+    own, built = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
+    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
+        code = int(major), int(minor)
+        if code <= own and (kind == "compute" or code[0] == own[0]):
+            return
+    if built:
+        raise ConfigError(
+            f"torch {torch.__version__} was built for {', '.join(built)}, and {torch.cuda.get_device_name(gpu)} is "
+            f"sm_{own[0]}{own[1]}; install a torch built for it (https://pytorch.org/get-started/locally), or use "
+            "hardware=cpu."
+        )
 
 
 def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,18 @@ def test_a_gpu_that_is_not_known_asks_for_its_throughput(monkeypatch):
     monkeypatch.setattr(gpu, "ask_driver", lambda what: "NVIDIA Something")
     with pytest.raises(SystemExit, match="--peak-tflops"):
         gpu.find_peak_tflops()
+
+
+@pytest.mark.parametrize(("shown", "one"), [(None, "0"), ("", "0"), ("3,1", "3"), ("GPU-2ab, GPU-1", "GPU-2ab")])
+def test_every_program_and_the_memory_watch_are_given_the_same_one_gpu(shown, one, task, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    seen = []
+    monkeypatch.setattr(gpu, "watch_memory", lambda worker, peaks: seen.append(gpu.name_gpu()))
+    code = 'import os; print(os.environ["CUDA_DEVICE_ORDER"], os.environ["CUDA_VISIBLE_DEVICES"])'
+    gpu.run(gpu.Program("any", Path(sys.executable), "", lambda program, each: [str(program), "-c", code]), task)
+    assert (task.folder / "any-30.log").read_text().split() == ["PCI_BUS_ID", one] and seen == [one]
 
 
 def test_a_program_that_fails_is_named_with_its_output(task, monkeypatch):

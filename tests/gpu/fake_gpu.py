@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
+from transformers.utils import import_utils
 
 import cqlora.model.attention
 from tests.gpu.meter import Meter, tensors_of
@@ -221,6 +222,7 @@ def pretend(card: Card, meter: Meter) -> FakeGpu:
     pretend_flash_attn()
     pretend_norm()
     pretend_modules()
+    pretend_numbers()
     pretend_kernels()
     return FakeGpu(meter)
 
@@ -387,6 +389,11 @@ def pretend_modules() -> None:
         return module
 
     nn.Module._apply = apply_in_place  # type: ignore[method-assign]
+
+
+def pretend_numbers() -> None:
+    """transformers looks for nothing in the numbers of what it takes for a traced tensor, and on a GPU it would."""
+    import_utils.is_fake_tensor = lambda tensor: False
 
 
 def pretend_kernels() -> None:

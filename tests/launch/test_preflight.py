@@ -125,6 +125,40 @@ def test_a_part_of_a_gpu_counts_alone_with_its_own_memory(visible, expected, mon
     assert [(gpu.memory_gib, gpu.capability) for gpu in list_gpus()] == [(each, (9, 0)) for each in expected]
 
 
+class Cuda:
+    """libcuda of two GPUs: calls return 0 where they succeed, and write through pointers."""
+
+    def __init__(self, code: int = 0) -> None:
+        self.code = code
+
+    def cuInit(self, flags):  # noqa: N802
+        return self.code
+
+    def cuDeviceGetCount(self, count):  # noqa: N802
+        count._obj.value = 2
+        return 0
+
+    def cuDeviceGet(self, gpu, number):  # noqa: N802
+        gpu._obj.value = number
+        return 0
+
+    def cuDeviceTotalMem_v2(self, memory, gpu):  # noqa: N802
+        memory._obj.value = (80 - gpu.value) << 30
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, gpu):  # noqa: N802
+        value._obj.value = {75: 9, 76: gpu.value}[attribute]
+        return 0
+
+
+def test_without_nvidia_smi_cuda_itself_is_asked(monkeypatch):
+    monkeypatch.setattr("cqlora.system.machine.which", lambda name: None)
+    monkeypatch.setattr("cqlora.system.machine.ctypes.CDLL", lambda name: Cuda())
+    assert [(gpu.memory_gib, gpu.capability) for gpu in list_gpus()] == [(80.0, (9, 0)), (79.0, (9, 1))]
+    monkeypatch.setattr("cqlora.system.machine.ctypes.CDLL", lambda name: Cuda(code=100))
+    assert list_gpus() == ()
+
+
 def test_missing_folders_and_sources_are_one_sentence_with_what_to_type(workspace, tmp_path):
     with pytest.raises(ModelError, match="cqlora fetch"):
         typed_run(workspace, "stage=pretrain", "model=smollm2_135m", f"model.path={tmp_path}/smollm2_135m")

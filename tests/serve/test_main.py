@@ -115,6 +115,19 @@ def test_what_was_loaded_is_spared_from_garbage_collection_before_anybody_is_ans
     assert not {id(each) for each in seen[0]} & {id(each) for each in loaded}
 
 
+@pytest.mark.parametrize(("device", "program"), [("cuda", "`vllm serve .`"), ("cpu", "llama.cpp")])
+def test_the_program_that_is_faster_on_the_device_is_named_at_the_start(device, program, monkeypatch, caplog):
+    monkeypatch.setattr(ServeConfig, "load_engine", lambda config: None)
+    monkeypatch.setattr(serving, "Server", lambda *_: SimpleNamespace(run=lambda sockets: None))
+    try:
+        serving.run_server(fake_config(base=".", device=device), "", None)
+    finally:
+        gc.unfreeze()
+        logging.getLogger("cqlora").setLevel(logging.NOTSET)
+    (said,) = caplog.messages
+    assert program in said
+
+
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tiny):
     for module in [name for name in sys.modules if name.startswith("cqlora.serve.")]:
         monkeypatch.delitem(sys.modules, module)

@@ -42,6 +42,29 @@ def test_a_build_for_processors_is_named_as_such(monkeypatch):
         distributed.require_cuda()
 
 
+@pytest.mark.parametrize(
+    ("built", "own", "runs"),
+    [
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (7, 0), False),
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (8, 6), True),
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (10, 0), False),
+        (["sm_75", "sm_80", "sm_90", "sm_120", "compute_120"], (13, 0), True),
+        (["sm_86"], (8, 0), False),
+        (["sm_90a"], (9, 0), True),
+        ([], (7, 0), True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_said_to_be_one(built, own, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: own)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla V100")
+    if runs:
+        distributed.require_kernels(torch.device("cuda", 0))
+    else:
+        with pytest.raises(ConfigError, match=rf"built for .*, and Tesla V100 is sm_{own[0]}{own[1]}; install"):
+            distributed.require_kernels(torch.device("cuda", 0))
+
+
 def test_a_full_gpu_is_one_sentence_with_plan_and_peak_and_what_to_change():
     config = settle(composed(*SEVEN_B, "hardware.micro_batch_size=4"), given(composed(*SEVEN_B), "four A100"))
     with (
