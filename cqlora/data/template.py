@@ -19,7 +19,7 @@ from typing import Any
 from cqlora.errors import ModelError
 from cqlora.system.documents import one_line
 
-MOST_SECONDS = 5.0
+MOST_SECONDS = 2.0
 """Of processor time, beyond what each text is allowed."""
 SECONDS_EACH = 0.02
 """For a text, however short; a conversation of a thousand turns takes less."""

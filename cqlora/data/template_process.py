@@ -27,6 +27,9 @@ gives the same tokens tomorrow."""
 
 _SECONDS_A_BYTE = 1e-6
 """Of what a template is given; it takes a hundredth of that."""
+_CHARACTERS_A_BYTE = 16
+"""Of a text, for each byte of the template and its values; real ones write about one. Whoever asked has to read it,
+which no bound on this process holds back."""
 _MOST_OF_A_REASON = 1000
 _BY_CHANCE = ("lipsum", "random")
 """What Jinja draws by chance: the same data would give other tokens."""
@@ -60,13 +63,19 @@ def _answer(compiled: dict[str, jinja2.Template], line: bytes) -> bytes:
         if source not in compiled:
             compiled[source] = _Sandbox().from_string(source)
         kind = "render"
-        return json.dumps([compiled[source].render(**values[0]) if values else ""]).encode()
+        text = compiled[source].render(**values[0]) if values else ""
+        if len(text) > len(line) * _CHARACTERS_A_BYTE:
+            raise jinja2.TemplateError(f"it writes more than {_CHARACTERS_A_BYTE} times what it is given")
+        text.encode()
+        return json.dumps([text]).encode()
     except MemoryError:
         return json.dumps([None, "memory", ""]).encode()
     except RecursionError:
         return json.dumps([None, kind, "it is nested too deeply"]).encode()
+    except UnicodeEncodeError:
+        return json.dumps([None, kind, "it writes half of a surrogate pair, which is no character"]).encode()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the template's
-        return json.dumps([None, kind, str(error)[:_MOST_OF_A_REASON] or type(error).__name__]).encode()
+        return json.dumps([None, kind, str(error).strip()[:_MOST_OF_A_REASON] or type(error).__name__]).encode()
 
 
 class _GenerationBlock(Extension):
@@ -105,7 +114,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise jinja2.TemplateError(str(message))
 
 
 def _to_json(

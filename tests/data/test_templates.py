@@ -338,6 +338,11 @@ REFUSED = {
     "{{ raise_exception('Nobody speaks.\nNobody.') }}": "Nobody speaks. Nobody.",
     "{{ raise_exception('\x1b[2J\x07red \u202e你') }}": "\\x1b[2J\\x07red \\u202e你",
     "{{ raise_exception('') }}": "TemplateError",
+    "{{ raise_exception(' \n ') }}": "TemplateError",
+    "{{ raise_exception('\\ud800') }}": "\\ud800",
+    "{% set n=namespace() %}{% for i in range(999) %}{% set n.x=[n.x] %}{% endfor %}{{ raise_exception(n.x) }}": "deep",
+    "{{ '\\ud800' }}": "it writes half of a surrogate pair",
+    "{{ 'a' * 1000000 }}": "it writes more than 16 times what it is given",
     "{{ 1 // 0 }}": "",
     "{{ nothing.at.all }}": "",
     "{% include 'x' %}": "",
@@ -401,7 +406,7 @@ def test_after_a_template_that_was_ended_others_are_written():
     template._PROCESS.child.kill()
     with pytest.raises(ModelError, match=r"ended the process that it runs in \(code -9\)"):
         kept.render([{"content": "a"}], {})
-    assert kept.render([{"content": "你\ud800\u2028\n"}], {}) == "你\ud800\u2028\n"
+    assert kept.render([{"content": "你\u2028\n"}], {}) == "你\u2028\n"
 
 
 def test_an_interrupted_text_is_not_taken_for_the_next_one(monkeypatch):
