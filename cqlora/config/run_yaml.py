@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -51,7 +52,7 @@ def load_run_yaml(file: Path) -> RunConfig:
     if not file.is_file():
         raise ConfigError(f"{file} does not exist; give the folder of a run that cqlora wrote.")
     try:
-        loaded: Any = OmegaConf.load(file)
+        loaded = load_recorded(file)
         schema = OmegaConf.structured(RunConfig)
         schema.stage = _STAGES[loaded.stage.name]
         schema.data = DataConfig
@@ -66,6 +67,19 @@ def load_run_yaml(file: Path) -> RunConfig:
     if not isinstance(config, RunConfig):
         raise ConfigError(f"{file} is no configuration of a run; give the folder of a run that cqlora wrote.")
     return config
+
+
+def load_recorded(file: Path) -> Any:
+    """What cqlora wrote into a YAML file.
+
+    Raises:
+        ConfigError: it has an alias, which cqlora writes none of: nine lines of them stand for more than memory holds.
+        YAMLError, OSError, ValueError: as OmegaConf.load.
+    """
+    events = yaml.parse(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if any(isinstance(event, yaml.AliasEvent) for event in events):
+        raise ConfigError("it has YAML aliases")
+    return OmegaConf.load(file)
 
 
 def describe_reason(error: Exception) -> str:

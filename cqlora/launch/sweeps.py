@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cqlora.config.diagnosis import to_schema
+from cqlora.config.run_yaml import load_recorded
 from cqlora.config.schema import RunConfig
 from cqlora.config.sweeps import SweepConfig, check_measured
 from cqlora.errors import ConfigError, CqloraError, DiskError, DoesNotFit, Preempted, Pruned
@@ -426,9 +427,9 @@ def expand_resume(arguments: list[str]) -> list[str]:
     if not file.is_file():
         raise ConfigError(f"sweep.resume={folder} has no {SWEEP_FILE}; give the folder of a sweep.")
     try:
-        recorded = OmegaConf.load(file).hydra.overrides
+        recorded = load_recorded(file).hydra.overrides
         own = [str(each) for each in [*recorded.task, *recorded.hydra]]
-    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
+    except (ConfigError, OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is damaged; put it back, or start the sweep's command in a new folder.") from error
     own = [each for each in own if each.partition("=")[0] not in _KEPT_OUT]
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in ("--multirun", "-m")]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import random
 import typing
 from pathlib import Path
@@ -205,6 +206,14 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_every_verb(monkeypatch):
         assert {OmegaConf.select(settings, key) for key in keys} == {"/home/somebody/a.html"}
 
 
+def nest_aliases() -> str:
+    """A few lines of YAML that fill the memory of whoever follows them."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    names = "abcdefghij"
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in itertools.pairwise(names)]
+    return "\n".join(lines) + "\n"
+
+
 DAMAGES = {
     "empty": lambda text: "",
     "cut in half": lambda text: text[: len(text) // 2],
@@ -224,6 +233,7 @@ DAMAGES = {
     "a missing group": lambda text: text[text.index("data:") :],
     "interpolation of nothing": lambda text: text.replace("seed: 1", "seed: ${nothing}", 1),
     "half an interpolation": lambda text: text.replace("seed: 1", "seed: ${", 1),
+    "aliases that stand for nine to the ninth words": lambda text: text + nest_aliases(),
     "zeros": lambda text: "\0" * 100,
 }
 
