@@ -19,36 +19,55 @@ def find_rank_environment(environment: Mapping[str, str]) -> dict[str, str] | No
     """torchrun's variables for this process; None where nobody has started it as one of several workers.
 
     Raises:
-        ConfigError: RANK is set and others that belong to it are not.
+        ConfigError: WORLD_SIZE is set and others that belong to it are not, or one is no number that it can be.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        missing = [name for name in _TORCHRUN if name not in environment]
-        if missing:
-            raise ConfigError(
-                f"the environment has RANK and WORLD_SIZE but no {', '.join(missing)}; start with torchrun or srun, "
-                "or unset RANK and WORLD_SIZE."
-            )
-        return {name: environment[name] for name in _TORCHRUN}
-    return find_slurm_rank(environment)
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        found = find_slurm_rank(environment)
+        if found is not None or environment.get("WORLD_SIZE", "1") == "1":
+            return found
+    missing = [name for name in _TORCHRUN if name not in environment]
+    if missing:
+        given = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name in environment)
+        raise ConfigError(
+            f"the environment has {given} but no {', '.join(missing)}; start with torchrun or srun, or unset {given}."
+        )
+    found = {name: environment[name] for name in _TORCHRUN}
+    _check_numbers(found)
+    return found
+
+
+def _check_numbers(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError where a rank environment has what is no number, or a rank that is none of its workers'."""
+    for name in (name for name in _TORCHRUN if name != "MASTER_ADDR"):
+        value = environment[name]
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise ConfigError(f"the environment has {name}={value}, which is no number; start with torchrun or srun.")
+    rank, workers = environment["RANK"], environment["WORLD_SIZE"]
+    if int(rank) >= int(workers):
+        raise ConfigError(
+            f"the environment has RANK={rank} of WORLD_SIZE={workers}; ranks count from 0; start with torchrun or srun."
+        )
 
 
 def find_slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
     """The rank environment of a task that srun started beside others; a batch script's own process is none."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-    if int(tasks) == 1 or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
+    if tasks == "1" or "SLURM_STEP_ID" not in environment or "SLURM_PROCID" not in environment:
         return None
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     nodes = nodes or environment.get("SLURM_JOB_NODELIST", "localhost")
     # Steps of one job, and jobs that share a node, get ports of their own.
     step = int(environment["SLURM_STEP_ID"]) if environment["SLURM_STEP_ID"].isdigit() else 0
     port = _FIRST_PORT + (int(environment.get("SLURM_JOB_ID", "0")) * 7 + step) % _PORTS
-    return {
+    found = {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(nodes),
         "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
     }
+    _check_numbers(found)
+    return found
 
 
 def first_node(nodes: str) -> str:

@@ -32,6 +32,28 @@ def test_half_of_torchruns_variables_are_refused_by_name():
         find_rank_environment({"RANK": "0", "WORLD_SIZE": "2"})
 
 
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE but no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE but no RANK"),
+        ({**TORCHRUN, "WORLD_SIZE": "x"}, "WORLD_SIZE=x, which is no number"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1, which is no number"),
+        ({**TORCHRUN, "RANK": "4"}, "RANK=4 of WORLD_SIZE=4"),
+        ({**TORCHRUN, "MASTER_PORT": "a"}, "MASTER_PORT=a, which is no number"),
+        ({**SRUN, "SLURM_NTASKS": "x"}, "WORLD_SIZE=x, which is no number"),
+    ],
+)
+def test_a_rank_environment_that_cannot_be_is_refused_by_name(changed, told):
+    with pytest.raises(ConfigError, match=f"the environment has {told}.*start with torchrun or srun"):
+        find_rank_environment(changed)
+
+
+def test_a_number_of_workers_left_by_a_script_is_none_of_sruns():
+    assert find_rank_environment({**SRUN, "WORLD_SIZE": "7"}) == find_rank_environment(SRUN)
+    assert find_rank_environment({"WORLD_SIZE": "1"}) is None
+
+
 def test_sruns_place_follows_from_its_variables_and_is_one_meeting_point_for_all_tasks():
     found = find_rank_environment(SRUN)
     assert found is not None
