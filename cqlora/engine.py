@@ -21,6 +21,8 @@ from cqlora.inference.opening import Request, open_decoder
 from cqlora.inference.prefix_cache import PrefixCache
 from cqlora.inference.requests import Sampling, check_held, read_messages, repair_text
 from cqlora.inference.text import ReplyText, TokenBytes
+from cqlora.system.cuda import require_cuda, require_kernels
+from cqlora.system.machine import list_gpus
 
 Messages = Sequence[Mapping[str, object]]
 
@@ -183,14 +185,16 @@ def find_device(name: str) -> torch.device:
     """The device of a name; `auto` is a GPU where there is one.
 
     Raises:
-        ConfigError: this machine does not have it.
+        ConfigError: this machine does not have it, or torch cannot use it.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if gpus else "cpu")
-    device = torch.device(name)
+    if name != "cpu" and not gpus and list_gpus():
+        require_cuda(f"device={name}", instead="device=cpu")
+    device = torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise ConfigError(f"device={name} is not on this machine; use device=auto.")
+    if device.type == "cuda":
+        require_kernels(device, instead="device=cpu")
     return device
 
 

@@ -22,6 +22,7 @@ from cqlora.engine import LlamaEngine
 from cqlora.engine_config import EngineConfig
 from cqlora.errors import ConfigError, CqloraError, DataError, ModelError
 from cqlora.system.companions import hash_companions
+from cqlora.system.machine import Gpu
 from cqlora.weights.merge import plan_merge, write_merge
 from tests.cards import change_card
 from tests.conftest import ROOT
@@ -142,6 +143,17 @@ def test_a_form_that_cannot_be_had_is_reported(form, message, base, monkeypatch)
     with pytest.raises(ConfigError) as caught:
         LlamaEngine(base, "", use_lora=False, **form)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_the_driver_shows_and_torch_does_not_is_told_and_nothing_falls_back(device, base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.version.cuda", None)
+    monkeypatch.setattr("cqlora.engine.list_gpus", lambda: (Gpu(memory_gib=80.0, capability=(8, 0)),))
+    told = rf"device={device}, and torch .*, a build for processors alone, sees no GPU.*; install .* or use device=cpu"
+    with pytest.raises(ConfigError, match=told):
+        LlamaEngine(base, "", use_lora=False, device=device)
+    assert LlamaEngine(base, "", use_lora=False, device="cpu").encode_text("a")
 
 
 def other_base(base, adapter, tmp_path):

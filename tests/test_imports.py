@@ -17,7 +17,7 @@ ARROWS = {
     "config": {"architectures", "errors", "system"},
     "convert": {"cli", "config", "vocab", "weights"},
     "data": {"base", "config", "errors", "system"},
-    "engine": {"data", "errors", "inference"},
+    "engine": {"data", "errors", "inference", "system"},
     "engine_config": {"architectures", "base", "config", "engine", "errors", "inference", "lineage", "system"},
     "evaluate": {"cli", "config", "errors", "evaluation", "system", "train"},
     "evaluation": {"base", "config", "data", "engine", "errors", "inference", "lineage", "positions", "system"},

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from cqlora.config.choices import Device, Strategy
 from cqlora.config.schema import HardwareConfig
-from cqlora.errors import ConfigError
+from cqlora.system.cuda import require_cuda, require_kernels
 from cqlora.system.handover import STORE_SOCKET
-from cqlora.system.machine import read_driver_version
 
 T = TypeVar("T")
 
@@ -89,7 +87,7 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     """
     on_cpu = hardware.device is Device.cpu
     if not on_cpu:
-        require_cuda()
+        require_cuda("hardware.device=cuda", instead="hardware=cpu")
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // hardware.processes_per_node))
@@ -97,7 +95,7 @@ def start_worker(hardware: HardwareConfig) -> Iterator[Worker]:
     state = PartialState(cpu=on_cpu)
     gpus = () if on_cpu else list_gpus(hardware, state.device)
     for gpu in gpus:
-        require_kernels(gpu)
+        require_kernels(gpu, instead="hardware=cpu")
     yield Worker(state.process_index, state.num_processes, state.device, group, gpus)
     if group is not None:
         dist.destroy_process_group()
@@ -109,36 +107,6 @@ def list_gpus(hardware: HardwareConfig, own: torch.device) -> tuple[torch.device
     if hardware.strategy is not Strategy.layers:
         return (own,)
     return tuple(torch.device("cuda", gpu) for gpu in range(max(1, hardware.gpus_per_node)))
-
-
-def require_cuda() -> None:
-    """Raise ConfigError where the driver has GPUs and torch cannot use them; it would train on the processor."""
-    if torch.cuda.is_available() and torch.cuda.device_count():
-        return
-    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for processors alone"
-    driver = read_driver_version()
-    raise ConfigError(
-        f"hardware.device=cuda, and torch {torch.__version__}, {built}, sees no GPU"
-        f"{f' with the driver {driver}' if driver else ''}; install the torch that fits it, or use hardware=cpu."
-    )
-
-
-def require_kernels(gpu: torch.device) -> None:
-    """Raise ConfigError where torch was built without code for a GPU, which would end its first operation.
-
-    Code for one GPU runs on others of its major version from its minor one on; PTX, for none yet, on all later ones.
-    """
-    own, built = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
-    for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
-        code = int(major), int(minor)
-        if code <= own and (kind == "compute" or code[0] == own[0]):
-            return
-    if built:
-        raise ConfigError(
-            f"torch {torch.__version__} was built for {', '.join(built)}, and {torch.cuda.get_device_name(gpu)} is "
-            f"sm_{own[0]}{own[1]}; install a torch built for it (https://pytorch.org/get-started/locally), or use "
-            "hardware=cpu."
-        )
 
 
 def join_workers(on_cpu: bool) -> dist.ProcessGroup | None:

@@ -10,6 +10,7 @@ from cqlora.launch.settle import settle
 from cqlora.model import placement
 from cqlora.model.load import fill_nothing
 from cqlora.plan.memory import plan_memory
+from cqlora.system import cuda
 from cqlora.system.machine import Gpu, Machine
 from cqlora.train import distributed
 from cqlora.train.memory import described_when_full, list_changes
@@ -23,7 +24,7 @@ SEVEN_B = ("stage=pretrain", "data=sample", "model=llama2_7b", "hardware=1xa100"
 def test_a_gpu_that_the_driver_shows_and_torch_does_not_ends_the_run_with_both_versions(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(distributed, "read_driver_version", lambda: "470.82.01")
+    monkeypatch.setattr(cuda, "read_driver_version", lambda: "470.82.01")
     config = settle(composed(*SEVEN_B), given(composed(*SEVEN_B), "four A100"))
     assert config.hardware.device is Device.cuda
     with (
@@ -37,9 +38,9 @@ def test_a_gpu_that_the_driver_shows_and_torch_does_not_ends_the_run_with_both_v
 
 def test_a_build_for_processors_is_named_as_such(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(distributed, "read_driver_version", lambda: "")
+    monkeypatch.setattr(cuda, "read_driver_version", lambda: "")
     with pytest.raises(ConfigError, match="a build for processors alone, sees no GPU; install"):
-        distributed.require_cuda()
+        cuda.require_cuda("hardware.device=cuda", instead="hardware=cpu")
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_a_gpu_that_torch_has_no_code_for_is_said_to_be_one(built, own, runs, mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: own)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla V100")
     if runs:
-        distributed.require_kernels(torch.device("cuda", 0))
+        cuda.require_kernels(torch.device("cuda", 0), instead="hardware=cpu")
     else:
         with pytest.raises(ConfigError, match=rf"built for .*, and Tesla V100 is sm_{own[0]}{own[1]}; install"):
-            distributed.require_kernels(torch.device("cuda", 0))
+            cuda.require_kernels(torch.device("cuda", 0), instead="hardware=cpu")
 
 
 def test_a_full_gpu_is_one_sentence_with_plan_and_peak_and_what_to_change():
