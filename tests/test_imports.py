@@ -91,7 +91,9 @@ ARROWS = {
 and `serve` by their `__main__`."""
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "wandb", "datasets", "lm_eval"}
-WITH_TORCH = {"engine", "evaluation.harness", "inference", "model", "train", "vocab", "weights", "system.shards"}
+WITH_TORCH = {
+    "engine", "evaluation.harness", "inference", "model", "train", "vocab", "weights", "system.cuda", "system.shards"
+}  # fmt: skip
 """What may load it when it is imported; all else may inside of functions only."""
 
 

@@ -1,19 +1,15 @@
-"""Whether torch can use the GPUs that the driver shows; torch is imported by whoever asks, not before."""
+"""Whether torch can use the GPUs that the driver shows."""
 
 import re
-from typing import TYPE_CHECKING
+
+import torch
 
 from cqlora.errors import ConfigError
 from cqlora.system.machine import read_driver_version
 
-if TYPE_CHECKING:
-    import torch
-
 
 def require_cuda(asked: str, instead: str) -> None:
     """Raise ConfigError where torch sees no GPU, though `asked` (a setting) wants one; `instead` does without."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.device_count():
         return
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for processors alone"
@@ -24,13 +20,11 @@ def require_cuda(asked: str, instead: str) -> None:
     )
 
 
-def require_kernels(gpu: "torch.device", instead: str) -> None:
+def require_kernels(gpu: torch.device, instead: str) -> None:
     """Raise ConfigError where torch was built without code for a GPU, which would end its first operation.
 
     Code for one GPU runs on others of its major version from its minor one on; PTX, for none yet, on all later ones.
     """
-    import torch
-
     own, built = torch.cuda.get_device_capability(gpu), torch.cuda.get_arch_list()
     for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built)):
         code = int(major), int(minor)
