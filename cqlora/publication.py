@@ -12,7 +12,7 @@ from cqlora.config.secrets import holds_secret
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model_card import edit_front, is_hub_name, read_front
 from cqlora.system.companions import COMPANIONS
-from cqlora.system.documents import escape_controls, first_words, read_object, read_text
+from cqlora.system.documents import escape_controls, first_words, list_files, read_object, read_text
 from cqlora.system.tensor_files import INDEX
 
 MODELFILE = "Modelfile"
@@ -56,12 +56,11 @@ def gather(folder: Path, licence: str, base_model: str) -> Publication:
         ConfigError: a model card without a licence.
     """
     require_publishable(folder)
-    present = sorted(folder.iterdir())
-    known = [each.name for each in present if each.is_file() and is_known(each.name)]
+    known = [name for each in list_files(folder) if is_known(name := str(each.relative_to(folder)))]
     rewritten = {README: write_page(folder, licence, base_model), **rewrite_paths(folder, base_model)}
     found = Publication(
         folder, [name for name in known if name not in rewritten], rewritten,
-        [each.name for each in present if each.name not in known],
+        [each.name for each in sorted(folder.iterdir()) if not any(Path(name).parts[0] == each.name for name in known)],
     )  # fmt: skip
     for name in found.names:
         refuse_unfit(found, name)

@@ -179,11 +179,19 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, hub):
 
 
 def test_a_gguf_folder_goes_with_its_modelfile(tmp_path, hub):
-    for name, text in (("zh.f16.gguf", "weights"), ("Modelfile", "FROM ./zh.f16.gguf\n"), ("cqlora.json", "{}")):
+    tool_use = "additional_chat_templates/tool_use.jinja"
+    files = {
+        "zh.f16.gguf": "weights",
+        "Modelfile": "FROM ./zh.f16.gguf\n",
+        "cqlora.json": "{}",
+        tool_use: "{{ tools }}",
+    }
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "README.md").write_text(page_of_merge("zh", Path("models/base"), "", "", [PAGE]), encoding="utf-8")
     push(config(tmp_path))
-    assert {"zh.f16.gguf", "Modelfile", "README.md"} <= set(hub.commits[0][2])
+    assert {"zh.f16.gguf", "Modelfile", "README.md", tool_use} <= set(hub.commits[0][2])
     assert "## Training\n\n- much" in hub.commits[0][2]["README.md"].decode()
 
 

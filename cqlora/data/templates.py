@@ -15,7 +15,7 @@ from cqlora.data.chat import CHAT_TEMPLATE, ChatEncoder, chat_template
 from cqlora.data.rendered import TemplateEncoder, open_typesetter
 from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ModelError
-from cqlora.system.documents import read_object_if_there, read_text, shorten, take
+from cqlora.system.documents import NAMED_TEMPLATES, read_object_if_there, read_text, shorten, take
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +32,40 @@ _ANSWER_AT_ONCE = "{%- set enable_thinking = enable_thinking if enable_thinking 
 
 
 def read_own_template(folder: Path) -> str:
-    """The chat template of a model's folder; empty where it has none, the default one where it has several.
+    """The chat template of a model's folder; empty where it has none.
 
-    As transformers reads it, a file of its own comes before tokenizer_config.json.
+    As transformers reads it, files of their own come before tokenizer_config.json, and of several templates the one
+    named tool_use writes conversations with tools, the default one all others.
 
     Raises:
         ModelError: what stands in its place is neither a text nor named texts of which one is the default.
     """
     file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    tool_file = folder / NAMED_TEMPLATES / "tool_use.jinja"
     if os.path.lexists(file):
-        return read_text(file)
+        return join_templates(read_text(file), read_text(tool_file) if os.path.lexists(tool_file) else None)
+    if os.path.lexists(tool_file):
+        raise ModelError(f"{tool_file} lies there without {file}, the default one; put that there too.")
     template = read_object_if_there(config).get("chat_template")
     if template is None or isinstance(template, str):
         return template or ""
-    defaults = [text for name, text in _list_named(template) if name == "default"]
-    if len(defaults) == 1 and isinstance(defaults[0], str):
-        return defaults[0]
+    named = _list_named(template)
+    defaults, tool_uses = ([text for name, text in named if name == kind] for kind in ("default", "tool_use"))
+    if len(defaults) == 1 and len(tool_uses) <= 1 and all(isinstance(text, str) for text in (*defaults, *tool_uses)):
+        return join_templates(defaults[0], *tool_uses)
     raise ModelError(
         f"{config} has chat_template={shorten(template)} where a text belongs, or named texts of which one is the "
         "default; correct it or fetch it again."
     )
+
+
+def join_templates(default: str, tool_use: str | None = None) -> str:
+    """One template that is `tool_use` where there are tools, and `default` elsewhere."""
+    if tool_use is None:
+        return default
+    # Each begins a line and ends behind an expression, so Jinja trims and strips of it what it would alone.
+    either = [text.removesuffix("\n") + "{{ '' }}" for text in (tool_use, default)]
+    return "{% if tools %}\n" + either[0] + "{% else %}\n" + either[1] + "{% endif %}"
 
 
 def _list_named(templates: Any) -> list[tuple[Any, Any]]:

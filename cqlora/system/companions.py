@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cqlora.errors import ConfigError, ModelError
-from cqlora.system.documents import read_object
+from cqlora.system.documents import NAMED_TEMPLATES, read_object
 from cqlora.system.fingerprints import hash_whole
 
 COMPANIONS = (
     "added_tokens.json",
+    f"{NAMED_TEMPLATES}/tool_use.jinja",
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",

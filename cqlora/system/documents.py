@@ -13,6 +13,8 @@ from cqlora.errors import ModelError
 MAX_BYTES = 256 << 20
 """Of one file; the largest tokenizers have 40 MB."""
 _MISSING = object()
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps a tokenizer's chat templates that have names, beside chat_template.jinja."""
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
@@ -146,7 +148,8 @@ def copy_inside(file: Path, target: Path) -> None:
         ModelError: the file is a link to elsewhere, whose contents nobody gave.
     """
     folder, actual = file.parent.resolve(), file.resolve()
-    if not any(actual.is_relative_to(place) for place in (folder, folder.parent.parent / "blobs")):
+    blobs = [above / "blobs" for above in folder.parents[1:3]]
+    if not any(actual.is_relative_to(place) for place in (folder, *blobs)):
         raise ModelError(f"{file} is a link out of its folder; put the file itself there, or remove the link.")
     shutil.copyfile(actual, target)
 
@@ -154,12 +157,21 @@ def copy_inside(file: Path, target: Path) -> None:
 def carry_over(folder: Path, target: Path, rewritten: Set[str]) -> None:
     """Copy the small files of a model's folder, such as its licence: all but weights and those that are `rewritten`.
 
+    Named chat templates go along, other folders do not.
+
     Raises:
         ModelError: see copy_inside.
     """
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name not in rewritten and file.suffix not in _WEIGHT_SUFFIXES:
-            copy_inside(file, target / file.name)
+    for file in list_files(folder):
+        name = file.relative_to(folder)
+        if str(name) not in rewritten and file.suffix not in _WEIGHT_SUFFIXES:
+            (target / name).parent.mkdir(exist_ok=True)
+            copy_inside(file, target / name)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files of a model's folder, its named chat templates among them."""
+    return sorted(file for file in (*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*.jinja")) if file.is_file())
 
 
 def write_json(file: Path, document: object) -> None:

@@ -1,5 +1,6 @@
 """Merge adapters into a base by streaming: one matrix's rows are in memory, the result appears whole or not at all."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from cqlora.data.tokenizer import PlainTokenizer
 from cqlora.errors import ConfigError, ModelError
 from cqlora.model_card import page_of_merge
 from cqlora.positions import scale_as_trained
-from cqlora.system.documents import carry_over, read_object_if_there, write_json
+from cqlora.system.documents import NAMED_TEMPLATES, carry_over, read_object_if_there, write_json
 from cqlora.system.durable import staged_folder
 from cqlora.system.fingerprints import combine
 from cqlora.system.model_config import INPUT, OUTPUT
@@ -269,6 +270,7 @@ def one_thread() -> Iterator[None]:
 def write_template(folder: Path, template: str) -> None:
     """Put a chat template in place of the folder's own."""
     (folder / "chat_template.jinja").unlink(missing_ok=True)
+    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
     file = folder / "tokenizer_config.json"
     write_json(file, read_object_if_there(file) | {"chat_template": template})
 

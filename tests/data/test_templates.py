@@ -1,6 +1,7 @@
 """Templates that models carry: ids equal to transformers', labels decode to the assistant's words and end tokens."""
 
 import gc
+import itertools
 import json
 import multiprocessing
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from cqlora.config.choices import SourceKind, Template, Thinking
 from cqlora.config.schema import SourceConfig
@@ -518,7 +520,7 @@ def test_auto_is_the_bases_own_template_where_it_passes_else_chatml(family, tmp_
     assert choose_by_base(folder) is Template.chatml
     with pytest.raises(ModelError, match="has no chat template of its own; use"):
         find_source(Template.base, folder)
-    several = ["z", {"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]
+    several = ["z", {"name": "rag", "template": "x"}, {"name": "default", "template": "y"}]
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": several}))
     assert read_own_template(folder) == "y"
@@ -537,8 +539,9 @@ def test_a_template_is_read_as_transformers_reads_it(kept, tmp_path):
 
 @pytest.mark.parametrize(
     "kept",
-    [5, True, 0, ["x"], [], [DEFAULT, DEFAULT], [{"name": "rag", "template": "x"}], {"rag": "x"}, {"default": 1}],
-)
+    [5, True, 0, ["x"], [], [DEFAULT, DEFAULT], [DEFAULT, {"name": "tool_use"}], [{"name": "rag", "template": "x"}],
+     {"rag": "x"}, {"default": 1}],
+)  # fmt: skip
 def test_what_is_no_template_is_refused_and_not_taken_for_none(kept, bases, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(bases("chatml").path, folder)
@@ -548,6 +551,43 @@ def test_what_is_no_template_is_refused_and_not_taken_for_none(kept, bases, tmp_
     for read in (read_own_template, choose_by_base, partial(find_source, Template.base)):
         with pytest.raises(ModelError, match=r"tokenizer_config.json has chat_template=.* where a text belongs"):
             read(folder)
+
+
+AWKWARD = [
+    "\n  {% for m in messages %}\n{{ m.content }}\n  {% endfor %}\n",
+    "  {{- messages | length }}x \n\n",
+    "{%- if true -%}\n  a {{ tools | length if tools else 'none' }}\n  {%- endif %}   ",
+    "y\n",
+]
+
+
+@pytest.mark.parametrize("default, tool_use", list(itertools.permutations(AWKWARD, 2)))
+@pytest.mark.parametrize("as_files", [False, True])
+def test_a_template_for_tools_writes_what_transformers_writes(default, tool_use, as_files, bases, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(bases("chatml").path, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if as_files:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "chat_template.jinja").write_text(default)
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    else:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        named = [{"name": "default", "template": default}, {"name": "tool_use", "template": tool_use}]
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": named}))
+    stock = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": " b\n"}]
+    joined = ChatTemplate(read_own_template(folder))
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        expected = stock.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert joined.render(messages, {}, tools or ()) == expected
+
+
+def test_a_template_for_tools_without_the_default_one_is_refused(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    with pytest.raises(ModelError, match=r"tool_use.jinja lies there without .*chat_template.jinja"):
+        read_own_template(tmp_path)
 
 
 def test_a_template_of_tokens_that_the_base_has_not_is_refused(bases):

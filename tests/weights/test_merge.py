@@ -206,13 +206,18 @@ def test_tokenizer_template_generation_settings_and_added_rows_go_along(untied, 
     base = tmp_path / "base"
     shutil.copytree(untied, base)
     (base / "LICENSE").write_text("as the base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (base / "runs").mkdir()
     (base / "cqlora.json").write_text(json.dumps({"first_added_row": 300, "added_rows": 12, "weights_sha256": "old"}))
     adapter = write_adapter(base, tmp_path / "adapter")
     output = merge(base, [adapter], tmp_path / "merged")
-    carried = {file.name for file in base.iterdir()} - {"model.safetensors", "cqlora.json", "config.json"}
+    carried = {str(file.relative_to(base)) for file in base.rglob("*") if file.is_file()}
+    carried -= {"model.safetensors", "cqlora.json", "config.json"}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= carried
     for name in carried:
         assert (output / name).read_bytes() == (base / name).read_bytes(), name
+    assert not (output / "runs").exists()
     card = json.loads((output / "cqlora.json").read_text())
     assert (card["first_added_row"], card["added_rows"]) == (300, 12)
     assert [entry["onto"] for entry in card["merged"]["adapters"]] == ["16bit"]
