@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cqlora.config.schema import CleanConfig
+from cqlora.data.charset import describe_undecodable
 from cqlora.data.language import own_share
 from cqlora.data.records import Conversation, Document, Record, RowError, Turn, text_of
 from cqlora.errors import DataError
@@ -36,6 +37,7 @@ _MARK_RUN = re.compile(
 )
 """A superset of the combining characters, letters of some scripts among them."""
 _UNDECODED = re.compile("[\udc80-\udcff]")
+_UNPAIRED = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,4}", re.ASCII)
 _CHINESE_ID = re.compile(r"(?<!\d)[1-9]\d{5}(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\d)")
@@ -134,7 +136,7 @@ def mend_surrogates(text: str) -> str:
     if text.isascii() or not _SURROGATE.search(text):
         return text
     if _UNDECODED.search(text):
-        raise RowError("not UTF-8")
+        raise RowError(describe_undecodable(_UNPAIRED.sub("", text).encode(errors="surrogateescape")))
     return _SURROGATE.sub("\ufffd", text)
 
 

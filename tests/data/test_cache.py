@@ -214,10 +214,12 @@ def test_another_content_or_tokenizer_is_another_cache(
     assert prepare_cache(config, byte_base).fingerprint != first
 
 
+GB18030 = "GB18030 and not UTF-8, to which `iconv -f GB18030 -t UTF-8 FILE` converts"
 BAD_ROWS = [
     (b'{"text": "this line is cut sho\n', "broken JSON"),
     (b"not json at all\n", "broken JSON"),
-    ('{"text": "编码不对的一行文字"}\n'.encode("gb18030"), "not UTF-8"),
+    ('{"text": "编码不对的一行文字"}\n'.encode("gb18030"), GB18030),
+    (b'{"text": "caf\xe9 ol\xe9"}\n', "not UTF-8"),
     (b'{"title": "no text"}\n', "missing field text"),
     (b'["a list"]\n', "row is a list, not an object"),
     (b'{"text": null}\n', "field text is null, not text"),
@@ -250,7 +252,7 @@ def test_bad_rows_are_reported_by_file_line_and_reason_and_the_rest_goes_on(
         for n, (_, reason) in enumerate(BAD_ROWS)
     ]
     summary = made.summary["sources"]["bad"]
-    assert summary["read"] == 409
+    assert summary["read"] == 400 + len(BAD_ROWS)
     assert sum(summary["kept"].values()) == 400
 
 
@@ -275,11 +277,11 @@ def test_bad_conversations_are_rejected_and_the_rest_goes_on(tmp_path: Path, byt
 def test_too_many_bad_rows_stop_with_a_summary_of_reasons(tmp_path: Path, byte_base: Base, make_config: MakeConfig):
     file = write_with_bad_rows(tmp_path / "bad.jsonl", good=40)
     config = make_config({"bad": SourceConfig(kind=SourceKind.wiki, path=str(file))})
-    with pytest.raises(DataError, match=r"9 of 49 rows cannot be read \(broken JSON: 2, .*max_rejected_fraction=0.05"):
+    with pytest.raises(DataError, match=r"10 of 50 rows cannot be read \(broken JSON: 2, .*max_rejected_fraction=0.05"):
         prepare_cache(config, byte_base)
     cache_dir = Path(config.data.cache_dir)
     (kept,) = cache_dir.glob("*.rejected.jsonl")
-    assert len(kept.read_text().splitlines()) == 9
+    assert len(kept.read_text().splitlines()) == len(BAD_ROWS)
     assert not list(cache_dir.glob("*/cache.json"))
     assert not list(cache_dir.glob("*.partial"))
     config.data.max_rejected_fraction = 0.5

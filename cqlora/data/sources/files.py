@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cqlora.data.charset import describe_undecodable
 from cqlora.data.records import RawRow, RowError
 from cqlora.data.sources.location import SourceFile
 from cqlora.errors import DataError
@@ -55,7 +56,7 @@ def decode_body(body: Any) -> Any:
     try:
         return json.loads(body)
     except UnicodeDecodeError:
-        raise RowError("not UTF-8") from None
+        raise RowError(describe_undecodable(body)) from None
     except json.JSONDecodeError:
         raise RowError("broken JSON") from None
     except RecursionError:
