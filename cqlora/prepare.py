@@ -9,6 +9,7 @@ from cqlora.cli import run_program
 from cqlora.config.schema import RunConfig
 from cqlora.launch.settle import find_template, read_adapter, settle_template
 from cqlora.random_base import open_base
+from cqlora.system.documents import escape_controls
 from cqlora.system.signals import stop_on_signals
 
 SHOWN_CHARACTERS = 600
@@ -106,7 +107,8 @@ def show_example(console: Any, source: str, tokens: int, spans: list[tuple[bool,
 
     text = Text()
     for trained, words in spans:
-        text.append(words[: SHOWN_CHARACTERS - len(text)], style="green" if trained else "dim")
+        shown = escape_controls(words[: max(0, SHOWN_CHARACTERS - len(text))])
+        text.append(shown, style="green" if trained else "dim")
     if sum(len(words) for _, words in spans) > SHOWN_CHARACTERS:
         text.append(" …", style="dim")
     console.rule(f"{source}, {tokens} tokens; green is trained", align="left")

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from cqlora.system.documents import escape_controls
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +31,7 @@ def show_record(console: "Console", record: Record) -> None:
         console.print()
     for score in models[0].get("choice", []):
         console.print(Text(f"first prompt of {score['task']} with {score['shots']} examples:", style="bold"))
-        console.print(Text(score["first_prompt"]), soft_wrap=True)
+        console.print(Text(escape_controls(score["first_prompt"])), soft_wrap=True)
         console.print()
     for model in models:
         console.print(Text(f"{model['name']}: {model['form']}", style="dim"), soft_wrap=True)

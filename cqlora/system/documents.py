@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import shutil
+import unicodedata
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,18 @@ def one_line(text: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Text whose control characters, which would move a terminal's cursor or worse, are written as `\\x1b`."""
+    """Text whose control characters, which would move a terminal's cursor or worse, are written as `\\x1b`.
+
+    Spaces stay, the full-width one of Chinese text among them.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_shown(character: str) -> bool:
+    """Whether a terminal shows it as a character or as space."""
+    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
 
 
 def copy_inside(file: Path, target: Path) -> None:
