@@ -179,6 +179,7 @@ def _read_module(adapter: Adapter, module: str, unused: dict[str, str]) -> Itera
         if f"{kind}A" in unused and f"{kind}B" in unused:
             down, up = unused.pop(f"{kind}A"), unused.pop(f"{kind}B")
             magnitude = unused.pop("lora_magnitude_vector", None)
+            _check_method(adapter, module, magnitude)
             scaling = _scaling(adapter, module, reader.specs[down].shape[0])
             if kind == "lora_":
                 yield f"{module}.weight", LowRank(reader, up, down, scaling, magnitude, of_embedding=False)
@@ -186,6 +187,17 @@ def _read_module(adapter: Adapter, module: str, unused: dict[str, str]) -> Itera
                 yield f"{module}.weight", LowRank(reader, down, up, scaling, magnitude, of_embedding=True)
     if ROWS in unused:
         yield f"{module}.weight", TokenRows(reader, unused.pop(ROWS), _row_indices(adapter, module))
+
+
+def _check_method(adapter: Adapter, module: str, magnitude: str | None) -> None:
+    """Raise ModelError where only one of the two files is DoRA's: PEFT would take another magnitude in silence."""
+    if bool(magnitude) == bool(adapter.config.get("use_dora")):
+        return
+    has, says = ("a", "no ") if magnitude else ("no", "")
+    raise ModelError(
+        f"adapter={adapter.folder} has {has} lora_magnitude_vector of {module} and its {CONFIG} says {says}use_dora; "
+        "the two files are not of one adapter, give a whole one."
+    )
 
 
 def _row_indices(adapter: Adapter, module: str) -> tuple[int, ...]:
