@@ -25,6 +25,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     from cqlora.evaluation.record import FILE_NAME, evaluate_models, refuse_foreign, write_record
     from cqlora.evaluation.table import show_record
+    from cqlora.system.durable import require_place
     from cqlora.system.progress import StageDisplay, open_console, show_log
 
     show_log()
@@ -37,6 +38,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if config.output:
         refuse_foreign(file)
     with find_models(config) as found, StageDisplay(is_main=True, first="reading the models' folders") as display:
+        require_place(file)
         record = evaluate_models(config, found.models, found.data, found.seed, display.show)
     write_record(record, file)
     console = open_console()

@@ -60,9 +60,12 @@ def test_the_sample_is_scored_where_nothing_else_is_given(run, workspace):
         (["base=models/tiny", "windo=3"], "did you mean window?"),
         (["run=models/tiny"], "run.yaml does not exist"),
         (["base=models/tiny", "output=models/tiny/config.json"], "was not written by `cqlora evaluate`"),
+        (["base=models/tiny", "parts=[prob]", "files=[models]"], "parts= has prob; use some of"),
+        (["base=models/tiny", "output=/proc/nowhere/a.json"], "/proc/nowhere could not be read or written"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_and_leave_no_folder(arguments, told, run, workspace):
-    done = run_verb(workspace, "evaluate", *arguments, expect=1 if "base=models/nowhere" in arguments else 2)
+    done = run_verb(workspace, "evaluate", *arguments, expect=1 if "/nowhere" in str(arguments) else 2)
     assert told in done.stderr and "Traceback" not in done.stderr
+    assert not done.stdout
     assert not (workspace / "outputs" / "evaluate").exists()

@@ -1,6 +1,5 @@
 """Held-out documents as text, whole and in a fair order, whatever vocabulary is to read them."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 from cqlora.config.choices import LANGUAGES, SourceKind
 from cqlora.config.schema import DataConfig, SourceConfig
 from cqlora.data.build import ReportProgress, gather_sources, sample_sizes
+from cqlora.data.clean import mend_surrogates
 from cqlora.data.collect import Gathered, parse_row
 from cqlora.data.keys import mix_keys
 from cqlora.data.language import detect_language
@@ -21,9 +21,6 @@ from cqlora.data.sources import find_sources, read_rows
 from cqlora.data.sources.location import Location, list_files
 from cqlora.data.workers import Workers
 from cqlora.errors import DataError
-
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-"""What is read of bytes that are no UTF-8, or of half an escaped pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +116,12 @@ def read_one(name: str, file: str, separator: str, characters: int) -> list[Held
     found: dict[str, list[str]] = {}
     for row in read_rows(location, source):
         try:
-            records = parse_row(row, source, Counter())
+            documents = [each for each in parse_row(row, source, Counter()) if isinstance(each, Document)]
+            texts = [mend_surrogates(document.text) for document in documents]
         except (RowError, RowDropped) as error:
             raise DataError(f"{row.file}, line {row.line}: {error}; mend the row or take it out.") from error
-        if any(isinstance(each, Document) and _HALF_CHARACTER.search(each.text) for each in records):
-            raise DataError(
-                f"{row.file}, line {row.line} holds bytes that are no UTF-8; save it as UTF-8 (iconv -f gbk -t utf-8)."
-            )
-        for record in records:
-            if isinstance(record, Document) and record.text:
-                found.setdefault(detect_language(record.text), []).append(record.text)
+        for text in filter(None, texts):
+            found.setdefault(detect_language(text), []).append(text)
     if not found:
         raise DataError(f"files={file} holds no text; give a file with at least one document.")
     return [HeldOutText(name, language, take_whole(texts, characters)) for language, texts in sorted(found.items())]

@@ -101,8 +101,8 @@ class EvaluateConfig:
                 check_path(key, path)
             setattr(self, key, paths)
         self._check_models()
-        self._check_text()
         self._check_parts()
+        self._check_text()
         check_held(self.quantization, self.dtype, self.device)
         require_positive(self, *["window"] * (self.window is not None), "batch_tokens", "max_new_tokens")
         require_range("characters", self.characters, 0, 1 << 62)
@@ -134,6 +134,8 @@ class EvaluateConfig:
         unknown = next((part for part in self.parts if part not in PARTS), None)
         if unknown is not None:
             raise ConfigError(f"parts= has {unknown}; use some of {', '.join(PARTS)}, and tasks=[…] for choice.")
+        if len(set(self.parts)) < len(self.parts):
+            raise ConfigError(f"parts={self.parts} names a part twice; name each once.")
         if not self.parts and not self.tasks:
             raise ConfigError(f"parts=[] measures nothing; use some of {', '.join(PARTS)}, or give tasks=[ceval].")
         if self.prompt_form not in PROMPT_FORMS:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from cqlora.errors import DiskError, ModelError
 from cqlora.system.refusals import described_as_sentence
@@ -269,6 +270,17 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for each in reversed(missing):
         sync(each.parent)
+
+
+def require_place(file: Path) -> None:
+    """Make a file's folder and see that it takes files, before the work whose result it is to hold.
+
+    Raises:
+        OSError: it does not.
+    """
+    make_folder(file.parent)
+    with TemporaryFile(dir=file.parent):
+        pass
 
 
 def write_durably(file: Path, content: bytes) -> None:

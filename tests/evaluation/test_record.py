@@ -129,6 +129,7 @@ def test_the_tables_tell_every_part_in_a_log(record, capsys):
         ({"run": "a", "adapter": "b"}, r"adapter=\['b'\] has no effect without base=FOLDER"),
         ({"base": "a", "checkpoint": "step-00000050"}, "checkpoint=step-00000050 has no effect without run=FOLDER"),
         ({"base": "a", "parts": ["text", "prob"]}, "parts= has prob"),
+        ({"base": "a", "parts": ["text", "text"]}, "names a part twice"),
         ({"base": "a", "parts": []}, r"parts=\[\] measures nothing"),
         ({"base": "a", "window": 8, "stride": 9}, "stride=9 is out of range; use a value from 1 to window=8"),
         ({"base": "a", "files": ["nowhere.txt"]}, "names nowhere.txt, which does not exist"),

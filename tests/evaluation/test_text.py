@@ -163,6 +163,11 @@ def test_files_that_cannot_be_told_apart_or_read_are_refused(tmp_path):
     broken.write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(DataError, match=r"broken.jsonl, line 2: broken JSON"):
         read_files([str(broken)], "", 0)
+    broken.write_bytes('{"text": "长江发源于青藏高原"}'.encode("gbk"))
+    with pytest.raises(DataError, match="line 1: GB18030 and not UTF-8, to which `iconv"):
+        read_files([str(broken)], "", 0)
+    broken.write_text('{"text": "half \\ud800 a pair"}')
+    assert read_files([str(broken)], "", 0) == [HeldOutText("broken", "en", ["half \ufffd a pair"])]
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "broken.txt").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match="two files broken"):
