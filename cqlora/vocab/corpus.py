@@ -1,18 +1,25 @@
 """Text to learn a vocabulary from: documents streamed out of files, and the Chinese words in them."""
 
 import hashlib
-import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cqlora.config.choices import SourceKind
-from cqlora.config.schema import SourceConfig
+from cqlora.config.schema import DataConfig, SourceConfig
+from cqlora.data.clean import mend_surrogates
+from cqlora.data.records import RowError
 from cqlora.data.sources import read_file
+from cqlora.data.sources.files import decode_body
 from cqlora.data.sources.location import SAMPLE_DIR, SourceFile, format_of, list_files
 from cqlora.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 HAN_RUN = re.compile(f"[{HAN}]+")
@@ -66,14 +73,40 @@ def open_corpus(paths: list[str], held_out_fraction: float) -> Corpus:
 
 
 def read_documents(file: SourceFile) -> Iterator[str]:
-    """The texts of one file: rows of any of the known shapes, or the lines of a plain file."""
+    """The texts of one file: rows of any of the known shapes, or the lines of a plain file.
+
+    Raises:
+        DataError: more rows cannot be read than `data.max_rejected_fraction` would allow in training.
+    """
     if format_of(file.path) == ".xml":
         raise DataError(f"vocab.corpus={file.path} is a MediaWiki dump; give JSON lines, Parquet or plain text.")
+    rows, unreadable = 0, Counter[str]()
     for row in read_file(file, SourceConfig(kind=SourceKind.text, separator="\n")):
-        body = json.loads(row.body) if isinstance(row.body, bytes) else row.body
-        document = "\n".join(texts_in(body))
+        rows += 1
+        try:
+            document = mend_surrogates("\n".join(texts_in(decode_body(row.body))))
+        except RowError as error:
+            unreadable[str(error)] += 1
+            continue
         if document:
             yield document
+    if unreadable:
+        tell_unreadable(file.path, rows, unreadable)
+
+
+@cache
+def warn(note: str) -> None:
+    """Say something of a corpus, which is read several times, once."""
+    logger.warning(note)
+
+
+def tell_unreadable(file: Path, rows: int, unreadable: Counter[str]) -> None:
+    """Say what of a file was passed over, and why; raise DataError where that is too much of it."""
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in unreadable.most_common())
+    told = f"vocab.corpus={file}: {unreadable.total():,} of {rows:,} rows cannot be read ({reasons})"
+    if unreadable.total() > DataConfig().max_rejected_fraction * rows:
+        raise DataError(f"{told}; mend them or leave the file out.")
+    warn(f"{told} and are passed over")
 
 
 def texts_in(body: Any) -> Iterator[str]:
