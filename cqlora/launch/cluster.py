@@ -11,6 +11,7 @@ from cqlora.config.schema import HardwareConfig
 from cqlora.errors import ConfigError
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_WORKERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _FIRST_PORT, _PORTS = 10_000, 20_000
 """Below what systems hand out by themselves (32768 on Linux), above what needs rights."""
 
@@ -19,15 +20,17 @@ def find_rank_environment(environment: Mapping[str, str]) -> dict[str, str] | No
     """torchrun's variables for this process; None where nobody has started it as one of several workers.
 
     Raises:
-        ConfigError: WORLD_SIZE is set and others that belong to it are not, or one is no number that it can be.
+        ConfigError: one that describes workers is set and others that belong to it are not, or it cannot be.
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    alone = environment.get("WORLD_SIZE", "1") == "1" and "LOCAL_RANK" not in environment
+    if alone or "RANK" not in environment or "WORLD_SIZE" not in environment:
+        # Clouds describe their nodes by RANK and WORLD_SIZE; of one node they say nothing of workers.
         found = find_slurm_rank(environment)
-        if found is not None or environment.get("WORLD_SIZE", "1") == "1":
+        if found is not None or alone:
             return found
     missing = [name for name in _TORCHRUN if name not in environment]
     if missing:
-        given = " and ".join(name for name in ("RANK", "WORLD_SIZE") if name in environment)
+        given = " and ".join(name for name in _OF_WORKERS if name in environment)
         raise ConfigError(
             f"the environment has {given} but no {', '.join(missing)}; start with torchrun or srun, or unset {given}."
         )

@@ -36,6 +36,7 @@ def test_half_of_torchruns_variables_are_refused_by_name():
     "changed, told",
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE but no RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK but no RANK, WORLD_SIZE"),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE but no RANK"),
         ({**TORCHRUN, "WORLD_SIZE": "x"}, "WORLD_SIZE=x, which is no number"),
         ({**TORCHRUN, "RANK": "-1"}, "RANK=-1, which is no number"),
@@ -52,6 +53,14 @@ def test_a_rank_environment_that_cannot_be_is_refused_by_name(changed, told):
 def test_a_number_of_workers_left_by_a_script_is_none_of_sruns():
     assert find_rank_environment({**SRUN, "WORLD_SIZE": "7"}) == find_rank_environment(SRUN)
     assert find_rank_environment({"WORLD_SIZE": "1"}) is None
+
+
+def test_a_clouds_variables_of_its_one_node_are_no_workers():
+    node = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    assert find_rank_environment(node) is None
+    assert find_rank_environment({**node, "LOCAL_RANK": "0"}) == {**node, "LOCAL_RANK": "0"}
+    with pytest.raises(ConfigError, match="RANK and WORLD_SIZE but no LOCAL_RANK; start with torchrun"):
+        find_rank_environment({**node, "WORLD_SIZE": "2"})
 
 
 def test_sruns_place_follows_from_its_variables_and_is_one_meeting_point_for_all_tasks():
