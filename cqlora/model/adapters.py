@@ -153,6 +153,10 @@ def save_adapter(
     """
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            # PEFT writes a set in the order of this process's hashes, which the next one does not have.
+            setattr(config, name, sorted(value))
     rank_factor = count_rank_factor(model, state)
     config.r, config.lora_alpha = config.r * rank_factor, config.lora_alpha * rank_factor
     trained_on = describe_training(model, rank_factor) | ({"stage": stage} if stage else {})

@@ -78,6 +78,16 @@ COMBINATIONS = [
 """All that runs on a CPU; preflight refuses the one left out."""
 
 
+@pytest.mark.parametrize("embeddings", [Embeddings.frozen, Embeddings.lora, Embeddings.full])
+def test_adapter_config_json_has_one_order_whatever_the_process_hashes(embeddings, extended, tmp_path):
+    base, model = load(extended)
+    adapted = attach_adapter(model, base, LoraConfig(rank=4), embeddings, "")
+    save_adapter(adapted, tmp_path / "adapter", base, adapter_state(adapted))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) >= 7 and config["target_modules"] == sorted(config["target_modules"])
+    assert (config["modules_to_save"] or []) == sorted(config["modules_to_save"] or [])
+
+
 @pytest.mark.parametrize("method, quantization", COMBINATIONS)
 def test_a_saved_adapter_read_by_plain_peft_computes_what_was_trained(method, quantization, extended, tmp_path):
     base, model = load(extended, quantization)
