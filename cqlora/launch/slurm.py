@@ -5,14 +5,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from shutil import which
 from typing import NoReturn
 
-from cqlora.errors import Preempted
+from cqlora.errors import ConfigError, Preempted
 
 
 def is_submitted() -> bool:
     """Whether hydra-submitit-launcher submitted this process to Slurm."""
     return os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "SLURM_JOB_ID" in os.environ
+
+
+def require_slurm(hardware: str) -> None:
+    """Raise ConfigError on a machine from which nothing can be submitted."""
+    if which("srun") is None:
+        raise ConfigError(
+            f"hardware={hardware} submits the sweep's jobs to Slurm, and this machine has no srun; type it on one of "
+            f"the cluster, or use hardware={hardware.removeprefix('slurm_')} where the GPUs are this machine's."
+        )
 
 
 def leave_job() -> NoReturn:

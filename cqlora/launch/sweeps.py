@@ -24,6 +24,7 @@ from cqlora.launch.objectives import check_evaluated
 from cqlora.launch.preflight import check_memory
 from cqlora.launch.run_folder import SWEEP_FILE
 from cqlora.launch.settle import look_ahead, settle
+from cqlora.launch.slurm import require_slurm
 from cqlora.report.page import conclude
 from cqlora.sweep.search import Proposal, Search, check_objectives, check_span, follow_trial, read_space
 from cqlora.sweep.summary import render_summary
@@ -81,7 +82,13 @@ class Sweep:
         return str(self.config.hydra.launcher._target_).startswith("hydra._internal")
 
     def begin(self) -> None:
-        """Make the folder, with what the sweep is to be gone on with from."""
+        """Make the folder, with what the sweep is to be gone on with from.
+
+        Raises:
+            ConfigError: its jobs are Slurm's, and this machine knows none.
+        """
+        if str(self.config.hydra.launcher._target_).endswith("SlurmLauncher"):
+            require_slurm(str(self.config.hydra.runtime.choices.hardware))
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / SWEEP_FILE, OmegaConf.to_yaml(self.config).encode())
 

@@ -54,6 +54,14 @@ def test_a_single_run_is_not_started_on_the_login_node(folder: Path) -> None:
     assert "hardware=slurm_2xcpu submits the jobs of a sweep" in told
 
 
+@pytest.mark.parametrize("sweeper", [[], ["hydra/sweeper=optuna", "sweep.trials=2"]])
+def test_without_slurm_a_sweep_of_its_jobs_ends_in_one_sentence(sweeper, folder: Path) -> None:
+    arguments = ["stage=pretrain", "hardware=slurm_4xa100", "lora.rank=4,8", "hydra.sweep.dir=no-slurm", *sweeper]
+    told = run_verb(folder, "run", *arguments, "--multirun", expect=2, PATH="/nowhere").stderr
+    assert told.splitlines()[-1].startswith("error: hardware=slurm_4xa100 submits the sweep's jobs to Slurm, and this")
+    assert "use hardware=4xa100 where" in told and "Traceback" not in told
+
+
 def test_an_arrays_job_is_named_by_array_and_index() -> None:
     assert slurm.own_job({"SLURM_JOB_ID": "7"}) == "7"
     array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
